@@ -134,16 +134,15 @@ def scopes(model: Model) -> Iterator[tuple[GraphLike, GraphLike]]:
 
     The root is the main graph or the function: it imports the opsets that the subgraph follows.
     """
-    stack: list[tuple[GraphLike, GraphLike]] = [
-        (root, root) for root in (*reversed(list(model.functions.values())), model.graph)
-    ]
+    roots: list[GraphLike] = [model.graph, *model.functions.values()]
+    stack = [(root, root) for root in reversed(roots)]
     while stack:
         graph, root = stack.pop()
         yield graph, root
-        inner: list[tuple[GraphLike, GraphLike]] = [
-            (sub, root) for node in graph for sub in subgraphs(node)
-        ]
-        stack.extend(reversed(inner))
+        inner: list[tuple[GraphLike, GraphLike]] = []
+        for node in graph:
+            inner += [(sub, root) for sub in subgraphs(node)]
+        stack += reversed(inner)
 
 
 def graphs(model: Model) -> Iterator[GraphLike]:
