@@ -1,0 +1,1 @@
+"""The tests of graphopt: helpers are imported as ``tests._name``."""
