@@ -68,6 +68,7 @@ from onnx_ir import (  # noqa: E402
 )
 
 __all__ = [
+    "SOURCES",
     "Array",
     "Attr",
     "AttributeType",
@@ -75,7 +76,6 @@ __all__ = [
     "ExternalTensor",
     "Function",
     "Graph",
-    "GraphLike",
     "Model",
     "Node",
     "OptionalType",
@@ -107,8 +107,9 @@ __all__ = [
     "val",
 ]
 
-GraphLike = Graph | Function
 Array = npt.NDArray[np.generic]
+
+SOURCES = "graphopt.sources"  # key of a node's `meta`: see `sources`
 
 _CONSTANT_ATTRIBUTES = {
     "value_float": np.float32,
@@ -129,24 +130,23 @@ def subgraphs(node: Node) -> Iterator[Graph]:
             yield from attr.as_graphs()
 
 
-def scopes(model: Model) -> Iterator[tuple[GraphLike, GraphLike]]:
-    """Every graph with its root: main graph, functions, and the subgraphs of them, outer first.
+def scopes(model: Model) -> Iterator[tuple[Graph, Graph]]:
+    """Every graph with its root: main graph, functions' graphs, and their subgraphs, outer first.
 
-    The root is the main graph or the function: it imports the opsets that the subgraph follows.
+    The root is the main graph or a function's graph: it imports the opsets that the subgraph
+    follows. A root other than `model.graph` cannot hold initializers.
     """
-    roots: list[GraphLike] = [model.graph, *model.functions.values()]
+    roots = [model.graph, *(function.graph for function in model.functions.values())]
     stack = [(root, root) for root in reversed(roots)]
     while stack:
         graph, root = stack.pop()
         yield graph, root
-        inner: list[tuple[GraphLike, GraphLike]] = []
-        for node in graph:
-            inner += [(sub, root) for sub in subgraphs(node)]
+        inner = [(sub, root) for node in graph for sub in subgraphs(node)]
         stack += reversed(inner)
 
 
-def graphs(model: Model) -> Iterator[GraphLike]:
-    """The main graph, every function, and every subgraph of them, each once, outer first."""
+def graphs(model: Model) -> Iterator[Graph]:
+    """The main graph, every function's graph, and every subgraph of them, each once, outer first."""
     return (graph for graph, _ in scopes(model))
 
 
@@ -195,7 +195,7 @@ def attribute(node: Node, name: str, default: object = None) -> object:
     return default if attr is None or attr.is_ref() else attr.value
 
 
-def opset(root: GraphLike, domain: str = "") -> int:
+def opset(root: Graph, domain: str = "") -> int:
     """The version of `domain` that the nodes below a root follow; 0 where it is not imported.
 
     A root is the main graph or a function: subgraphs import nothing of their own (see `scopes`).
@@ -212,5 +212,5 @@ def label(node: Node) -> str:
 
 def sources(node: Node) -> tuple[str, ...]:
     """Labels of the nodes of the loaded file that this node was made from (lineage)."""
-    origin: tuple[str, ...] | None = node.meta.get("graphopt.sources")
+    origin: tuple[str, ...] | None = node.meta.get(SOURCES)
     return (label(node),) if origin is None else origin
