@@ -12,6 +12,7 @@ import importlib.util
 import sys
 from collections.abc import Iterator, Sequence
 from types import ModuleType
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -146,7 +147,7 @@ def scopes(model: Model) -> Iterator[tuple[Graph, Graph]]:
 
 
 def graphs(model: Model) -> Iterator[Graph]:
-    """The main graph, every function's graph, and every subgraph of them, each once, outer first."""
+    """The main graph, every function's graph, and every subgraph of them, outer first."""
     return (graph for graph, _ in scopes(model))
 
 
@@ -212,5 +213,5 @@ def label(node: Node) -> str:
 
 def sources(node: Node) -> tuple[str, ...]:
     """Labels of the nodes of the loaded file that this node was made from (lineage)."""
-    origin: tuple[str, ...] | None = node.meta.get(SOURCES)
-    return (label(node),) if origin is None else origin
+    meta = cast("dict[str, tuple[str, ...]]", node.meta)
+    return meta.get(SOURCES) or (label(node),)

@@ -1,0 +1,138 @@
+"""What a pass works on: the model, what is known of its values, and where to record changes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+
+import numpy as np
+from graphopt.shapes import Shapes
+from graphopt.target import Target
+
+from graphopt import ir
+from graphopt.errors import TimeLimitError
+from graphopt.report import PassRecord, Rewrite
+
+FOLD_BYTES = 1 << 20
+"""How much larger than what it frees a folded constant may be, in bytes."""
+
+
+class Context:
+    """One model under optimization. Passes mutate `model` and keep `shapes` in step."""
+
+    def __init__(
+        self,
+        model: ir.Model,
+        *,
+        target: Target | None = None,
+        fold_bytes: int = FOLD_BYTES,
+        rewrites_left: int | None = None,
+        deadline: float | None = None,
+    ) -> None:
+        self.model = model
+        self.target = target or Target.portable()
+        self.fold_bytes = fold_bytes
+        self.rewrites_left = rewrites_left
+        self.deadline = deadline
+        self.record = PassRecord("")
+        self.shapes = Shapes(model)
+        self._roots: dict[ir.Graph, ir.Graph] = {}
+        self._names: set[str] = set()
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Look at the model anew: after a pass that worked on it by other means than this class."""
+        self.shapes = Shapes(self.model)
+        self._roots = dict(ir.scopes(self.model))
+        self._names = _all_names(self.model)
+
+    @property
+    def exhausted(self) -> bool:
+        """True once the allowed number of rewrites is used up (`--bisect-limit`)."""
+        return self.rewrites_left is not None and self.rewrites_left <= 0
+
+    def check_time(self) -> None:
+        """Raise TimeLimitError past the deadline."""
+        if self.deadline is not None and time.monotonic() > self.deadline:
+            raise TimeLimitError(f"time limit reached in pass {self.record.name!r}")
+
+    def root(self, graph: ir.Graph) -> ir.Graph:
+        """The main graph or function's graph that a graph stands in."""
+        return self._roots.get(graph, graph)
+
+    def opset(self, node: ir.Node, domain: str = "") -> int:
+        """The version of a domain that a node of the model follows."""
+        assert node.graph is not None
+        return ir.opset(self.root(node.graph), domain)
+
+    def adopt(self, graph: ir.Graph, root: ir.Graph) -> None:
+        """Make a graph that was just put into the model known."""
+        self._roots[graph] = root
+
+    def unique(self, hint: str) -> str:
+        """A name, close to the hint, that no value or node of the model bears; it is taken."""
+        name, count = hint, 0
+        while name in self._names:
+            count += 1
+            name = f"{hint}_{count}"
+        self._names.add(name)
+        return name
+
+    def free(self, name: str) -> None:
+        """Give a name back, since what bore it is gone."""
+        self._names.discard(name)
+
+    def initializer(self, graph: ir.Graph, tensor: ir.TensorProtocol, hint: str) -> ir.Value:
+        """A new initializer of a graph (below the main graph, not in a function)."""
+        name = self.unique(hint)
+        value = ir.Value(
+            name=name,
+            shape=ir.Shape(list(tensor.shape)),
+            type=ir.TensorType(tensor.dtype),
+            const_value=_named(tensor, name),
+        )
+        graph.register_initializer(value)
+        return value
+
+    def holds_initializers(self, graph: ir.Graph) -> bool:
+        """False inside functions, where constants are Constant nodes."""
+        return self.root(graph) is self.model.graph
+
+    def changed(self, rule: str, before: Iterable[ir.Node], after: Iterable[ir.Node]) -> None:
+        """Record a rewrite."""
+        self.record.rewrites.append(
+            Rewrite(rule, tuple(map(ir.label, before)), tuple(map(ir.label, after)))
+        )
+        if self.rewrites_left is not None:
+            self.rewrites_left -= 1
+
+
+def _named(tensor: ir.TensorProtocol, name: str) -> ir.TensorProtocol:
+    """The tensor under a name of its own: tensors are shared between values, names are not."""
+    if tensor.name == name:
+        return tensor
+    if isinstance(tensor, ir.ExternalTensor):
+        return ir.ExternalTensor(
+            tensor.location,
+            tensor.offset,
+            tensor.length,
+            tensor.dtype,
+            shape=ir.Shape(list(tensor.shape)),
+            name=name,
+            base_dir=tensor.base_dir,
+        )
+    if tensor.dtype == ir.DataType.STRING:
+        return ir.onnx_ir.StringTensor(np.asarray(tensor.numpy(), object), name=name)
+    return ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=name)
+
+
+def _all_names(model: ir.Model) -> set[str]:
+    names: set[str] = set()
+    for graph in ir.graphs(model):
+        names.update(v.name for v in graph.inputs if v.name)
+        names.update(graph.initializers)
+        for node in graph:
+            names.update(v.name for v in node.outputs if v.name)
+            if node.name:
+                names.add(node.name)
+    return names

@@ -1,0 +1,155 @@
+"""The one record of a run: what each pass did, why others did nothing, what came out."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from graphopt import ir
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Size of a model: nodes apart from Constants (subgraphs and functions included), weights."""
+
+    nodes: int
+    parameters: int
+    bytes: int
+    ops: dict[str, int]
+
+    @classmethod
+    def of(cls, model: ir.Model) -> Stats:
+        """Count a model; `bytes` are those of its constant tensors."""
+        ops: Counter[str] = Counter()
+        tensors: dict[int, ir.TensorProtocol] = {}
+        for graph in ir.graphs(model):
+            for value in graph.initializers.values():
+                if value.const_value is not None:
+                    tensors[id(value.const_value)] = value.const_value
+            for node in graph:
+                if node.op_type == "Constant":
+                    tensor = ir.constant(node.outputs[0])
+                    if tensor is not None:
+                        tensors[id(node)] = tensor
+                else:
+                    ops[f"{node.domain}.{node.op_type}" if node.domain else node.op_type] += 1
+        return cls(
+            nodes=ops.total(),
+            parameters=sum(int(t.size) for t in tensors.values()),
+            bytes=sum(int(t.nbytes) for t in tensors.values()),
+            ops=dict(sorted(ops.items())),
+        )
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """One change: the rule, labels of the nodes that went and of those that came."""
+
+    rule: str
+    before: tuple[str, ...]
+    after: tuple[str, ...]
+
+
+@dataclass
+class PassRecord:
+    """What one pass did over all rounds."""
+
+    name: str
+    rewrites: list[Rewrite] = field(default_factory=list[Rewrite])
+    refusals: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
+    """Reason → labels of the nodes where a rule looked right but declined."""
+    seconds: float = 0.0
+    nodes_before: int = 0
+    nodes_after: int = 0
+    rolled_back: str = ""
+    """Why the pass's work was thrown away, where verification rejected it."""
+
+    def refuse(self, node: ir.Node, reason: str) -> None:
+        """Note that a rule declined at a node, once."""
+        labels = self.refusals.setdefault(reason, [])
+        name = ir.label(node)
+        if name not in labels[-50:]:
+            labels.append(name)
+
+
+@dataclass
+class OutputComparison:
+    """How one output of two models differs; see `graphopt.verify` for the definitions."""
+
+    name: str
+    ok: bool
+    max_abs: float = 0.0
+    max_rel: float = 0.0
+    cosine: float = 1.0
+    sqnr_db: float = float("inf")
+    top1: float | None = None
+    tolerance: float = 0.0
+    reason: str = ""
+
+
+@dataclass
+class Comparison:
+    """The verdict on two models: per output, and how it was reached."""
+
+    ok: bool
+    how: str
+    """`whole`, `regions`, or `not run: <why>`."""
+    outputs: list[OutputComparison] = field(default_factory=list[OutputComparison])
+    unchecked: list[str] = field(default_factory=list[str])
+    """What could not be compared, with the reason."""
+
+    @property
+    def worst(self) -> float:
+        """The largest relative difference over all outputs."""
+        return max((o.max_rel for o in self.outputs), default=0.0)
+
+
+@dataclass
+class Report:
+    """Everything a run has to say; the command line prints it, `--report` and `--json` store it."""
+
+    source: str = ""
+    pipeline: str = ""
+    target: str = ""
+    before: Stats | None = None
+    after: Stats | None = None
+    passes: list[PassRecord] = field(default_factory=list[PassRecord])
+    verification: Comparison | None = None
+    notes: list[str] = field(default_factory=list[str])
+    seconds: float = 0.0
+
+    def record(self, name: str) -> PassRecord:
+        """The record of a pass, made on first use."""
+        for record in self.passes:
+            if record.name == name:
+                return record
+        self.passes.append(PassRecord(name))
+        return self.passes[-1]
+
+    @property
+    def rolled_back(self) -> list[str]:
+        """Names of the passes whose work was rejected."""
+        return [record.name for record in self.passes if record.rolled_back]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data; infinities become None so that the JSON is standard."""
+        plain: dict[str, Any] = dataclasses.asdict(self)
+        finite: dict[str, Any] = _finite(plain)
+        return finite
+
+    def to_json(self) -> str:
+        """Standard JSON, two-space indented."""
+        return json.dumps(self.to_dict(), indent=2, allow_nan=False)
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, dict):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_finite(value) for value in data]
+    if isinstance(data, float) and (data != data or data in (float("inf"), float("-inf"))):
+        return None
+    return data
