@@ -7,11 +7,11 @@ from collections.abc import Iterable
 
 import numpy as np
 from graphopt.shapes import Shapes
-from graphopt.target import Target
 
 from graphopt import ir
 from graphopt.errors import TimeLimitError
 from graphopt.report import PassRecord, Rewrite
+from graphopt.target import Target
 
 FOLD_BYTES = 1 << 20
 """How much larger than what it frees a folded constant may be, in bytes."""
@@ -38,13 +38,14 @@ class Context:
         self.shapes = Shapes(model)
         self._roots: dict[ir.Graph, ir.Graph] = {}
         self._names: set[str] = set()
+        self._node_names: set[str] = set()
         self.refresh()
 
     def refresh(self) -> None:
         """Look at the model anew: after a pass that worked on it by other means than this class."""
         self.shapes = Shapes(self.model)
         self._roots = dict(ir.scopes(self.model))
-        self._names = _all_names(self.model)
+        self._names, self._node_names = _all_names(self.model)
 
     @property
     def exhausted(self) -> bool:
@@ -70,17 +71,20 @@ class Context:
         self._roots[graph] = root
 
     def unique(self, hint: str) -> str:
-        """A name, close to the hint, that no value or node of the model bears; it is taken."""
-        name, count = hint, 0
-        while name in self._names:
-            count += 1
-            name = f"{hint}_{count}"
-        self._names.add(name)
-        return name
+        """A name, close to the hint, that no value of the model bears; it is taken."""
+        return _take(hint, self._names)
+
+    def unique_node(self, hint: str) -> str:
+        """A name, close to the hint, that no node of the model bears; it is taken."""
+        return _take(hint, self._node_names)
 
     def free(self, name: str) -> None:
-        """Give a name back, since what bore it is gone."""
+        """Give a value's name back, since the value is gone."""
         self._names.discard(name)
+
+    def free_node(self, name: str) -> None:
+        """Give a node's name back, since the node is gone."""
+        self._node_names.discard(name)
 
     def initializer(self, graph: ir.Graph, tensor: ir.TensorProtocol, hint: str) -> ir.Value:
         """A new initializer of a graph (below the main graph, not in a function)."""
@@ -126,13 +130,24 @@ def _named(tensor: ir.TensorProtocol, name: str) -> ir.TensorProtocol:
     return ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=name)
 
 
-def _all_names(model: ir.Model) -> set[str]:
-    names: set[str] = set()
+def _take(hint: str, names: set[str]) -> str:
+    name, count = hint, 0
+    while name in names:
+        count += 1
+        name = f"{hint}_{count}"
+    names.add(name)
+    return name
+
+
+def _all_names(model: ir.Model) -> tuple[set[str], set[str]]:
+    """Names of all values and of all nodes."""
+    values: set[str] = set()
+    nodes: set[str] = set()
     for graph in ir.graphs(model):
-        names.update(v.name for v in graph.inputs if v.name)
-        names.update(graph.initializers)
+        values.update(v.name for v in graph.inputs if v.name)
+        values.update(graph.initializers)
         for node in graph:
-            names.update(v.name for v in node.outputs if v.name)
+            values.update(v.name for v in node.outputs if v.name)
             if node.name:
-                names.add(node.name)
-    return names
+                nodes.add(node.name)
+    return values, nodes

@@ -59,7 +59,7 @@ class PassRecord:
 
     name: str
     rewrites: list[Rewrite] = field(default_factory=list[Rewrite])
-    refusals: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
+    refusals: dict[str, set[str]] = field(default_factory=dict[str, set[str]])
     """Reason → labels of the nodes where a rule looked right but declined."""
     seconds: float = 0.0
     nodes_before: int = 0
@@ -68,11 +68,8 @@ class PassRecord:
     """Why the pass's work was thrown away, where verification rejected it."""
 
     def refuse(self, node: ir.Node, reason: str) -> None:
-        """Note that a rule declined at a node, once."""
-        labels = self.refusals.setdefault(reason, [])
-        name = ir.label(node)
-        if name not in labels[-50:]:
-            labels.append(name)
+        """Note that a rule declined at a node."""
+        self.refusals.setdefault(reason, set()).add(ir.label(node))
 
 
 @dataclass
@@ -150,6 +147,8 @@ def _finite(data: Any) -> Any:
         return {key: _finite(value) for key, value in data.items()}
     if isinstance(data, list | tuple):
         return [_finite(value) for value in data]
+    if isinstance(data, set):
+        return sorted(data)
     if isinstance(data, float) and (data != data or data in (float("inf"), float("-inf"))):
         return None
     return data
