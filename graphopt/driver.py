@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from graphopt import ir
 from graphopt.context import Context
 from graphopt.report import PassRecord
-from graphopt.rewrite import Op, Refuse, Result, Rule
+from graphopt.rewriting import Op, Refuse, Result, Rule
 
 _REWRITES_PER_NODE = 20
 

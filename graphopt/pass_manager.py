@@ -19,7 +19,7 @@ from graphopt.context import Context
 from graphopt.driver import Driver
 from graphopt.errors import InputError
 from graphopt.report import Comparison, PassRecord, Report
-from graphopt.rewrite import Rule
+from graphopt.rewriting import Rule
 
 MAX_ROUNDS = 10
 
