@@ -136,9 +136,9 @@ def _solve(
     while goals:
         (pattern, value, consumer), goals = goals[0], goals[1:]
         if isinstance(pattern, Apply):
-            bound = bindings.get(id(pattern))
-            if bound is not None:
-                if value is None or bound is not value.producer():
+            matched = bindings.get(id(pattern))
+            if matched is not None:
+                if value is None or matched is not value.producer():
                     return None
                 continue
             for more, extended in _expand(pattern, value, bindings, opset):
@@ -146,10 +146,10 @@ def _solve(
                 if solution is not None:
                     return solution
             return None
-        extended = _bind(pattern, value, consumer, bindings, shape_of)
-        if extended is None:
+        bound = _bind(pattern, value, consumer, bindings, shape_of)
+        if bound is None:
             return None
-        bindings = extended
+        bindings = bound
     return bindings
 
 

@@ -91,7 +91,7 @@ class Context:
         name = self.unique(hint)
         value = ir.Value(
             name=name,
-            shape=ir.Shape(list(tensor.shape)),
+            shape=ir.Shape(tensor.shape.numpy()),
             type=ir.TensorType(tensor.dtype),
             const_value=_named(tensor, name),
         )
@@ -121,7 +121,7 @@ def _named(tensor: ir.TensorProtocol, name: str) -> ir.TensorProtocol:
             tensor.offset,
             tensor.length,
             tensor.dtype,
-            shape=ir.Shape(list(tensor.shape)),
+            shape=ir.Shape(tensor.shape.numpy()),
             name=name,
             base_dir=tensor.base_dir,
         )

@@ -112,9 +112,9 @@ class Driver:
         for old, new in mapping.items():
             self._replace(old, new, new_nodes)
         gone: list[ir.Node] = []
-        for old in olds:
-            if is_dead(old):
-                self._remove_dead(old, gone)
+        for replaced in olds:
+            if is_dead(replaced):
+                self._remove_dead(replaced, gone)
         self._drop_constants(op)
         _merge_origin(context, gone or olds, new_nodes)
         context.changed(rule.name, gone or olds, new_nodes)

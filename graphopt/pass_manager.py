@@ -233,14 +233,9 @@ class PassManager:
     def _verify(self, before: ir.Model, context: Context, record: PassRecord, count: int) -> None:
         assert self.check is not None
         verdict = self.check(before, context.model)
-        if verdict.ok:
+        if not verdict.different:
             return
-        worst = next((o for o in verdict.outputs if not o.ok), None)
-        record.rolled_back = (
-            f"output {worst.name!r}: {worst.reason or f'differs by {worst.max_rel:.2g}'}"
-            if worst is not None
-            else verdict.how
-        )
+        record.rolled_back = verdict.why
         del record.rewrites[count:]
         context.model = before
         context.refresh()

@@ -74,34 +74,84 @@ class PassRecord:
 
 @dataclass
 class OutputComparison:
-    """How one output of two models differs; see `graphopt.verify` for the definitions."""
+    """How one output of two models differs, worst over all inputs that were tried.
+
+    `graphopt.closeness` defines the figures.
+    """
 
     name: str
-    ok: bool
+    ok: bool = True
+    reason: str = ""
+    """A difference that is no matter of degree: type, shape, length, NaN pattern."""
+    dtype: str = ""
+    shape: tuple[int, ...] = ()
+    elements: int = 0
+    """Elements compared over all inputs."""
     max_abs: float = 0.0
     max_rel: float = 0.0
-    cosine: float = 1.0
-    sqnr_db: float = float("inf")
+    """Relative to the output's scale; for exact types the share of elements that differ."""
+    cosine: float | None = None
+    sqnr_db: float | None = None
+    """Signal to noise; None where nothing differs or the output is not a number."""
     top1: float | None = None
+    """Share of rows whose largest element is the same one (last axis, rank 1 to 3)."""
     tolerance: float = 0.0
-    reason: str = ""
+    """The limit on `max_rel` that was applied; includes `noise`."""
+    noise: float | None = None
+    """How far the original lies from itself, where that had to be measured."""
+    note: str = ""
+    """Why the comparison says less than it seems to: an empty output, one not finite."""
+
+    def __str__(self) -> str:
+        if self.reason:
+            return f"output {self.name!r}: {self.reason}"
+        word = "agrees" if self.ok else "differs"
+        return f"output {self.name!r} {word}: {self.max_rel:.3g}, limit {self.tolerance:.3g}"
 
 
 @dataclass
 class Comparison:
-    """The verdict on two models: per output, and how it was reached."""
+    """The verdict on two models: per output, and how it was reached.
 
-    ok: bool
+    Three things can come of it: they agree (`ok`), they differ (`different`), or part of them
+    could not be compared (neither; `unchecked` names the part).
+    """
+
     how: str
-    """`whole`, `regions`, or `not run: <why>`."""
+    """`whole`, `regions` (only the parts that differ were run), or `not run: <why>`."""
+    ok: bool = False
+    """Everything was compared and agrees."""
+    different: bool = False
+    """Something was found that is not the same."""
+    signature: list[str] = field(default_factory=list[str])
+    """Ways in which the second model cannot take the first one's place."""
     outputs: list[OutputComparison] = field(default_factory=list[OutputComparison])
     unchecked: list[str] = field(default_factory=list[str])
     """What could not be compared, with the reason."""
+    notes: list[str] = field(default_factory=list[str])
+    seconds: float = 0.0
+
+    def settle(self) -> None:
+        """Set `ok` and `different` from what was found."""
+        self.different = bool(self.signature) or not all(o.ok for o in self.outputs)
+        self.ok = not self.different and not self.unchecked and not self.how.startswith("not run")
 
     @property
     def worst(self) -> float:
         """The largest relative difference over all outputs."""
         return max((o.max_rel for o in self.outputs), default=0.0)
+
+    @property
+    def why(self) -> str:
+        """One line: what is wrong, or what was not checked, or how well all agrees."""
+        wrong = [*self.signature, *(str(o) for o in self.outputs if not o.ok)]
+        if wrong:
+            return wrong[0]
+        if self.how.startswith("not run"):
+            return self.how
+        if self.unchecked:
+            return f"not checked: {self.unchecked[0]}"
+        return f"{len(self.outputs)} outputs agree, worst difference {self.worst:.2g}"
 
 
 @dataclass

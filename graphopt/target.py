@@ -140,29 +140,27 @@ class Target:
             return None
         if self.arch != here.arch:
             return f"it is for {self.arch} and this machine is {here.arch}"
-        lacking = sorted(self.isa.difference(here.isa))
+        lacking = sorted(feature for feature in self.isa if feature not in here.isa)
         return f"this machine's CPU lacks {', '.join(lacking)}" if lacking else None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data, sets as sorted lists."""
         data = dataclasses.asdict(self)
-        return {k: sorted(v) if isinstance(v, frozenset) else v for k, v in data.items()}
+        sets = {name: sorted(getattr(self, name)) for name in ("isa", "domains", "dtypes")}
+        return {**data, **sets, "opset": list(self.opset)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Target:
         """The inverse of `to_dict`. InputError where fields are missing, unknown or ill-typed."""
-        fields = {field.name: field.type for field in dataclasses.fields(cls)}
-        if set(data) != set(fields):
+        fields = [field.name for field in dataclasses.fields(cls)]
+        if sorted(data) != sorted(fields):
             raise InputError(f"a target has the fields {', '.join(fields)}, got {', '.join(data)}")
-        plain = dict(data)
-        for name, kind in fields.items():
-            if "frozenset" in str(kind):
-                if not isinstance(plain[name], list):
-                    raise InputError(f"field {name} of a target is a list, got {plain[name]!r}")
-                plain[name] = frozenset(map(str, plain[name]))
-        lowest, highest = plain["opset"]
-        plain["opset"] = (int(lowest), int(highest))
-        return cls(**plain)
+        for name in ("isa", "opset", "domains", "dtypes"):
+            if not isinstance(data[name], list):
+                raise InputError(f"field {name} of a target is a list, got {data[name]!r}")
+        oldest, newest = data["opset"]
+        sets = {name: frozenset[str](data[name]) for name in ("isa", "domains", "dtypes")}
+        return cls(**{**data, **sets, "opset": (oldest, newest)})
 
 
 @cache
