@@ -158,9 +158,10 @@ class Target:
         for name in ("isa", "opset", "domains", "dtypes"):
             if not isinstance(data[name], list):
                 raise InputError(f"field {name} of a target is a list, got {data[name]!r}")
-        oldest, newest = data["opset"]
-        sets = {name: frozenset[str](data[name]) for name in ("isa", "domains", "dtypes")}
-        return cls(**{**data, **sets, "opset": (oldest, newest)})
+        plain: dict[str, Any] = dict(data)
+        plain["opset"] = tuple(data["opset"])
+        plain |= {name: frozenset(data[name]) for name in ("isa", "domains", "dtypes")}
+        return cls(**plain)
 
 
 @cache

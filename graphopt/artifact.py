@@ -1,0 +1,219 @@
+"""The folder that a model is compiled into: native files and a manifest that vouches for them.
+
+Read without onnx or onnx-ir: a device that only runs models needs neither.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from graphopt.errors import GraphoptError, InputError
+from graphopt.target import Target
+
+FORMAT = 1
+"""Version of the manifest's layout; a reader refuses a newer one."""
+
+MANIFEST = "manifest.json"
+_MANIFEST_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """An input or output of a compiled model."""
+
+    name: str
+    dtype: str
+    """`float32`, `bfloat16`, `string` …, or ONNX's name of what is no tensor: `seq(…)`."""
+    shape: tuple[int | str, ...] | None
+    """Sizes and names of free dimensions (an unnamed one is `?`); None: of any rank."""
+
+    def __str__(self) -> str:
+        shape = "any shape" if self.shape is None else f"[{', '.join(map(str, self.shape))}]"
+        return f"{self.name} {self.dtype} {shape}"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What is in an artifact folder, where it came from and what may load it."""
+
+    backend: str
+    target: Target
+    inputs: tuple[TensorInfo, ...]
+    outputs: tuple[TensorInfo, ...]
+    options: Mapping[str, Any]
+    """The backend's options, all of them, as plain data."""
+    versions: Mapping[str, str]
+    """Versions of graphopt and of the tools that wrote the files."""
+    source: str
+    """Name of the file that was compiled; empty for a model that was in memory."""
+    source_sha256: str
+    """Of that file, without its external data; empty for a model that was in memory."""
+    pipeline: str
+    """The passes that ran before, as pipeline text."""
+    files: Mapping[str, str]
+    """SHA-256 of every file of the folder apart from the manifest."""
+
+
+def write(folder: Path, manifest: Manifest) -> Manifest:
+    """Write the manifest of a folder whose other files are complete; returns it with hashes."""
+    names = sorted(path.name for path in folder.iterdir())
+    full = dataclasses.replace(manifest, files={name: sha256(folder / name) for name in names})
+    data = {"format": FORMAT, **dataclasses.asdict(full), "target": full.target.to_dict()}
+    text = json.dumps(data, indent=2, sort_keys=True, allow_nan=False)
+    (folder / MANIFEST).write_text(text + "\n", "utf-8")
+    return full
+
+
+def read(folder: Path) -> Manifest:
+    """The manifest of a folder; nothing else is looked at. InputError where it is none."""
+    path = folder / MANIFEST
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such artifact folder")
+    try:
+        size = _regular_size(path)
+        if size > _MANIFEST_BYTES:
+            raise InputError(f"{path}: larger than any manifest ({size:,} bytes)")
+        data = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise InputError(f"{folder}: not a compiled model, it has no {MANIFEST}") from None
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+    except (ValueError, RecursionError):
+        raise InputError(f"{path}: not valid JSON") from None
+    return _parse(path, data)
+
+
+def check(folder: Path, manifest: Manifest) -> None:
+    """Raise InputError unless the folder holds exactly the files of its manifest, unchanged."""
+    present = {path.name for path in folder.iterdir()} - {MANIFEST}
+    for name in sorted(present - set(manifest.files)):
+        raise InputError(f"{folder}: {name} is not in its manifest")
+    for name, expected in manifest.files.items():
+        if name not in present:
+            raise InputError(f"{folder}: {name} is missing")
+        _regular_size(folder / name)
+        if sha256(folder / name) != expected:
+            raise InputError(f"{folder}: {name} was changed after it was compiled")
+
+
+@contextlib.contextmanager
+def publish(folder: Path, *, overwrite: bool) -> Generator[Path]:
+    """A new folder to fill, which takes the name `folder` when the block ends well.
+
+    Where the block fails nothing is left and an artifact of that name stays as it was. Only an
+    empty folder, or with `overwrite` an artifact folder, is replaced. Raises InputError else.
+    """
+    _check_replaceable(folder, overwrite)
+    try:
+        new = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    except OSError as error:
+        raise InputError(f"{folder.parent}: {error.strerror}") from None
+    try:
+        yield new
+        for path in new.iterdir():
+            _flush(path)
+        _flush(new)
+        new.chmod(0o777 & ~_umask())  # mkdtemp makes it private
+        _replace(new, folder)
+    except OSError as error:
+        raise GraphoptError(f"{folder}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file in hexadecimal, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _parse(path: Path, data: Any) -> Manifest:
+    if not isinstance(data, dict) or "format" not in data:
+        raise InputError(f"{path}: not the manifest of a compiled model")
+    fields = cast("dict[str, Any]", data)
+    version = fields.pop("format")
+    if version != FORMAT:
+        raise InputError(f"{path}: format {version}, this version of graphopt reads {FORMAT}")
+    try:
+        fields["target"] = Target.from_dict(fields["target"])
+        fields["inputs"] = _infos(fields["inputs"])
+        fields["outputs"] = _infos(fields["outputs"])
+        manifest = Manifest(**fields)
+        for name in ("options", "versions", "files"):
+            if not isinstance(fields[name], dict):
+                raise TypeError(name)
+    except (KeyError, TypeError, ValueError, InputError) as error:
+        raise InputError(f"{path}: not a manifest of format {FORMAT} ({error})") from None
+    for name, digest in manifest.files.items():
+        if Path(name).name != name or len(digest) != 64:
+            raise InputError(f"{path}: {name!r} is not the name of a file in its folder")
+    return manifest
+
+
+def _infos(data: Sequence[Mapping[str, Any]]) -> tuple[TensorInfo, ...]:
+    return tuple(
+        TensorInfo(
+            name=str(item["name"]),
+            dtype=str(item["dtype"]),
+            shape=None if item["shape"] is None else tuple(item["shape"]),
+        )
+        for item in data
+    )
+
+
+def _regular_size(path: Path) -> int:
+    """Size of a file in bytes; InputError for links, pipes, devices and folders."""
+    status = path.lstat()
+    if not stat.S_ISREG(status.st_mode):
+        raise InputError(f"{path}: not a regular file")
+    return status.st_size
+
+
+def _check_replaceable(folder: Path, overwrite: bool) -> None:
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise InputError(f"{folder}: exists and is no folder")
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    if not (folder / MANIFEST).is_file():
+        raise InputError(f"{folder}: exists and is not a compiled model; it is left alone")
+    if not overwrite:
+        raise InputError(f"{folder}: exists; ask for overwriting to replace it")
+
+
+def _replace(new: Path, folder: Path) -> None:
+    """Give `new` the name `folder`; what bore it is deleted only afterwards."""
+    old = new.with_name(new.name + ".old")
+    if folder.exists():
+        folder.rename(old)
+    try:
+        new.rename(folder)
+    except OSError:
+        if old.exists():
+            old.rename(folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
