@@ -235,7 +235,7 @@ class PassManager:
         verdict = self.check(before, context.model)
         if not verdict.different:
             return
-        record.rolled_back = verdict.why
+        record.rolled_back = verdict.summary()
         del record.rewrites[count:]
         context.model = before
         context.refresh()

@@ -141,8 +141,7 @@ class Comparison:
         """The largest relative difference over all outputs."""
         return max((o.max_rel for o in self.outputs), default=0.0)
 
-    @property
-    def why(self) -> str:
+    def summary(self) -> str:
         """One line: what is wrong, or what was not checked, or how well all agrees."""
         wrong = [*self.signature, *(str(o) for o in self.outputs if not o.ok)]
         if wrong:
@@ -161,6 +160,8 @@ class Report:
     source: str = ""
     pipeline: str = ""
     target: str = ""
+    requested: list[str] = field(default_factory=list[str])
+    """Passes that were asked for by name: one that changed nothing is said aloud."""
     before: Stats | None = None
     after: Stats | None = None
     passes: list[PassRecord] = field(default_factory=list[PassRecord])
