@@ -185,7 +185,7 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """Plain data; infinities become None so that the JSON is standard."""
         plain: dict[str, Any] = dataclasses.asdict(self)
-        finite: dict[str, Any] = _finite(plain)
+        finite: dict[str, Any] = finite(plain)
         return finite
 
     def to_json(self) -> str:
@@ -193,11 +193,12 @@ class Report:
         return json.dumps(self.to_dict(), indent=2, allow_nan=False)
 
 
-def _finite(data: Any) -> Any:
+def finite(data: Any) -> Any:
+    """Plain data for standard JSON: infinities and NaN become None, sets sorted lists."""
     if isinstance(data, dict):
-        return {key: _finite(value) for key, value in data.items()}
+        return {key: finite(value) for key, value in data.items()}
     if isinstance(data, list | tuple):
-        return [_finite(value) for value in data]
+        return [finite(value) for value in data]
     if isinstance(data, set):
         return sorted(data)
     if isinstance(data, float) and (data != data or data in (float("inf"), float("-inf"))):

@@ -1,0 +1,162 @@
+"""What the commands share: errors as one line with an exit code, output, option types."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from graphopt.errors import GraphoptError, InputError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Group(click.Group):
+    """A click group that turns every failure into one line and the exit code of its kind."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)  # in the order in which they were added, not by alphabet
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except GraphoptError as error:
+            fail(str(error), error.exit_code)
+        except (KeyboardInterrupt, click.Abort):
+            fail("interrupted", 130)
+        except MemoryError:
+            fail("out of memory; see --memory-limit", 4)
+        except BrokenPipeError:
+            sys.stderr.close()
+            raise SystemExit(1) from None
+        except (click.ClickException, click.exceptions.Exit, SystemExit):
+            raise
+        except Exception as error:
+            if os.environ.get("GRAPHOPT_TRACEBACK"):
+                raise
+            text = " ".join(str(error).split())[:300]
+            fail(
+                f"internal error: {type(error).__name__}: {text} "
+                "(GRAPHOPT_TRACEBACK=1 shows where; please report it)",
+                4,
+            )
+
+
+def fail(message: str, code: int) -> None:
+    """Print one line on stderr and end with the exit code."""
+    click.echo(f"graphopt: {' '.join(message.split())}", err=True)
+    raise SystemExit(code)
+
+
+def console(*, stderr: bool = False) -> Console:
+    """A rich console; colours only on terminals, names printed as they are."""
+    from rich.console import Console
+
+    width = None if sys.stdout.isatty() else 120
+    return Console(stderr=stderr, highlight=False, markup=False, soft_wrap=False, width=width)
+
+
+def write_json(data: Any, destination: str) -> None:
+    """Write JSON to a file, or to stdout where the destination is `-`."""
+    text = json.dumps(data, indent=2, allow_nan=False)
+    if destination == "-":
+        click.echo(text)
+        return
+    path = Path(destination)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        beside.write_text(text + "\n", encoding="utf-8")
+        beside.replace(path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise InputError(f"cannot write {path}: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def progress(quiet: bool) -> Iterator[Callable[[str], None]]:
+    """A function that shows what is being done, on terminals only."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda text: None
+        return
+    with console(stderr=True).status("") as status:
+        yield status.update
+
+
+@contextlib.contextmanager
+def limits(seconds: float | None, memory: int | None) -> Iterator[None]:
+    """Bound the process: an alarm for the time, an address-space limit for the memory.
+
+    Raises:
+        TimeLimitError: from wherever the process is once the time is over.
+    """
+    import resource
+
+    from graphopt.errors import TimeLimitError
+
+    def expire(_signal: int, _frame: object) -> None:
+        raise TimeLimitError(f"time limit of {seconds:g} s reached; nothing was written")
+
+    old = resource.getrlimit(resource.RLIMIT_DATA)
+    if memory is not None:
+        resource.setrlimit(resource.RLIMIT_DATA, (memory, old[1]))
+    if seconds is not None:
+        signal.signal(signal.SIGALRM, expire)
+        signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        resource.setrlimit(resource.RLIMIT_DATA, old)
+
+
+class Size(click.ParamType):
+    """A number of bytes: 500M, 2G, 1048576."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, int):
+            return value
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)i?b?", str(value).strip().lower())
+        if found is None:
+            self.fail(f"{value!r} is no size; write 500M or 2G", param, ctx)
+        return int(float(found[1]) * 1024 ** " kmgt".index(found[2] or " "))
+
+
+class NamedShape(click.ParamType):
+    """NAME:1x3x224x224; dimensions may be names, commas and brackets work too."""
+
+    name = "name:shape"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, tuple):
+            return value
+        name, colon, text = str(value).rpartition(":")
+        if not colon or not name:
+            self.fail(f"{value!r}: write NAME:1x3x224x224", param, ctx)
+        items = [d for d in re.split(r"[x,]", text.strip("[]() ")) if d.strip()]
+        dims = [int(d) if re.fullmatch(r"-?\d+", d.strip()) else d.strip() for d in items]
+        if any(isinstance(d, int) and d < 0 for d in dims):
+            self.fail(f"{value!r}: a dimension is negative; name it to keep it dynamic", param, ctx)
+        return name, dims
+
+
+MODEL = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+
+def json_option(function: F) -> F:
+    """`--json DESTINATION`."""
+    return click.option(
+        "--json", "json_to", metavar="FILE", help="Write the result as JSON to FILE, `-` is stdout."
+    )(function)

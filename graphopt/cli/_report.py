@@ -1,0 +1,140 @@
+"""How `graphopt optimize` shows what it did."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from graphopt.errors import InputError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from graphopt import ir
+    from graphopt.report import Comparison, PassRecord, Report
+
+
+def show(
+    out: Console,
+    report: Report,
+    path: Path,
+    written: Path | None,
+    evaluation: dict[str, Any] | None,
+    *,
+    verbose: bool,
+) -> None:
+    """Print the passes that changed something, then the model before and after."""
+    for record in report.passes:
+        if record.rewrites or record.rolled_back or record.name in report.requested or verbose:
+            _show_pass(out, record, verbose)
+    _show_table(out, report, path, written, evaluation)
+    if report.verification is not None:
+        out.print(_verdict(report.verification))
+    for note in report.notes:
+        out.print(f"note: {note}")
+
+
+def _show_pass(out: Console, record: PassRecord, verbose: bool) -> None:
+    if record.rolled_back:
+        out.print(f"{record.name:24} ROLLED BACK: {record.rolled_back}")
+        return
+    refusals = sorted(record.refusals.items())
+    reasons = "; ".join(f"{reason} ({_count(len(nodes), 'node')})" for reason, nodes in refusals)
+    if record.rewrites:
+        out.print(f"{record.name:24} {_count(len(record.rewrites), 'change')}")
+    else:
+        out.print(f"{record.name:24} changed nothing: {reasons or 'nothing here that it matches'}")
+    if verbose:
+        for rewrite in record.rewrites:
+            after = ", ".join(rewrite.after) or "nothing"
+            out.print(f"    {rewrite.rule}: {', '.join(rewrite.before)} -> {after}")
+        for reason, nodes in refusals:
+            out.print(f"    declined at {', '.join(sorted(nodes))}: {reason}")
+
+
+def _show_table(
+    out: Console,
+    report: Report,
+    path: Path,
+    written: Path | None,
+    evaluation: dict[str, Any] | None,
+) -> None:
+    from rich import box
+    from rich.table import Table
+
+    assert report.before is not None and report.after is not None
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("")
+    table.add_column(path.name, justify="right")
+    table.add_column("optimized", justify="right")
+    table.add_column("", justify="right")
+    before, after = report.before, report.after
+    table.add_row("nodes", str(before.nodes), str(after.nodes), _change(before.nodes, after.nodes))
+    sizes = (
+        (path.stat().st_size, written.stat().st_size)
+        if written is not None and before.bytes < path.stat().st_size
+        else (before.bytes, after.bytes)
+    )
+    label = "file" if written is not None else "weights"
+    table.add_row(label, size(sizes[0]), size(sizes[1]), _change(*sizes))
+    for name, row in (evaluation or {}).items():
+        table.add_row(name.replace("_", " "), row["before"], row["after"], row.get("change", ""))
+    if report.verification is not None and report.verification.outputs:
+        table.add_row("worst difference", "", f"{report.verification.worst:.1e}", "")
+    out.print(table)
+
+
+def _verdict(verdict: Comparison) -> str:
+    if verdict.ok:
+        how = "whole model" if verdict.how == "whole" else "by regions"
+        return f"verified ({how}): {verdict.summary()}"
+    return f"NOT FULLY VERIFIED: {verdict.summary()}"
+
+
+def size(count: float) -> str:
+    """Bytes for people: 412 KB."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.3g} {unit}" if count < 1000 else f"{count:.0f} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def _change(before: float, after: float) -> str:
+    return f"{100 * (after - before) / before:+.0f} %" if before else ""
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def evaluate(
+    source: ir.Model, result: ir.Model, samples: Path, show: Callable[[str], None]
+) -> dict[str, Any]:
+    """Accuracy and latency of two models on labelled samples, latency interleaved.
+
+    Raises:
+        InputError: samples without `labels`, or of other shapes.
+    """
+    from graphopt import feeds, measurement
+
+    arrays, labels = feeds.load_samples(samples, source)
+    if labels is None:
+        raise InputError(f"{samples}: no array named 'labels'")
+    show("accuracy")
+    accuracy = [measurement.measure(m, arrays, labels) for m in (source, result)]
+    show("latency")
+    timing = measurement.compare_latency([source, result], arrays, progress=show)
+    return {
+        "latency": {
+            "before": f"{timing[0].p50_ms:.3g} ms",
+            "after": f"{timing[1].p50_ms:.3g} ms",
+            "change": _change(timing[0].p50_ms, timing[1].p50_ms),
+        },
+        "accuracy": {
+            "before": f"{100 * accuracy[0]:.2f} %",
+            "after": f"{100 * accuracy[1]:.2f} %",
+            "change": f"{100 * (accuracy[1] - accuracy[0]):+.2f} points",
+        },
+    }

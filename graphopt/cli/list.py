@@ -1,0 +1,136 @@
+"""`graphopt passes`, `graphopt targets`, `graphopt doctor`."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import click
+
+from graphopt.cli._common import console, json_option, write_json
+
+
+@click.command()
+@click.argument("name", required=False)
+@json_option
+def passes(name: str | None, json_to: str | None) -> None:
+    """List the passes, or tell everything about one.
+
+    \b
+    graphopt passes
+    graphopt passes fuse-gelu
+    """
+    from graphopt.pass_manager import load_pass, pass_names
+
+    rows = [_describe(n) for n in ([load_pass(name).name] if name else pass_names())]
+    if json_to:
+        write_json(rows[0] if name else rows, json_to)
+    if json_to == "-":
+        return
+    out = console()
+    if not name:
+        for row in rows:
+            levels = f"O{min(row['levels'])}" if row["levels"] else "  "
+            out.print(f"{row['name']:24} {levels}  {row['summary']}")
+        return
+    out.print(f"{rows[0]['name']}\n\n{rows[0]['documentation']}\n")
+    for option in rows[0]["options"]:
+        out.print(f"  {option['name']} ({option['type']}, default {option['default']!r})")
+    level = min(rows[0]["levels"], default=None)
+    out.print(f"on by default from -O{level}" if level is not None else "runs when asked for")
+
+
+def _describe(name: str) -> dict[str, Any]:
+    import importlib
+    import inspect
+
+    from graphopt.pass_manager import load_pass
+    from graphopt.passes import PIPELINES
+
+    module = importlib.import_module(f"graphopt.passes.{name.replace('-', '_')}")
+    text = inspect.getdoc(module) or ""
+    return {
+        "name": name,
+        "summary": text.partition("\n")[0],
+        "documentation": text,
+        "levels": [level for level, names in enumerate(PIPELINES) if name in names],
+        "options": [
+            {"name": f.name, "type": str(f.type), "default": f.default}
+            for f in dataclasses.fields(load_pass(name))
+        ],
+    }
+
+
+@click.command()
+@json_option
+def targets(json_to: str | None) -> None:
+    """List what a model can be optimized and compiled for, and what is missing for it.
+
+    \b
+    graphopt targets
+    """
+    from graphopt import backends
+    from graphopt.target import Target
+
+    rows: list[dict[str, Any]] = []
+    for name in Target.names():
+        target = Target.parse(name)
+        row: dict[str, Any] = {"name": name, "description": target.description, "backends": {}}
+        for backend_name in backends.names():
+            backend = backends.get(backend_name)
+            row["backends"][backend_name] = {
+                "compile": backend.can_compile(target) or "yes",
+                "run": backend.can_run(target) or "yes",
+            }
+        rows.append(row)
+    if json_to:
+        write_json(rows, json_to)
+    if json_to != "-":
+        out = console()
+        for row in rows:
+            out.print(f"{row['name']:12} {row['description']}")
+            for backend_name, verdict in row["backends"].items():
+                same = verdict["compile"] == verdict["run"]
+                text = (
+                    verdict["run"]
+                    if same
+                    else f"compile: {verdict['compile']}; run: {verdict['run']}"
+                )
+                out.print(f"{'':12}   {backend_name}: {text}")
+
+
+@click.command()
+@json_option
+def doctor(json_to: str | None) -> None:
+    """Check the installation: versions, backends, and what is missing, with how to get it.
+
+    \b
+    graphopt doctor
+    """
+    import importlib.metadata
+    import platform
+
+    from graphopt import backends
+    from graphopt.target import host
+
+    packages: dict[str, str] = {}
+    for name in ("numpy", "onnx", "onnx-ir", "onnxruntime", "onnx-graphsurgeon", "onnxscript"):
+        try:
+            packages[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            packages[name] = f"not installed: pip install {name}"
+    data = {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": host().to_dict(),
+        "packages": packages,
+        "backends": {n: backends.get(n).is_available() or "ok" for n in backends.names()},
+    }
+    if json_to:
+        write_json(data, json_to)
+    if json_to != "-":
+        out = console()
+        out.print(f"python {data['python']} on {data['platform']}")
+        for section in ("packages", "backends"):
+            for name, text in data[section].items():
+                out.print(f"{section[:-1]:8} {name:18} {text}")

@@ -1,0 +1,205 @@
+"""`graphopt optimize`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from graphopt.cli._common import (
+    MODEL,
+    NamedShape,
+    Size,
+    console,
+    json_option,
+    limits,
+    progress,
+    write_json,
+)
+from graphopt.errors import InputError
+
+if TYPE_CHECKING:
+    from graphopt import ir
+    from graphopt.report import Report
+
+
+@click.command(no_args_is_help=True)
+@click.argument("model", type=MODEL)
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Where to write the result.")
+@click.option(
+    "-O",
+    "level",
+    type=click.IntRange(0, 3),
+    default=2,
+    show_default=True,
+    metavar="N",
+    help="0 nothing, 1 clean, 2 clean and fuse, 3 also what raises the opset.",
+)
+@click.option(
+    "-p",
+    "--passes",
+    metavar="PIPELINE",
+    help="Run exactly these passes: 'fold-constants,fuse-gelu{...}', or a TOML file.",
+)
+@click.option("--enable", multiple=True, metavar="PASS", help="Run this pass too (repeatable).")
+@click.option("--disable", multiple=True, metavar="PASS", help="Do not run this pass (repeatable).")
+@click.option(
+    "--target",
+    default="portable",
+    show_default=True,
+    help="What to optimize for; see `graphopt targets`.",
+)
+@click.option(
+    "--verify",
+    type=click.Choice(["off", "end", "each"]),
+    default="end",
+    show_default=True,
+    help="Compare with the original at the end, or after each pass.",
+)
+@click.option("--inputs", type=MODEL, help="An .npz with one array per input, to verify with.")
+@click.option("--seed", default=0, show_default=True, help="Of the random inputs.")
+@click.option(
+    "--set-shape",
+    "shapes",
+    type=NamedShape(),
+    multiple=True,
+    help="Fix an input's shape: image:1x3x224x224 (repeatable).",
+)
+@click.option("--opset", type=click.IntRange(1), help="Convert to this opset first.")
+@click.option(
+    "--keep-initializer-inputs",
+    is_flag=True,
+    help="List weights as inputs again where an old (IR 3) file did.",
+)
+@click.option("--lineage", is_flag=True, help="Note in each node which source nodes it came from.")
+@click.option(
+    "--evaluate",
+    type=MODEL,
+    metavar="NPZ",
+    help="Labelled samples (inputs and `labels`): compare accuracy and latency.",
+)
+@click.option("--dry-run", is_flag=True, help="Show what would change; write nothing.")
+@click.option(
+    "--dump-after",
+    type=(str, click.Path(file_okay=False, path_type=Path)),
+    metavar="PASS DIR",
+    help="Save the model after this pass (or `all`) into DIR.",
+)
+@click.option(
+    "--bisect-limit", type=click.IntRange(0), metavar="N", help="Apply only the first N rewrites."
+)
+@json_option
+@click.option("--report", metavar="FILE", help="Write the report as JSON.")
+@click.option("--overwrite", is_flag=True, help="Replace the output where it exists.")
+@click.option("-v", "--verbose", is_flag=True, help="List every rewrite and refusal.")
+@click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
+@click.option("--time-limit", type=click.FloatRange(min=0), metavar="SECONDS")
+@click.option("--memory-limit", type=Size(), metavar="SIZE", help="Such as 2G.")
+def optimize(model: Path, **options: Any) -> None:
+    """Make MODEL smaller and faster, and check that it still computes the same.
+
+    \b
+    graphopt optimize model.onnx -o small.onnx
+    graphopt optimize model.onnx -o small.onnx --set-shape image:1x3x224x224 -O3
+    graphopt optimize model.onnx --dry-run -v
+    graphopt optimize model.onnx -o small.onnx -p 'fold-constants,fuse-conv-batchnorm'
+    """
+    output: Path | None = options["output"]
+    if output is None and not options["dry_run"]:
+        raise InputError("say where to write the result (-o OUT.onnx), or use --dry-run")
+    if output is not None and not options["dry_run"]:
+        _check_output(model, output, options["overwrite"])
+    from graphopt.report import Report
+
+    report = Report()
+    with limits(options["time_limit"], options["memory_limit"]):
+        source, result = _optimize(model, options, report)
+        if output is not None and not options["dry_run"]:
+            from graphopt import files
+
+            files.save(result, output, overwrite=options["overwrite"], source=model)
+    _tell(model, source, result, report, options)
+    if report.rolled_back:
+        raise SystemExit(5)
+
+
+def _check_output(model: Path, output: Path, overwrite: bool) -> None:
+    """Fail before the work rather than after it."""
+    if output.exists() and not overwrite:
+        same = output.samefile(model)
+        raise InputError(f"{output} {'is the input' if same else 'exists'}; use --overwrite")
+    if not output.parent.is_dir():
+        raise InputError(f"{output.parent} is no folder")
+
+
+def _optimize(path: Path, options: dict[str, Any], report: Report) -> tuple[ir.Model, ir.Model]:
+    from graphopt import feeds, files, optimization
+
+    source = files.load(path, keep_signature=options["keep_initializer_inputs"])
+    inputs = options["inputs"]
+    after = None
+    if options["dump_after"] is not None:
+        wanted, folder = options["dump_after"]
+        after = _dumper(wanted.replace("_", "-"), folder)
+    with progress(options["quiet"]) as show:
+        result = optimization.optimize(
+            source,
+            level=options["level"],
+            passes=options["passes"],
+            enable=options["enable"],
+            disable=options["disable"],
+            target=options["target"],
+            verify=options["verify"],
+            inputs=None if inputs is None else feeds.load_feeds(inputs, source),
+            seed=options["seed"],
+            shapes=dict(options["shapes"]),
+            opset=options["opset"],
+            keep_signature=options["keep_initializer_inputs"],
+            lineage=options["lineage"],
+            bisect_limit=options["bisect_limit"],
+            time_limit=options["time_limit"],
+            memory_limit=options["memory_limit"],
+            after=after,
+            progress=show,
+            report=report,
+        )
+    report.source = str(path)
+    return source, result
+
+
+def _dumper(wanted: str, folder: Path) -> Any:
+    from graphopt import files, pass_manager
+
+    if wanted != "all":
+        pass_manager.load_pass(wanted)  # an unknown name is an error now, not silence later
+    folder.mkdir(parents=True, exist_ok=True)
+    count = 0
+
+    def dump(name: str, model: ir.Model) -> None:
+        nonlocal count
+        if wanted in ("all", name):
+            count += 1
+            files.save(model, folder / f"{count:03d}-{name}.onnx", overwrite=True)
+
+    return dump
+
+
+def _tell(
+    path: Path, source: ir.Model, result: ir.Model, report: Report, options: dict[str, Any]
+) -> None:
+    from graphopt.cli import _report
+
+    data = report.to_dict()
+    evaluation = None
+    if options["evaluate"] is not None:
+        with progress(options["quiet"]) as show:
+            evaluation = _report.evaluate(source, result, options["evaluate"], show)
+        data["evaluation"] = evaluation
+    if options["report"]:
+        write_json(data, options["report"])
+    if options["json_to"]:
+        write_json(data, options["json_to"])
+    if not options["quiet"] and options["json_to"] != "-":
+        written = None if options["dry_run"] else options["output"]
+        _report.show(console(), report, path, written, evaluation, verbose=options["verbose"])

@@ -1,0 +1,221 @@
+"""`optimize`: a model in, a smaller verified one out."""
+
+from __future__ import annotations
+
+import json
+import time
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from graphopt import files, ir
+from graphopt.context import FOLD_BYTES, Context
+from graphopt.errors import InputError, VerificationError
+from graphopt.pass_manager import Pass, PassManager, load_pass, parse_pipeline
+from graphopt.passes import PIPELINES
+from graphopt.report import Comparison, Report, Stats
+from graphopt.target import Target
+from graphopt.verification import verify as compare
+from graphopt.verification import verify_changes
+
+Verify = Literal["off", "end", "each"]
+Feeds = Mapping[str, ir.Array]
+
+
+def optimize(
+    model: files.ModelLike,
+    *,
+    level: int = 2,
+    passes: str | Path | Sequence[Pass] | None = None,
+    enable: Sequence[str] = (),
+    disable: Sequence[str] = (),
+    target: str | Target = "portable",
+    verify: Verify = "end",
+    inputs: Feeds | None = None,
+    seed: int = 0,
+    shapes: Mapping[str, Sequence[int | str]] | None = None,
+    opset: int | None = None,
+    keep_signature: bool = False,
+    lineage: bool = False,
+    fold_bytes: int = FOLD_BYTES,
+    bisect_limit: int | None = None,
+    time_limit: float | None = None,
+    memory_limit: int | None = None,
+    after: Callable[[str, ir.Model], None] | None = None,
+    progress: Callable[[str], None] | None = None,
+    report: Report | None = None,
+) -> ir.Model:
+    """Optimize a model; the argument is left as it is.
+
+    Args:
+        model: a path, serialized bytes, an `onnx.ModelProto` or an `onnx_ir.Model`.
+        level: 0 to 3, which of `graphopt.passes.PIPELINES` runs; ignored where `passes` is given.
+        passes: pipeline text (`fold-constants,fuse-gelu{…}`), a TOML file, or pass objects.
+        enable: further passes by name; they run after those of the level.
+        disable: passes by name that do not run.
+        target: `portable` (standard operators, any runtime) or a device, see `Target.names`.
+        verify: compare with the original at the `end`, after `each` pass, or `off`. A pass whose
+            result differs is undone and named in the report.
+        inputs: arrays by input name to verify with; random ones of `seed` where not given.
+        shapes: new shapes of graph inputs: ints, or names of symbolic dimensions.
+        opset: the ai.onnx version to convert to first.
+        keep_signature: list initializers as inputs again where a file of IR 3 did.
+        lineage: note in each node's metadata which nodes of the source it came from.
+        fold_bytes: how much larger than what it frees a folded constant may be, in bytes.
+        bisect_limit: apply only this many rewrites.
+        time_limit: seconds, for the passes.
+        memory_limit: bytes, for verification; a model that needs more is verified by regions.
+        after: called with the name of each pass that changed something, and the model.
+        progress: called with the name of each pass about to run.
+        report: filled with what was done.
+
+    Raises:
+        InputError: the model, a pass, an option or the inputs cannot be used.
+        VerificationError: the result differs and no single pass is to blame.
+        TimeLimitError: the time limit was reached.
+    """
+    report = report if report is not None else Report()
+    start = time.monotonic()
+    original = files.load(model, keep_signature=keep_signature)
+    if shapes:
+        set_shapes(original, shapes)
+    aim = Target.parse(target)
+    pipeline, asked = select(level, passes, enable, disable, opset)
+    report.source = str(model) if isinstance(model, str | Path) else original.graph.name or ""
+    report.target = aim.name
+    report.requested = asked
+    report.before = Stats.of(original)
+
+    def check(before: ir.Model, now: ir.Model) -> Comparison:
+        return verify_changes(before, now, seed=seed, memory_limit=memory_limit)
+
+    def run(each: bool) -> ir.Model:
+        context = Context(
+            files.copy(original),
+            target=aim,
+            fold_bytes=fold_bytes,
+            rewrites_left=bisect_limit,
+            deadline=None if time_limit is None else start + time_limit,
+        )
+        manager = PassManager(pipeline, check if each else None, after, progress)
+        return manager.run(context, report)
+
+    result = run(each=verify == "each")
+    if verify != "off":
+        feeds = None if inputs is None else [inputs]
+
+        def final(candidate: ir.Model) -> Comparison:
+            if progress is not None:
+                progress("verification")
+            return compare(original, candidate, feeds=feeds, seed=seed, memory_limit=memory_limit)
+
+        verdict = final(result)
+        if verdict.different and verify == "end":
+            report.passes.clear()
+            result = run(each=True)
+            verdict = final(result)
+        report.verification = verdict
+        if verdict.different:
+            raise VerificationError(f"the result differs from the original: {verdict.summary()}")
+    if lineage:
+        _write_lineage(result)
+    report.after = Stats.of(result)
+    report.seconds = time.monotonic() - start
+    return result
+
+
+def select(
+    level: int,
+    passes: str | Path | Sequence[Pass] | None,
+    enable: Sequence[str],
+    disable: Sequence[str],
+    opset: int | None = None,
+) -> tuple[list[Pass], list[str]]:
+    """The passes to run, and the names of those that were asked for by name.
+
+    Raises:
+        InputError: a level, pass or option that does not exist.
+    """
+    if isinstance(passes, Path) or (isinstance(passes, str) and passes.endswith(".toml")):
+        level, chosen, switched_on, switched_off = read_pipeline(Path(passes), level)
+        enable, disable = [*switched_on, *enable], [*switched_off, *disable]
+    else:
+        chosen = parse_pipeline(passes) if isinstance(passes, str) else passes
+    asked = [] if chosen is None else [p.name for p in chosen]
+    if chosen is None:
+        if not 0 <= level < len(PIPELINES):
+            raise InputError(f"no level {level}: there are 0 to {len(PIPELINES) - 1}")
+        chosen = [load_pass(name) for name in PIPELINES[level]]
+    names = {p.name for p in chosen}
+    added = [p for text in enable for p in parse_pipeline(text)]
+    asked += [p.name for p in added]
+    unwanted = {load_pass(name).name for name in disable}
+    first = [load_pass("convert-opset", {"version": opset})] if opset is not None else []
+    selected = [*first, *chosen, *(p for p in added if p.name not in names or p.name in asked)]
+    return [p for p in selected if p.name not in unwanted], asked
+
+
+def read_pipeline(path: Path, level: int) -> tuple[int, list[Pass] | None, list[str], list[str]]:
+    """A pipeline from a TOML file: (level, passes, enable, disable).
+
+    `level`, `enable` and `disable` are as on the command line; `passes` is a list of names in
+    order; a table of a pass's name holds its options.
+
+    Raises:
+        InputError: not a readable TOML file of that form.
+    """
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise InputError(f"{path}: {error}") from error
+    level = int(data.pop("level", level))
+    enable, disable = list(data.pop("enable", [])), list(data.pop("disable", []))
+    names = data.pop("passes", None)
+    options: dict[str, Any] = {key.replace("_", "-"): value for key, value in data.items()}
+    listed = list(PIPELINES[level]) if names is None else [n.replace("_", "-") for n in names]
+    for name, value in options.items():
+        if not isinstance(value, dict):
+            raise InputError(
+                f"{path}: {name!r} is neither a setting nor a table of a pass's options"
+            )
+        if name not in listed:
+            raise InputError(f"{path}: options for {name!r}, which is not among the passes")
+    if names is None and not options:
+        return level, None, enable, disable
+    return level, [load_pass(name, options.get(name)) for name in listed], enable, disable
+
+
+def set_shapes(model: ir.Model, shapes: Mapping[str, Sequence[int | str]]) -> None:
+    """Give graph inputs new shapes, in place; output shapes that depend on them become unknown.
+
+    Raises:
+        InputError: no such input, another rank, or a size that contradicts a fixed one.
+    """
+    inputs = {value.name: value for value in model.graph.inputs}
+    for name, dims in shapes.items():
+        value = inputs.get(name)
+        if value is None:
+            known = ", ".join(str(n) for n in inputs)
+            raise InputError(f"no input is named {name!r}; there are {known}")
+        old = value.shape
+        if old is not None:
+            if len(old) != len(dims):
+                raise InputError(f"input {name!r} has {len(old)} dimensions, not {len(dims)}")
+            for have, want in zip(old, dims, strict=True):
+                if isinstance(have, int) and isinstance(want, int) and want != have:
+                    raise InputError(f"input {name!r} has a fixed dimension {have}, not {want}")
+        value.shape = ir.Shape(list(dims))
+    for output in model.graph.outputs:
+        if output.shape is not None:
+            output.shape = ir.Shape([d if isinstance(d, int) else None for d in output.shape])
+    for graph in ir.graphs(model):
+        for node in graph:
+            for value in node.outputs:
+                if not value.is_graph_output():
+                    value.shape = None
+
+
+def _write_lineage(model: ir.Model) -> None:
+    for node in ir.all_nodes(model):
+        node.metadata_props[ir.SOURCES] = json.dumps(list(ir.sources(node)))
