@@ -75,7 +75,7 @@ def targets(json_to: str | None) -> None:
     rows: list[dict[str, Any]] = []
     for name in Target.names():
         target = Target.parse(name)
-        row: dict[str, Any] = {"name": name, "description": target.description, "backends": {}}
+        row: dict[str, Any] = {**target.to_dict(), "backends": {}}
         for backend_name in backends.names():
             backend = backends.get(backend_name)
             row["backends"][backend_name] = {
