@@ -1,12 +1,12 @@
 """Train the two shipped networks on scikit-learn's digits and export them as torch does.
 
-    pip install torch scikit-learn onnx
+    pip install -e '.[train]'
     python models/train_digits.py [FOLDER]
 
 Writes digits_cnn.onnx, digits_transformer.onnx and digits_test.npz into FOLDER (this one, unless
 told otherwise) and prints the held-out accuracy. Everything is seeded; the weights still differ
-in their last bits between versions of torch and between machines. Takes about two minutes on two
-cores.
+in their last bits between versions of torch and between machines. Takes about a minute on one
+core.
 
 The networks are exported the way they are found in the wild, with nothing fused: batch
 normalization beside its convolution, explicit padding, layer normalization, GELU and attention
