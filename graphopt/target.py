@@ -62,10 +62,10 @@ _CUDA_ARCHITECTURES = {
     "sm_80": "float16 bfloat16 int8",
     "sm_86": "float16 bfloat16 int8",
     "sm_87": "float16 bfloat16 int8",
-    "sm_89": "float16 bfloat16 int8 float8e4m3fn float8e5m2",
-    "sm_90": "float16 bfloat16 int8 float8e4m3fn float8e5m2",
-    "sm_100": "float16 bfloat16 int8 float8e4m3fn float8e5m2 float4e2m1",
-    "sm_120": "float16 bfloat16 int8 float8e4m3fn float8e5m2 float4e2m1",
+    "sm_89": "float16 bfloat16 int8 float8_e4m3fn float8_e5m2",
+    "sm_90": "float16 bfloat16 int8 float8_e4m3fn float8_e5m2",
+    "sm_100": "float16 bfloat16 int8 float8_e4m3fn float8_e5m2 float4_e2m1fn",
+    "sm_120": "float16 bfloat16 int8 float8_e4m3fn float8_e5m2 float4_e2m1fn",
 }
 _INTEGERS = frozenset(
     {"bool"} | {f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)}

@@ -1,0 +1,214 @@
+"""Backends: each module of this package turns models into something that a device runs.
+
+A backend is the object `BACKEND` of its module and bears the module's name: there is nothing to
+register. What it needs of the model beforehand it returns as passes (`legalize`), so that the one
+pass manager runs, records and verifies them; `compile` then only translates.
+
+Importing this package, and loading and running an artifact, needs neither onnx nor onnx-ir.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import pkgutil
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from graphopt.artifact import Manifest, TensorInfo
+from graphopt.errors import InputError
+from graphopt.target import Target
+
+if TYPE_CHECKING:
+    from graphopt import ir
+    from graphopt.pass_manager import Pass
+
+Array = npt.NDArray[Any]
+Output = Array | list[Any] | None
+"""What an output may be: a tensor, a sequence (of arrays, or of dicts for maps), or nothing."""
+
+_ALIASES = {"ort": "onnxruntime"}
+
+
+@dataclass(frozen=True)
+class OpTime:
+    """Time that one node of the compiled graph took, over all runs of a profile."""
+
+    node: str
+    op: str
+    device: str
+    """What ran it, as the backend names it: `CPUExecutionProvider` …"""
+    calls: float
+    """Executions per run of the model: more than one inside loops."""
+    microseconds: float
+    """Per run of the model, mean."""
+
+
+class Executable(Protocol):
+    """A compiled model, loaded and ready to run on this machine."""
+
+    @property
+    def inputs(self) -> tuple[TensorInfo, ...]: ...
+
+    @property
+    def outputs(self) -> tuple[TensorInfo, ...]: ...
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Output]:
+        """All outputs by name.
+
+        Raises:
+            InputError: feeds that do not fit the inputs, see `check_feeds`.
+            GraphoptError: the run failed; one line with the runtime's reason.
+        """
+        ...
+
+    def benchmark(self, feeds: Mapping[str, Array], runs: int) -> npt.NDArray[np.int64]:
+        """Nanoseconds of each of `runs` runs, without checks or conversions; raises as `run`."""
+        ...
+
+    def profile(self, feeds: Mapping[str, Array], runs: int = 10) -> tuple[OpTime, ...]:
+        """Time per node over `runs` runs after a warm-up, in order of execution."""
+        ...
+
+
+class Backend(Protocol):
+    """A way to compile and to run. Its methods never touch the model that they are given."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def options(self) -> type[Any]:
+        """A frozen dataclass whose fields, with their defaults, are the backend's options."""
+        ...
+
+    @property
+    def native_code(self) -> bool:
+        """True where loading an artifact executes machine code out of it."""
+        ...
+
+    def is_available(self) -> str | None:
+        """None, or why the backend cannot be used here and how to get it."""
+        ...
+
+    def versions(self) -> dict[str, str]:
+        """Versions of the tools behind it by name; they go into the manifest."""
+        ...
+
+    def can_compile(self, target: Target) -> str | None:
+        """None, or why it cannot compile for a target here. Other targets than this machine may."""
+        ...
+
+    def can_run(self, target: Target) -> str | None:
+        """None, or why this machine cannot run what is compiled for a target."""
+        ...
+
+    def supports(self, model: ir.Model, target: Target) -> dict[str, str]:
+        """The nodes it cannot take, by label, each with the reason; empty when it takes all."""
+        ...
+
+    def legalize(self, target: Target) -> tuple[Pass, ...]:
+        """The passes a model has to go through before `compile`."""
+        ...
+
+    def compile(self, model: ir.Model, target: Target, options: Any, folder: Path) -> None:
+        """Write the native files of a model into an empty folder.
+
+        Raises:
+            MissingError: a target that it cannot compile for here.
+            GraphoptError: it cannot take the model; one line with node and reason.
+        """
+        ...
+
+    def load(self, folder: Path, manifest: Manifest) -> Executable:
+        """Load what `compile` wrote; the files are those that the manifest vouches for.
+
+        Raises:
+            MissingError: this machine cannot run the artifact's target.
+            GraphoptError: the runtime refused the files.
+        """
+        ...
+
+
+def names() -> tuple[str, ...]:
+    """Every backend there is, usable here or not: the modules of this package."""
+    modules = pkgutil.iter_modules(__path__)
+    return tuple(sorted(m.name for m in modules if not m.name.startswith("_")))
+
+
+def get(name: str) -> Backend:
+    """The backend of a name (`ort` is short for `onnxruntime`); InputError lists the names."""
+    module = _ALIASES.get(name, name)
+    if module not in names():
+        raise InputError(f"unknown backend {name!r}; there are {', '.join(names())}")
+    backend: Backend = importlib.import_module(f"{__name__}.{module}").BACKEND
+    return backend
+
+
+def make_options(backend: Backend, values: Mapping[str, Any]) -> Any:
+    """The backend's options with some set, as text (from a command line) or as their own types.
+
+    Raises:
+        InputError: an option that the backend does not have, or a value of another type.
+    """
+    hints = typing.get_type_hints(backend.options)
+    for name in values:
+        if name not in hints:
+            known = ", ".join(hints) or "none"
+            raise InputError(f"{backend.name} has no option {name!r}; it has {known}")
+    return backend.options(
+        **{name: _convert(name, value, hints[name]) for name, value in values.items()}
+    )
+
+
+def describe_options(backend: Backend) -> dict[str, Any]:
+    """The backend's options by name with their defaults."""
+    return {field.name: field.default for field in dataclasses.fields(backend.options)}
+
+
+def check_feeds(inputs: tuple[TensorInfo, ...], feeds: Mapping[str, Array]) -> None:
+    """Raise InputError unless there is an array of the right dtype and shape for every input."""
+    known = {info.name for info in inputs}
+    for name in feeds:
+        if name not in known:
+            raise InputError(f"no input is named {name!r}; there are {', '.join(sorted(known))}")
+    for info in inputs:
+        if info.name not in feeds:
+            raise InputError(f"input {info.name!r} is missing: it takes {info}")
+        if info.dtype == "?" or "(" in info.dtype:
+            continue  # sequences, maps and optionals are checked by the runtime
+        feed = np.asarray(feeds[info.name])
+        dtype = "string" if feed.dtype.kind in "OSUT" else feed.dtype.name
+        if dtype != info.dtype:
+            raise InputError(f"input {info.name!r} takes {info.dtype}, got {dtype}")
+        if info.shape is not None and not _fits(feed.shape, info.shape):
+            raise InputError(f"input {info.name!r} takes {info}, got {list(feed.shape)}")
+
+
+def _fits(shape: tuple[int, ...], wanted: tuple[int | str, ...]) -> bool:
+    return len(shape) == len(wanted) and all(
+        isinstance(w, str) or s == w for s, w in zip(shape, wanted, strict=True)
+    )
+
+
+def _convert(name: str, value: Any, kind: Any) -> Any:
+    choices = typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else ()
+    if choices:
+        if value not in choices:
+            raise InputError(f"option {name!r} is one of {', '.join(choices)}, not {value!r}")
+        return value
+    if isinstance(value, str):
+        text = value.strip().lower()
+        if kind is bool and text in ("true", "false", "1", "0", "on", "off", "yes", "no"):
+            return text in ("true", "1", "on", "yes")
+        if kind is int and text.lstrip("-").isdecimal():
+            return int(text)
+    if type(value) is kind:
+        return value
+    raise InputError(f"option {name!r} is {kind.__name__}, not {value!r}")

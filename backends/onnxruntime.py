@@ -1,0 +1,359 @@
+"""ONNX Runtime: models as .onnx or .ort files, run by its CPU provider or another that is there."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import importlib
+import json
+import math
+import re
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from graphopt.artifact import Manifest, TensorInfo
+from graphopt.backends import Array, OpTime, Output, check_feeds
+from graphopt.errors import GraphoptError, InputError, MissingError
+from graphopt.target import Target
+
+if TYPE_CHECKING:
+    from graphopt import ir
+    from graphopt.pass_manager import Pass
+
+_OLDEST = (1, 20)
+_PROVIDERS = {"any": "CPUExecutionProvider", "cpu": "CPUExecutionProvider"} | {
+    "cuda": "CUDAExecutionProvider"
+}
+_LEVELS = {
+    "off": "ORT_DISABLE_ALL",
+    "basic": "ORT_ENABLE_BASIC",
+    "extended": "ORT_ENABLE_EXTENDED",
+    "layout": "ORT_ENABLE_LAYOUT",
+    "all": "ORT_ENABLE_ALL",
+}
+_FATAL = 4  # log severity: everything less is in the exception too, or no concern of the user's
+_EXTENDED = {
+    # numpy knows these only through ml_dtypes, ONNX Runtime only by TensorProto's numbers
+    "bfloat16": 16,
+    "float8_e4m3fn": 17,
+    "float8_e4m3fnuz": 18,
+    "float8_e5m2": 19,
+    "float8_e5m2fnuz": 20,
+}
+_TENSOR_TYPES = {f"tensor({name.replace('_', '')})": name for name in _EXTENDED}
+_PROFILE_WARMUP = 5
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a session runs. Zero threads leaves the number to ONNX Runtime: one per core."""
+
+    threads: int = 0
+    """Threads that share the work of one operator."""
+    inter_threads: int = 1
+    """Operators that may run side by side."""
+    spinning: bool = True
+    """Idle threads busy-wait: faster on a quiet machine, far slower on a contended one."""
+    arena: bool = True
+    """Keep freed memory for the next run instead of giving it back."""
+    graph_level: Literal["off", "basic", "extended", "layout", "all"] = "all"
+    """ONNX Runtime's own graph optimization: at load for .onnx, at compilation for .ort."""
+    format: Literal["onnx", "ort"] = "onnx"
+    """.ort loads faster, but from `layout` on only on CPUs like the one that compiled it."""
+
+    def __post_init__(self) -> None:
+        if self.threads < 0 or self.inter_threads < 1:
+            raise InputError("threads is 0 or more, inter_threads 1 or more")
+
+
+class OnnxRuntime:
+    """The backend; see `graphopt.backends.Backend`."""
+
+    name = "onnxruntime"
+    options = Options
+    native_code = False
+
+    def is_available(self) -> str | None:
+        """ONNX Runtime from 1.20 on, of any flavour."""
+        try:
+            version = str(_ort().__version__)
+        except MissingError as error:
+            return str(error)
+        if tuple(map(int, version.split(".")[:2])) < _OLDEST:
+            oldest = ".".join(map(str, _OLDEST))
+            return f"onnxruntime {version} is too old: pip install 'onnxruntime>={oldest}'"
+        return None
+
+    def versions(self) -> dict[str, str]:
+        """ONNX Runtime's version."""
+        return {"onnxruntime": str(_ort().__version__)}
+
+    def can_compile(self, target: Target) -> str | None:
+        """Files are portable, so everything that a provider exists for."""
+        return self.is_available() or (
+            None if target.device in _PROVIDERS else f"no provider for {target.device}"
+        )
+
+    def can_run(self, target: Target) -> str | None:
+        """Whether the installed wheel has the provider and this CPU the instructions."""
+        reason = self.can_compile(target)
+        if reason is not None:
+            return reason
+        provider, there = _PROVIDERS[target.device], _ort().get_available_providers()
+        if provider not in there:
+            hint = ": pip install onnxruntime-gpu" if target.device == "cuda" else ""
+            return f"this onnxruntime has no {provider}, only {', '.join(there)}{hint}"
+        return target.foreign()
+
+    def supports(self, model: ir.Model, target: Target) -> dict[str, str]:
+        """Tried by making sessions without the large weights: whole first, then node by node."""
+        from graphopt.backends._onnxruntime_support import unsupported
+
+        return unsupported(model, _refusal)
+
+    def legalize(self, target: Target) -> tuple[Pass, ...]:
+        """Nothing: it takes every standard model of the opsets that the target names."""
+        return ()
+
+    def compile(self, model: ir.Model, target: Target, options: Options, folder: Path) -> None:
+        """Save the model; a session made from the file proves that it loads."""
+        from graphopt import files
+
+        reason = self.can_compile(target)
+        if reason is not None:
+            raise MissingError(f"onnxruntime cannot compile for {target.name}: {reason}")
+        path = folder / "model.onnx"
+        files.save(model, path)
+        settings = _settings(options)
+        level: str = "off"
+        if options.format == "ort":
+            # what `layout` and above write is laid out for the CPU that did it
+            level = options.graph_level
+            if level in ("layout", "all") and (target.device != "cpu" or target.foreign()):
+                level = "extended"
+            settings.optimized_model_filepath = str(folder / "model.ort")
+            settings.add_session_config_entry("session.save_model_format", "ORT")
+        settings.graph_optimization_level = _level(level)
+        try:
+            _session(path, settings, "cpu")
+        except GraphoptError as error:
+            refused = self.supports(model, target)
+            nodes = "; ".join(f"node {label}: {why}" for label, why in list(refused.items())[:3])
+            raise GraphoptError(f"onnxruntime refused the model: {nodes or error}") from None
+        if options.format == "ort":
+            for written in folder.glob("model.onnx*"):
+                written.unlink()
+
+    def load(self, folder: Path, manifest: Manifest) -> OnnxRuntimeExecutable:
+        """A session on the folder's model, ready to run."""
+        reason = self.can_run(manifest.target)
+        if reason is not None:
+            raise MissingError(f"{folder} cannot run here: {reason}")
+        path = next((folder / f for f in ("model.ort", "model.onnx") if f in manifest.files), None)
+        if path is None:
+            raise InputError(f"{folder}: its manifest names no model.onnx or model.ort")
+        try:
+            options = Options(**manifest.options)
+            return OnnxRuntimeExecutable(path, manifest, options)
+        except (TypeError, KeyError) as error:
+            raise InputError(f"{folder}: options in its manifest are wrong ({error})") from None
+
+
+class OnnxRuntimeExecutable:
+    """A session and the signature of its model; see `graphopt.backends.Executable`."""
+
+    def __init__(self, path: Path, manifest: Manifest, options: Options) -> None:
+        self.inputs: tuple[TensorInfo, ...] = manifest.inputs
+        self.outputs: tuple[TensorInfo, ...] = manifest.outputs
+        self._path = path
+        self._device = manifest.target.device
+        self._options = options
+        self._session = _session(path, _settings(options), self._device)
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Output]:
+        """All outputs by name."""
+        results = self._caller(self._session, feeds)()
+        return {info.name: result for info, result in zip(self.outputs, results, strict=True)}
+
+    def benchmark(self, feeds: Mapping[str, Array], runs: int) -> npt.NDArray[np.int64]:
+        """Nanoseconds per run, with the garbage collector held off."""
+        call = self._caller(self._session, feeds)
+        clock, times = time.perf_counter_ns, np.empty(runs, np.int64)
+        collecting = gc.isenabled()
+        gc.disable()
+        try:
+            for index in range(runs):
+                start = clock()
+                call()
+                times[index] = clock() - start
+        finally:
+            if collecting:
+                gc.enable()
+        return times
+
+    def profile(self, feeds: Mapping[str, Array], runs: int = 10) -> tuple[OpTime, ...]:
+        """From ONNX Runtime's own profile of a second session; its file is deleted."""
+        with tempfile.TemporaryDirectory(prefix="graphopt-profile-") as folder:
+            settings = _settings(self._options)
+            settings.enable_profiling = True
+            settings.profile_file_prefix = str(Path(folder) / "profile")
+            session = _session(self._path, settings, self._device)
+            call = self._caller(session, feeds)
+            for _ in range(_PROFILE_WARMUP + runs):
+                call()
+            return _op_times(json.loads(Path(session.end_profiling()).read_bytes()), runs)
+
+    def _caller(self, session: Any, feeds: Mapping[str, Array]) -> Callable[[], list[Output]]:
+        """A function that runs the session on feeds that are checked and converted once."""
+        check_feeds(self.inputs, feeds)
+        plain = {name: _plain(feed) for name, feed in feeds.items()}
+        quiet = _ort().RunOptions()
+        quiet.log_severity_level = _FATAL
+        errors = _errors()
+        if not any(info.dtype in _EXTENDED for info in (*self.inputs, *self.outputs)):
+
+            def call() -> list[Output]:
+                try:
+                    results: list[Output] = session.run(None, plain, quiet)
+                except errors as error:
+                    raise _failure(error) from None
+                return results
+
+            return call
+        names = [info.name for info in self.outputs]
+        values = {name: _ort_value(feed) for name, feed in plain.items()}
+
+        def call_extended() -> list[Output]:
+            try:
+                results = session.run_with_ort_values(names, values, quiet)
+            except errors as error:
+                raise _failure(error) from None
+            return [_from_ort_value(result) for result in results]
+
+        return call_extended
+
+
+def _ort() -> Any:
+    """The onnxruntime package (untyped), imported on first use."""
+    try:
+        return importlib.import_module("onnxruntime")
+    except ImportError as error:
+        raise MissingError(
+            f"onnxruntime is not usable ({error}): pip install onnxruntime"
+        ) from None
+
+
+@cache
+def _errors() -> tuple[type[Exception], ...]:
+    """Everything that ONNX Runtime raises: its own classes have no common base."""
+    state: dict[str, Any] = _ort().capi.onnxruntime_pybind11_state.__dict__
+    own = (k for k in state.values() if isinstance(k, type) and issubclass(k, Exception))
+    return (*own, RuntimeError, ValueError, TypeError)
+
+
+def _failure(error: Exception) -> GraphoptError:
+    """An error of ONNX Runtime's as one line, without its codes and source positions."""
+    text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : [A-Z_]+ : ", "", str(error))
+    text = re.sub(r"/onnxruntime_src/\S+?:\d+ ", "", text)
+    return GraphoptError(" ".join(text.split())[:600])
+
+
+def _level(name: str) -> Any:
+    levels = _ort().GraphOptimizationLevel
+    # the layout level is younger than the others; before, it was a part of `all`
+    return getattr(levels, _LEVELS[name], levels.ORT_ENABLE_ALL)
+
+
+def _settings(options: Options) -> Any:
+    """Session options."""
+    settings = _ort().SessionOptions()
+    settings.log_severity_level = _FATAL
+    settings.intra_op_num_threads = options.threads
+    settings.inter_op_num_threads = options.inter_threads
+    if options.inter_threads > 1:
+        settings.execution_mode = _ort().ExecutionMode.ORT_PARALLEL
+    for kind in ("intra", "inter"):
+        settings.add_session_config_entry(
+            f"session.{kind}_op.allow_spinning", str(int(options.spinning))
+        )
+    settings.enable_cpu_mem_arena = options.arena
+    settings.graph_optimization_level = _level(options.graph_level)
+    return settings
+
+
+def _session(model: Path | bytes, settings: Any, device: str) -> Any:
+    """A session; GraphoptError with one line where ONNX Runtime refuses the model."""
+    provider = _PROVIDERS[device]
+    providers = list(dict.fromkeys((provider, "CPUExecutionProvider")))
+    source = str(model) if isinstance(model, Path) else model
+    try:
+        return _ort().InferenceSession(source, settings, providers=providers)
+    except _errors() as error:
+        raise _failure(error) from None
+
+
+def _refusal(model: bytes) -> str | None:
+    """Why ONNX Runtime does not take a serialized model, or None."""
+    try:
+        _session(model, _settings(Options(threads=1, graph_level="off")), "cpu")
+    except GraphoptError as error:
+        return str(error)
+    return None
+
+
+def _plain(feed: Any) -> Any:
+    """A feed as ONNX Runtime takes it: contiguous, strings as objects."""
+    if not isinstance(feed, np.ndarray):
+        return feed
+    array: Array = np.asarray(cast("Array", feed), order="C")
+    return array.astype(object) if array.dtype.kind in "UST" else array
+
+
+def _ort_value(feed: Any) -> Any:
+    kind = _ort().OrtValue
+    number = _EXTENDED.get(feed.dtype.name)
+    if number is None:
+        return kind.ortvalue_from_numpy(feed)
+    return kind.ortvalue_from_numpy_with_onnx_type(feed, number)
+
+
+def _from_ort_value(value: Any) -> Output:
+    """An array out of an OrtValue, also of a dtype for which `OrtValue.numpy` has no answer."""
+    name = _TENSOR_TYPES.get(value.data_type())
+    if name is None:
+        result: Output = value.numpy()
+        return result
+    dtype: np.dtype[Any] = np.dtype(getattr(importlib.import_module("ml_dtypes"), name))
+    shape = tuple(value.shape())
+    size = math.prod(shape) * dtype.itemsize
+    raw = ctypes.string_at(value.data_ptr(), size) if size else b""
+    return np.frombuffer(raw, dtype).reshape(shape).copy()
+
+
+def _op_times(events: list[dict[str, Any]], runs: int) -> tuple[OpTime, ...]:
+    """Mean time per node over the last `runs` runs of a profile."""
+    starts = sorted(event["ts"] for event in events if event.get("name") == "model_run")
+    first = starts[-runs]
+    rows: dict[tuple[str, str, str], list[float]] = {}
+    for event in sorted(events, key=lambda event: event["ts"]):
+        name, args = str(event.get("name", "")), event.get("args", {})
+        if event.get("cat") != "Node" or event["ts"] < first or not name.endswith("_kernel_time"):
+            continue
+        op = str(args["op_name"])
+        node = name.removesuffix("_kernel_time") or f"{op}#{args['node_index']}"
+        rows.setdefault((node, op, str(args["provider"])), []).append(event["dur"])
+    return tuple(
+        OpTime(node, op, device, calls=len(times) / runs, microseconds=sum(times) / runs)
+        for (node, op, device), times in rows.items()
+    )
+
+
+BACKEND = OnnxRuntime()
