@@ -88,15 +88,10 @@ def targets(json_to: str | None) -> None:
     if json_to != "-":
         out = console()
         for row in rows:
-            out.print(f"{row['name']:12} {row['description']}")
+            out.print(" ".join([f"{row['name']:18}", row["arch"] or "any machine", *row["isa"]]))
             for backend_name, verdict in row["backends"].items():
-                same = verdict["compile"] == verdict["run"]
-                text = (
-                    verdict["run"]
-                    if same
-                    else f"compile: {verdict['compile']}; run: {verdict['run']}"
-                )
-                out.print(f"{'':12}   {backend_name}: {text}")
+                for verb, answer in verdict.items():
+                    out.print(f"{'':18} {verb} with {backend_name}: {answer}")
 
 
 @click.command()

@@ -1,0 +1,62 @@
+"""Arrays in .npz files: read without pickle, written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from graphopt.errors import InputError
+
+Array = npt.NDArray[Any]
+
+_MOST_BYTES = 16 << 30
+
+
+def read(path: Path) -> dict[str, Array]:
+    """The arrays of a file by name; text as arrays of Python strings, which ONNX Runtime takes.
+
+    Raises:
+        InputError: no .npz, a damaged one, pickled objects, or more than 16 GiB unpacked.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if sum(info.file_size for info in archive.infolist()) > _MOST_BYTES:
+                raise InputError(f"{path}: unpacks to more than {_MOST_BYTES >> 30} GiB")
+        with cast("Any", np.load(path, allow_pickle=False)) as data:
+            arrays: dict[str, Array] = {name: data[name] for name in data.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, KeyError) as error:
+        reason = " ".join(str(error).split())
+        if "pickle" in reason or "Object arrays" in reason:
+            reason = "it holds pickled Python objects, which are never loaded"
+        raise InputError(f"{path}: not a usable .npz: {reason}") from error
+    return {name: a.astype(object) if a.dtype.kind in "US" else a for name, a in arrays.items()}
+
+
+def write(path: Path, arrays: Mapping[str, Any]) -> None:
+    """Write arrays by name; strings become fixed-width text.
+
+    Raises:
+        InputError: a value that is no array, or a place that cannot be written.
+    """
+    plain: dict[str, Array] = {}
+    for name, value in arrays.items():
+        if not isinstance(value, np.ndarray):
+            raise InputError(f"output {name!r} is a {type(value).__name__}; .npz holds arrays only")
+        array = cast(Array, value)
+        plain[name] = array.astype(str) if array.dtype.kind == "O" else array
+    beside = path.with_name(f".{path.name}.{os.getpid()}.npz")
+    try:
+        with beside.open("xb") as file:
+            cast("Any", np.savez)(file, **plain)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise InputError(f"cannot write {path}: {error.strerror}") from error
