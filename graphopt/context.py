@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterable
 
 import numpy as np
@@ -37,8 +38,8 @@ class Context:
         self.record = PassRecord("")
         self.shapes = Shapes(model)
         self._roots: dict[ir.Graph, ir.Graph] = {}
-        self._names: set[str] = set()
-        self._node_names: set[str] = set()
+        self._names: Counter[str] = Counter()
+        self._node_names: Counter[str] = Counter()
         self.refresh()
 
     def refresh(self) -> None:
@@ -79,12 +80,24 @@ class Context:
         return _take(hint, self._node_names)
 
     def free(self, name: str) -> None:
-        """Give a value's name back, since the value is gone."""
-        self._names.discard(name)
+        """Give a value's name back, since the value is gone.
+
+        Branches of an If may bear the same names: it is free when the last of them is gone.
+        """
+        self._names[name] -= 1
 
     def free_node(self, name: str) -> None:
         """Give a node's name back, since the node is gone."""
-        self._node_names.discard(name)
+        self._node_names[name] -= 1
+
+    def rename(self, value: ir.Value, hint: str | None = None) -> None:
+        """Give a value that moved to another scope, or stood in no graph yet, a unique name.
+
+        It keeps its own where nothing else of the model bears it.
+        """
+        if value.name and self._names[value.name] > 0:
+            self.free(value.name)
+        value.name = self.unique(hint or value.name or "value")
 
     def initializer(self, graph: ir.Graph, tensor: ir.TensorProtocol, hint: str) -> ir.Value:
         """A new initializer of a graph (below the main graph, not in a function)."""
@@ -102,13 +115,17 @@ class Context:
         """False inside functions, where constants are Constant nodes."""
         return self.root(graph) is self.model.graph
 
-    def changed(self, rule: str, before: Iterable[ir.Node], after: Iterable[ir.Node]) -> None:
-        """Record a rewrite."""
-        self.record.rewrites.append(
-            Rewrite(rule, tuple(map(ir.label, before)), tuple(map(ir.label, after)))
-        )
+    def changed(
+        self, rule: str, before: Iterable[ir.Node | str], after: Iterable[ir.Node | str] = ()
+    ) -> None:
+        """Record a rewrite: nodes, or names of what is no node, that went and came."""
+        self.record.rewrites.append(Rewrite(rule, _labels(before), _labels(after)))
         if self.rewrites_left is not None:
             self.rewrites_left -= 1
+
+
+def _labels(items: Iterable[ir.Node | str]) -> tuple[str, ...]:
+    return tuple(item if isinstance(item, str) else ir.label(item) for item in items)
 
 
 def _named(tensor: ir.TensorProtocol, name: str) -> ir.TensorProtocol:
@@ -130,24 +147,24 @@ def _named(tensor: ir.TensorProtocol, name: str) -> ir.TensorProtocol:
     return ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=name)
 
 
-def _take(hint: str, names: set[str]) -> str:
+def _take(hint: str, names: Counter[str]) -> str:
     name, count = hint, 0
-    while name in names:
+    while names[name] > 0:
         count += 1
         name = f"{hint}_{count}"
-    names.add(name)
+    names[name] = 1
     return name
 
 
-def _all_names(model: ir.Model) -> tuple[set[str], set[str]]:
-    """Names of all values and of all nodes."""
-    values: set[str] = set()
-    nodes: set[str] = set()
+def _all_names(model: ir.Model) -> tuple[Counter[str], Counter[str]]:
+    """How often each name of a value and of a node occurs."""
+    values: Counter[str] = Counter()
+    nodes: Counter[str] = Counter()
     for graph in ir.graphs(model):
         values.update(v.name for v in graph.inputs if v.name)
         values.update(graph.initializers)
         for node in graph:
             values.update(v.name for v in node.outputs if v.name)
             if node.name:
-                nodes.add(node.name)
+                nodes[node.name] += 1
     return values, nodes

@@ -101,6 +101,7 @@ class Driver:
             if node not in used:
                 _detach(context, node)
         new_nodes = [node for node in op.created if node in used]
+        created = set(new_nodes)
         for node in new_nodes:
             node.name = context.unique_node(f"{root.name or root.op_type}_{node.op_type}")
         assert place.graph is not None
@@ -110,7 +111,7 @@ class Driver:
             self._order[node] = self._order.get(place, 0.0)
         around = list(dict.fromkeys(u for v in mapping for u in v.consumers()))
         for old, new in mapping.items():
-            self._replace(old, new, new_nodes)
+            _replace(context, old, new, fresh=new.producer() in created)
         gone: list[ir.Node] = []
         for replaced in olds:
             if is_dead(replaced):
@@ -154,14 +155,7 @@ class Driver:
                 continue
             producer = new.producer()
             fresh = producer is not None and producer in op.created
-            bearable = (
-                fresh
-                or (
-                    new.graph is old.graph
-                    and not new.is_graph_input()
-                    and not new.is_graph_output()
-                )
-            ) and new not in taken
+            bearable = (fresh or can_be_output(old, new)) and new not in taken
             taken.add(new)
             if not bearable:
                 if op.node.op_type == "Identity":
@@ -187,23 +181,6 @@ class Driver:
                     return False
         return True
 
-    def _replace(self, old: ir.Value, new: ir.Value, new_nodes: Sequence[ir.Node]) -> None:
-        context, name = self._context, old.name
-        fresh = new.producer() in new_nodes
-        if old.is_graph_output() or fresh:
-            assert name is not None
-            old.name = context.unique(f"{name}_replaced")
-            if new.name is not None:
-                context.free(new.name)
-            new.name = name
-        if fresh or old.is_graph_output():
-            new.type = new.type or old.type
-            if old.is_graph_output() or new.shape is None:
-                new.shape, new.type = old.shape, old.type or new.type
-            new.doc_string = new.doc_string or old.doc_string
-            new.metadata_props.update(old.metadata_props)
-        old.replace_all_uses_with(new, replace_graph_outputs=True)
-
     def _remove_dead(self, node: ir.Node, gone: list[ir.Node] | None = None) -> None:
         """Remove a dead node and the producers that it kept alive."""
         stack = [node]
@@ -224,8 +201,56 @@ class Driver:
 
 
 def is_dead(node: ir.Node) -> bool:
-    """Whether nothing uses any output of a node."""
-    return not any(v.uses() or v.is_graph_output() for v in node.outputs)
+    """Whether nothing uses any output of a node; one that has none is there for its effect."""
+    return len(node.outputs) > 0 and not any(map(is_used, node.outputs))
+
+
+def is_used(value: ir.Value) -> bool:
+    """Whether a node or graph output takes the value."""
+    return bool(value.uses()) or value.is_graph_output()
+
+
+def can_be_output(old: ir.Value, new: ir.Value) -> bool:
+    """Whether a value that exists may be the graph output in another one's place.
+
+    A graph input, a value of an outer scope or one that is an output already may not.
+    """
+    return new.graph is old.graph and not new.is_graph_input() and not new.is_graph_output()
+
+
+def replace_value(context: Context, old: ir.Value, new: ir.Value) -> None:
+    """Let all that takes one value take another, which stands before it.
+
+    A graph output keeps its name; where the new value cannot bear it, an Identity of it does.
+    """
+    if old.is_graph_output() and not can_be_output(old, new):
+        producer = old.producer()
+        assert producer is not None and producer.graph is not None
+        identity = ir.Node("", "Identity", [new], name=context.unique_node(f"{old.name}_Identity"))
+        identity.meta[ir.SOURCES] = ir.sources(producer)
+        identity.outputs[0].name = context.unique(f"{old.name}_Identity")
+        producer.graph.insert_before(producer, identity)
+        context.shapes.update(identity, context.root(producer.graph))
+        _replace(context, old, identity.outputs[0], fresh=True)
+    else:
+        _replace(context, old, new, fresh=False)
+
+
+def _replace(context: Context, old: ir.Value, new: ir.Value, *, fresh: bool) -> None:
+    """Replace a value; a new one, made for the purpose, takes over its name and metadata."""
+    name = old.name
+    if old.is_graph_output() or (fresh and not new.is_graph_output()):
+        assert name is not None
+        old.name = context.unique(f"{name}_replaced")
+        if new.name is not None:
+            context.free(new.name)
+        new.name = name
+        new.type = new.type or old.type
+        if old.is_graph_output() or new.shape is None:
+            new.shape, new.type = old.shape, old.type or new.type
+        new.doc_string = new.doc_string or old.doc_string
+        new.metadata_props.update(old.metadata_props)
+    old.replace_all_uses_with(new, replace_graph_outputs=True)
 
 
 def drop_initializer(context: Context, value: ir.Value) -> None:
@@ -274,13 +299,10 @@ def _as_mapping(node: ir.Node, result: Result) -> dict[ir.Value, ir.Value]:
         return {}
     if isinstance(result, ir.Value):
         result = (result,)
-    if isinstance(result, Mapping):
-        return {old: new for old, new in result.items() if old is not new}
-    return {
-        old: new
-        for old, new in zip(node.outputs, result, strict=False)
-        if new is not None and new is not old
-    }
+    if not isinstance(result, Mapping):
+        pairs = zip(node.outputs, result, strict=False)
+        result = {old: new for old, new in pairs if new is not None}
+    return {old: new for old, new in result.items() if old is not new and is_used(old)}
 
 
 def _reachable(created: Sequence[ir.Node], results: Iterable[ir.Value]) -> set[ir.Node]:
