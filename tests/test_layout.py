@@ -27,16 +27,16 @@ LINES, FUNCTION_LINES = 450, 80
 
 # A file imports only from its own floor and those below.
 FLOORS = [
-    {"errors", "ir", "dims", "files"},
-    {"shapes", "shape_ops", "shape_call", "cost", "execute", "numpy_ops", "feeds", "target"}
-    | {"report", "closeness", "models"},
-    {"context", "rewriting", "_match", "driver", "pass_manager", "verification", "regions"},
-    {"passes"},
-    {"backends", "artifact"},
-    {"optimization", "compilation", "measurement", "bisect", "diff", "inspect", "graphsurgeon"}
-    | {"onnxscript", "cli", ""},
+    "errors ir dims _wire _external _operators _tensors _validate files npz __version__",
+    "shapes shape_call shape_ops_data shape_ops_nn cost sizes runner batch execute numpy_ops "
+    "numpy_moves feeds target report closeness artifact models",
+    "context _match rewriting driver pass_manager numbering cutting regions judging verification",
+    "passes",
+    "backends timing",
+    "optimization compilation machine measurement bisection differences inspection graphsurgeon "
+    "onnxscript cli __init__ __main__",
 ]
-FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
+FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names.split()}
 PUBLIC = {
     *("GraphoptError", "Model", "PassManager", "Refuse", "Report", "Target"),
     *("compile", "load", "measure", "optimize", "rewrite", "save", "verify"),
@@ -58,16 +58,15 @@ def tracked() -> list[Path]:
 
 
 def modules() -> Iterator[tuple[str, Path]]:
-    """Each module that is shipped: its name below graphopt ("" for the package), its file."""
+    """Each module that is shipped: its name below graphopt, its file."""
     for file in sorted(ROOT.glob("graphopt/*.py")):
-        yield ("" if file.stem == "__init__" else file.stem), file
+        yield file.stem, file
     for folder in (ROOT / "graphopt" / "cli", *(ROOT / name for name in PACKAGES)):
         for file in sorted(folder.rglob("*.py")):
             yield f"{folder.name}.{file.stem}", file
 
 
 MODULES = list(modules())
-IDS = [name or "graphopt" for name, _ in MODULES]
 
 
 def imports(tree: ast.Module) -> Iterator[tuple[int, str]]:
@@ -84,10 +83,10 @@ def home(dotted: str) -> str | None:
     """The entry of FLOOR that an import reaches: `graphopt.passes.x` is `passes`."""
     first, _, rest = dotted.partition(".")
     name = rest.partition(".")[0]
-    return None if first != "graphopt" else name if name in FLOOR else ""
+    return None if first != "graphopt" else name if name in FLOOR else "__init__"
 
 
-@pytest.mark.parametrize(("name", "file"), MODULES, ids=IDS)
+@pytest.mark.parametrize(("name", "file"), MODULES, ids=[name for name, _ in MODULES])
 def test_module(name: str, file: Path) -> None:
     """One module: its floor, its length, its docstrings."""
     text = file.read_text(encoding="utf-8")
@@ -152,7 +151,7 @@ def test_public_api() -> None:
     """The public names are these, each resolves, and each is documented."""
     assert set(graphopt.__all__) == PUBLIC
     for name in graphopt.__all__:
-        assert getattr(graphopt, name).__doc__
+        assert name == "Model" or getattr(graphopt, name).__doc__  # Model is onnx-ir's
     assert graphopt.__version__ == version("graphopt")
     with pytest.raises(AttributeError, match="nothing"):
         _ = graphopt.nothing
@@ -166,8 +165,7 @@ def test_import_is_cheap() -> None:
         "assert not heavy, heavy\n"
         "from graphopt import models\n"
         "graphopt.optimize(models.path('digits_cnn'), verify='off')\n"
-        "lazy = type(sys).__module__, type(sys.modules.get('sympy', sys)).__name__\n"
-        "assert 'sympy.core' not in sys.modules, lazy\n"
+        "assert 'sympy.core' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT, timeout=120)
 

@@ -11,14 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from graphopt.execute import Runner
-from graphopt.feeds import random_feeds
-from graphopt.shapes import Shapes
 
 from graphopt import files, ir
 from graphopt.context import Context
+from graphopt.feeds import random_feeds
 from graphopt.pass_manager import PassManager, parse_pipeline
 from graphopt.report import PassRecord, Report
+from graphopt.runner import Runner
+from graphopt.shapes import Shapes
 from graphopt.target import Target
 from tests._canonical import Canonical
 from tests._fixtures import FOLDER, Case, cases
