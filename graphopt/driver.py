@@ -35,7 +35,12 @@ class Driver:
 
     def run(self) -> None:
         """Apply rules until none applies, or the budget or allowed number of rewrites is spent."""
-        nodes = list(ir.all_nodes(self._context.model))
+        model = self._context.model
+        # What an attribute of such a function's node is, each call decides.
+        parametric = {f.graph for f in model.functions.values() if f.attributes}
+        nodes = [
+            node for graph, root in ir.scopes(model) if root not in parametric for node in graph
+        ]
         self._push(node for node in nodes if (node.domain, node.op_type) in self._rules)
         budget = _REWRITES_PER_NODE * len(nodes) + 1000
         visited = 0
