@@ -5,6 +5,7 @@ Importing this module, and loading and running, needs neither onnx nor onnx-ir.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -61,8 +62,7 @@ def compile(
         MissingError: no backend, or not this one, compiles for the target here.
         GraphoptError: the backend refused the model; what else `graphopt.optimize` raises.
     """
-    from graphopt import files, optimization
-    from graphopt.report import Report
+    from graphopt import files
 
     aim = Target.parse(target)
     chosen = choose(aim, backend)
@@ -70,15 +70,8 @@ def compile(
     folder = Path(out)
     with artifact.publish(folder, overwrite=overwrite) as staging:
         lowered, pipeline = files.load(model), ""
-        wanted = list(chosen.legalize(aim))
-        if level or passes is not None:
-            wanted = [*optimization.select(level, passes, (), ())[0], *wanted]
-        if wanted:
-            record = Report() if report is None else report
-            lowered = optimization.optimize(
-                lowered, passes=wanted, target=aim, verify=verify, report=record
-            )
-            pipeline = record.pipeline
+        if level or passes is not None or chosen.legalize(aim):
+            lowered, pipeline = _lower(lowered, aim, chosen, level, passes, verify, report)
         chosen.compile(lowered, aim, settings, staging)
         source = Path(model) if isinstance(model, str | os.PathLike) else None
         artifact.write(
@@ -86,9 +79,9 @@ def compile(
             Manifest(
                 backend=chosen.name,
                 target=aim,
-                inputs=tuple(_info(value) for value in lowered.graph.inputs),
+                inputs=tuple(_info(v) for v in lowered.graph.inputs if not v.is_initializer()),
                 outputs=tuple(_info(value) for value in lowered.graph.outputs),
-                options=vars(settings),
+                options=dataclasses.asdict(settings),
                 versions={"graphopt": __version__, **chosen.versions()},
                 source=source.name if source else "",
                 source_sha256=artifact.sha256(source) if source else "",
@@ -138,6 +131,31 @@ def choose(target: Target, name: str | None = None) -> Backend:
             return backend
     why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
     raise MissingError(f"nothing here compiles for {target.name}: {why}")
+
+
+def _lower(
+    model: ir.Model,
+    target: Target,
+    backend: Backend,
+    level: int,
+    passes: str | Path | Sequence[Pass] | None,
+    verify: Verify,
+    report: Report | None,
+) -> tuple[ir.Model, str]:
+    """The model after the passes asked for and the backend's own, and their pipeline text."""
+    from graphopt.optimization import optimize, select
+    from graphopt.report import Report
+
+    chosen, _ = select(level, passes, (), ())
+    record = Report() if report is None else report
+    lowered = optimize(
+        model,
+        passes=[*chosen, *backend.legalize(target)],
+        target=target,
+        verify=verify,
+        report=record,
+    )
+    return lowered, record.pipeline
 
 
 def _info(value: ir.Value) -> TensorInfo:

@@ -1,0 +1,378 @@
+"""`measure`: size, latency, memory and accuracy of one or several models, side by side."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+
+from graphopt import artifact, backends, compilation
+from graphopt.backends import Array, Executable, OpTime, Output
+from graphopt.errors import InputError, MissingError
+from graphopt.machine import Machine, ProcessCost, process_cost
+from graphopt.target import Target
+from graphopt.timing import Latency, Plan, Progress, Ratio, Samples, benchmark, ratio, silent
+
+if TYPE_CHECKING:
+    from graphopt.files import ModelLike
+
+Metric = Callable[[Mapping[str, Output], Array], float]
+"""Outputs for all samples, and the labels, to one figure."""
+
+_PREDICT_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One model's figures; None where one was not asked for or cannot be had."""
+
+    name: str
+    nodes: int | None
+    """Constants apart, subgraphs and functions included; None for a compiled model."""
+    bytes: int
+    """Of the model file with its external data, or of the compiled files."""
+    latency: Latency | None
+    ratio: Ratio | None
+    """Of the median latency to the first model's; None for the first."""
+    process: ProcessCost | None
+    accuracy: float | None
+    worst_difference: float | None
+    """Largest absolute difference of any output from the first model's; None for the first."""
+    ops: tuple[OpTime, ...] = ()
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """The figures of all models and what they were taken on."""
+
+    models: tuple[Measured, ...]
+    machine: Machine
+    target: str
+    backend: str
+    versions: Mapping[str, str]
+    options: Mapping[str, Any]
+    """Of the backend, threads among them."""
+    plan: Plan
+    feeds: tuple[str, ...]
+    """Name, dtype and shape of what the latency was measured on."""
+    data: str
+    """Where that came from: `given`, or `random, seed 0`."""
+    notes: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data; what is not finite becomes None so that its JSON is standard."""
+        text = json.dumps(dataclasses.asdict(self))
+        plain: dict[str, Any] = json.loads(text, parse_constant=lambda name: None)
+        return plain
+
+    def to_json(self) -> str:
+        """Standard JSON, two-space indented."""
+        return json.dumps(self.to_dict(), indent=2, allow_nan=False)
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A model compiled and loaded."""
+
+    name: str
+    folder: Path
+    executable: Executable
+    nodes: int | None
+    bytes: int
+
+
+def measure(
+    models: ModelLike | Mapping[str, ModelLike],
+    feeds: Mapping[str, Array] | None = None,
+    labels: Array | None = None,
+    *,
+    metric: Metric | None = None,
+    target: str | Target = "cpu",
+    backend: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    plan: Plan | None = None,
+    latency: bool = True,
+    process: bool = True,
+    per_op: bool = False,
+    seed: int = 0,
+    bindings: Mapping[str, int] | None = None,
+    trust: bool = False,
+    progress: Progress | None = None,
+) -> Measurement:
+    """Measure models as they are: nothing is optimized before.
+
+    Args:
+        models: one model, or several by name to compare with the first. A path may also be that of
+            an artifact folder, whose own target and options then hold.
+        feeds: arrays by input name, for all models; random ones where not given. Together with
+            labels they are a set of samples: each figure of accuracy is over all of them, and the
+            latency is that of the first sample, or of the first batch where the model's is fixed.
+        labels: one per sample.
+        metric: accuracy from outputs and labels; `top1` where not given.
+        target: what to compile for; this machine has to be able to run it.
+        backend: a name of `graphopt.backends.names()`; None takes the first that can.
+        options: the backend's options by name.
+        plan: how long to measure.
+        latency: take the latency, the models interleaved.
+        process: take load time and peak memory, in a process of its own for each model.
+        per_op: take the time of each node.
+        seed: of random feeds and of the bootstrap.
+        bindings: sizes of symbolic dimensions for random feeds; 1 where not given.
+        trust: permit machine code out of artifact folders.
+        progress: called with the fraction done and what is being done.
+
+    Raises:
+        InputError: models, feeds, labels or options that do not fit.
+        MissingError: the target cannot be compiled for or run here.
+        GraphoptError: a model cannot be compiled or run.
+    """
+    tell = progress or silent
+    wanted = _Wanted(plan or Plan(), latency, process, per_op, seed, metric or top1, trust)
+    machine = Machine.here()
+    aim = Target.parse(target)
+    chosen = compilation.choose(aim, backend)
+    plain = dataclasses.asdict(backends.make_options(chosen, options or {}))
+    reason = chosen.can_run(aim)
+    if reason is not None:
+        raise MissingError(f"{chosen.name} cannot run {aim.name} here: {reason}")
+    named = _named(models)
+    with tempfile.TemporaryDirectory(prefix="graphopt-measure-") as temporary:
+        ready: list[_Ready] = []
+        for index, (name, model) in enumerate(named.items()):
+            tell(0.0, f"loading {name}")
+            place = Path(temporary) / str(index)
+            ready.append(_prepare(name, model, place, aim, chosen.name, plain, trust))
+        given = feeds
+        if given is None:
+            given = _random(next(iter(named.values())), ready[0], seed, bindings or {})
+        single = given
+        if labels is not None:
+            batch = _fixed_batch(ready[0].executable, given, len(labels)) or 1
+            single = _slice(given, len(labels), 0, batch)
+        rows = _rows(ready, given, single, labels, wanted, tell)
+    notes: list[str] = []
+    if machine.busy:
+        notes.append(f"the machine was busy (load {machine.load_average:.1f}): times are uncertain")
+    return Measurement(
+        models=rows,
+        machine=machine,
+        target=aim.name,
+        backend=chosen.name,
+        versions=chosen.versions(),
+        options=plain,
+        plan=wanted.plan,
+        feeds=tuple(_describe(name, value) for name, value in single.items()),
+        data=f"random, seed {seed}" if feeds is None else "given",
+        notes=tuple(notes),
+    )
+
+
+def top1(outputs: Mapping[str, Output], labels: Array) -> float:
+    """The share of samples whose label is the best-scored class, or the class that is put out.
+
+    Looks at the first output that has scores, [samples, classes], or classes, [samples].
+    """
+    for value in outputs.values():
+        if not isinstance(value, np.ndarray) or value.shape[:1] != labels.shape[:1]:
+            continue
+        flat: Array = value.reshape(len(labels), -1)
+        if flat.shape[1] > 1:
+            return _share(np.argmax(flat, axis=1), labels)
+        if value.dtype.kind in "iuOSU":
+            return _share(flat[:, 0], labels)
+    raise InputError(f"no output has scores or classes for the {len(labels)} labels")
+
+
+def _share(found: Array, labels: Array) -> float:
+    return float(np.count_nonzero(found == labels)) / max(len(labels), 1)
+
+
+def predict(executable: Executable, feeds: Mapping[str, Array], samples: int) -> dict[str, Output]:
+    """The outputs for a set of samples, run in batches.
+
+    Arrays whose first axis is as long as there are samples are cut along it, others go into each
+    run. The batch is the model's where it is fixed (the last one is filled up), else 64.
+    """
+    batch = _fixed_batch(executable, feeds, samples) or min(_PREDICT_BATCH, samples)
+    parts: dict[str, list[Output]] = {}
+    for start in range(0, samples, batch):
+        for name, value in executable.run(_slice(feeds, samples, start, batch)).items():
+            parts.setdefault(name, []).append(value)
+    return {name: _join(values, samples) for name, values in parts.items()}
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    plan: Plan
+    latency: bool
+    process: bool
+    per_op: bool
+    seed: int
+    metric: Metric
+    trust: bool
+
+
+def _rows(
+    ready: list[_Ready],
+    feeds: Mapping[str, Array],
+    single: Mapping[str, Array],
+    labels: Array | None,
+    wanted: _Wanted,
+    tell: Progress,
+) -> tuple[Measured, ...]:
+    for each in ready:
+        try:
+            backends.check_feeds(each.executable.inputs, single)
+        except InputError as error:
+            raise InputError(f"{each.name}: {error}") from None
+    costs: list[ProcessCost | None] = [None] * len(ready)
+    if wanted.process:
+        tell(0.0, "load time and memory")
+        costs = [process_cost(each.folder, single, trust=wanted.trust) for each in ready]
+    timed: list[Samples] = []
+    if wanted.latency:
+        executables = [each.executable for each in ready]
+        timed = benchmark(executables, [single] * len(ready), wanted.plan, tell)
+    tell(1.0, "outputs")
+    outputs: list[Mapping[str, Output]] = [
+        each.executable.run(feeds)
+        if labels is None
+        else predict(each.executable, feeds, len(labels))
+        for each in ready
+    ]
+    return tuple(
+        Measured(
+            name=each.name,
+            nodes=each.nodes,
+            bytes=each.bytes,
+            latency=Latency.of(timed[i].nanoseconds) if timed else None,
+            ratio=ratio(timed[0], timed[i], wanted.plan, seed=wanted.seed) if timed and i else None,
+            process=costs[i],
+            accuracy=None if labels is None else wanted.metric(outputs[i], labels),
+            worst_difference=_worst(outputs[0], outputs[i]) if i else None,
+            ops=each.executable.profile(single) if wanted.per_op else (),
+        )
+        for i, each in enumerate(ready)
+    )
+
+
+def _named(models: ModelLike | Mapping[str, ModelLike]) -> dict[str, ModelLike]:
+    if isinstance(models, Mapping):
+        if not models:
+            raise InputError("there is no model to measure")
+        return dict(models)
+    return {Path(models).name if isinstance(models, str | os.PathLike) else "model": models}
+
+
+def _prepare(
+    name: str,
+    model: ModelLike,
+    place: Path,
+    target: Target,
+    backend: str,
+    options: Mapping[str, Any],
+    trust: bool,
+) -> _Ready:
+    """Compile a model into `place`, or take the artifact that it is, and load it."""
+    if isinstance(model, str | os.PathLike) and Path(model).is_dir():
+        folder = Path(model)
+        return _Ready(name, folder, compilation.load(folder, trust=trust), None, _size(folder))
+    from graphopt import files
+    from graphopt.report import Stats
+
+    loaded = files.load(model)
+    compilation.compile(loaded, target, place, backend=backend, options=options, level=0)
+    size = _size(place)
+    compiled = [path for path in place.iterdir() if path.name != artifact.MANIFEST]
+    if isinstance(model, str | os.PathLike) and [path.name for path in compiled] == ["model.onnx"]:
+        size = Path(model).stat().st_size
+    # this process compiled it: what it may run needs no further trust
+    executable = compilation.load(place, trust=True)
+    return _Ready(name, place, executable, Stats.of(loaded).nodes, size)
+
+
+def _size(folder: Path) -> int:
+    """Bytes of an artifact's files, the manifest apart."""
+    return sum(path.stat().st_size for path in folder.iterdir() if path.name != artifact.MANIFEST)
+
+
+def _random(
+    model: ModelLike, ready: _Ready, seed: int, bindings: Mapping[str, int]
+) -> dict[str, Array]:
+    """Random feeds for a model; for an artifact, of which only the signature is known, plain ones:
+    normal floats, and ones for everything else, which is a valid index, mask and length."""
+    if ready.nodes is not None:
+        from graphopt import files
+        from graphopt.feeds import random_feeds
+        from graphopt.shapes import Shapes
+
+        loaded = files.load(model)
+        return random_feeds(loaded, Shapes(loaded), seed=seed, bindings=bindings)
+    rng = np.random.default_rng(seed)
+    made: dict[str, Array] = {}
+    for info in ready.executable.inputs:
+        if info.shape is None or info.dtype == "?" or "(" in info.dtype:
+            raise InputError(f"{ready.name}: no random data for input {info}: give inputs")
+        shape = tuple(d if isinstance(d, int) else bindings.get(d, 1) for d in info.shape)
+        if info.dtype in ("float16", "float32", "float64"):
+            made[info.name] = rng.standard_normal(shape).astype(info.dtype)
+        else:
+            made[info.name] = np.ones(shape, "U1" if info.dtype == "string" else info.dtype)
+    return made
+
+
+def _fixed_batch(executable: Executable, feeds: Mapping[str, Array], samples: int) -> int | None:
+    """The batch that a model's inputs fix, looking at those that are cut."""
+    for info in executable.inputs:
+        cut = info.name in feeds and feeds[info.name].shape[:1] == (samples,)
+        if cut and info.shape and isinstance(info.shape[0], int):
+            return info.shape[0]
+    return None
+
+
+def _slice(feeds: Mapping[str, Array], samples: int, start: int, batch: int) -> dict[str, Array]:
+    """The feeds of one batch; where samples run out, the last one is repeated."""
+    index = np.minimum(np.arange(start, start + batch), samples - 1)
+    return {
+        name: feed[index] if feed.shape[:1] == (samples,) else feed for name, feed in feeds.items()
+    }
+
+
+def _join(parts: list[Output], samples: int) -> Output:
+    """The parts of an output one after the other, without what filled the last batch."""
+    if all(isinstance(part, list) for part in parts):
+        return [item for part in parts for item in part or []][:samples]
+    arrays = [part for part in parts if isinstance(part, np.ndarray) and part.ndim]
+    return np.concatenate(arrays)[:samples] if len(arrays) == len(parts) else parts[-1]
+
+
+def _worst(first: Mapping[str, Output], other: Mapping[str, Output]) -> float | None:
+    """The largest absolute difference over the numeric outputs that both have."""
+    worst: float | None = None
+    for name, a in first.items():
+        b = other.get(name)
+        if not isinstance(a, np.ndarray) or not isinstance(b, np.ndarray) or a.dtype.kind in "OSU":
+            continue
+        if a.shape != b.shape:
+            return math.inf
+        x, y = a.astype(np.float64), b.astype(np.float64)
+        with np.errstate(invalid="ignore"):
+            gaps = np.where((x == y) | (np.isnan(x) & np.isnan(y)), 0.0, np.abs(x - y))
+        gap = float(np.nan_to_num(gaps, nan=math.inf, posinf=math.inf).max(initial=0.0))
+        worst = gap if worst is None else max(worst, gap)
+    return worst
+
+
+def _describe(name: str, value: Any) -> str:
+    if not isinstance(value, np.ndarray):
+        return f"{name} {type(value).__name__}"
+    array = cast("Array", value)
+    return f"{name} {array.dtype} {list(array.shape)}"
