@@ -120,7 +120,7 @@ def limits(seconds: float | None, memory: int | None) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_DATA, old)
 
 
-class Size(click.ParamType):
+class Size(click.ParamType[int]):
     """A number of bytes: 500M, 2G, 1048576."""
 
     name = "size"
@@ -134,7 +134,7 @@ class Size(click.ParamType):
         return int(float(found[1]) * 1024 ** " kmgt".index(found[2] or " "))
 
 
-class NamedShape(click.ParamType):
+class NamedShape(click.ParamType[tuple[str, list[int | str]]]):
     """NAME:1x3x224x224; dimensions may be names, commas and brackets work too."""
 
     name = "name:shape"
@@ -160,3 +160,15 @@ def json_option(function: F) -> F:
     return click.option(
         "--json", "json_to", metavar="FILE", help="Write the result as JSON to FILE, `-` is stdout."
     )(function)
+
+
+def setting(text: str) -> tuple[str, str]:
+    """NAME=VALUE in two.
+
+    Raises:
+        InputError: no `=` in it.
+    """
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise InputError(f"an option is written NAME=VALUE, not {text!r}")
+    return name.strip(), value.strip()

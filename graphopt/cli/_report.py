@@ -112,29 +112,36 @@ def _count(number: int, noun: str) -> str:
 def evaluate(
     source: ir.Model, result: ir.Model, samples: Path, show: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Accuracy and latency of two models on labelled samples, latency interleaved.
+    """Accuracy on labelled samples, and latency on the first of them, before and after.
 
     Raises:
-        InputError: samples without `labels`, or of other shapes.
+        InputError: samples without `labels`, or that do not fit the model.
     """
-    from graphopt import feeds, measurement
+    from graphopt import measurement, npz
 
-    arrays, labels = feeds.load_samples(samples, source)
+    arrays = npz.read(samples)
+    labels = arrays.pop("labels", None)
     if labels is None:
-        raise InputError(f"{samples}: no array named 'labels'")
-    show("accuracy")
-    accuracy = [measurement.measure(m, arrays, labels) for m in (source, result)]
-    show("latency")
-    timing = measurement.compare_latency([source, result], arrays, progress=show)
+        raise InputError(f"{samples}: no array is named 'labels'")
+    measured = measurement.measure(
+        {"before": source, "after": result},
+        arrays,
+        labels,
+        process=False,
+        progress=lambda done, what: show(f"{100 * done:.0f} % {what}"),
+    )
+    first, second = measured.models
+    assert first.latency and second.latency and second.ratio
+    assert first.accuracy is not None and second.accuracy is not None
     return {
         "latency": {
-            "before": f"{timing[0].p50_ms:.3g} ms",
-            "after": f"{timing[1].p50_ms:.3g} ms",
-            "change": _change(timing[0].p50_ms, timing[1].p50_ms),
+            "before": f"{first.latency.p50:.3g} ms",
+            "after": f"{second.latency.p50:.3g} ms",
+            "change": f"x {second.ratio.value:.2f} ({second.ratio.low:.2f} to {second.ratio.high:.2f})",
         },
         "accuracy": {
-            "before": f"{100 * accuracy[0]:.2f} %",
-            "after": f"{100 * accuracy[1]:.2f} %",
-            "change": f"{100 * (accuracy[1] - accuracy[0]):+.2f} points",
+            "before": f"{100 * first.accuracy:.2f} %",
+            "after": f"{100 * second.accuracy:.2f} %",
+            "change": f"{100 * (second.accuracy - first.accuracy):+.2f} points",
         },
     }

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from graphopt.cli._common import MODEL, console, json_option, limits, progress, write_json
+from graphopt.cli._common import MODEL, console, json_option, limits, progress, setting, write_json
 from graphopt.errors import InputError
 
 
@@ -55,29 +55,20 @@ def compile_command(model: Path, **options: Any) -> None:
     from graphopt import compilation
 
     with limits(options["time_limit"], None), progress(options["quiet"]) as show:
+        show("compiling")
         folder = compilation.compile(
             model,
             options["target"],
             options["output"],
             backend=options["backend"],
-            options=dict(map(_setting, options["settings"])),
-            optimize={
-                "level": options["level"],
-                "passes": options["passes"],
-                "verify": options["verify"],
-                "progress": show,
-            },
+            options=dict(map(setting, options["settings"])),
+            level=options["level"],
+            passes=options["passes"],
+            verify=options["verify"],
             overwrite=options["overwrite"],
         )
     if not options["quiet"]:
         console().print(f"{folder}: compiled for {options['target']}; run it with `graphopt run`")
-
-
-def _setting(text: str) -> tuple[str, str]:
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise InputError(f"an option is written NAME=VALUE, not {text!r}")
-    return name.strip(), value.strip()
 
 
 @click.command(no_args_is_help=True)

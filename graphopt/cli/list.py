@@ -114,7 +114,7 @@ def doctor(json_to: str | None) -> None:
             packages[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             packages[name] = f"not installed: pip install {name}"
-    data = {
+    data: dict[str, Any] = {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu": host().to_dict(),
