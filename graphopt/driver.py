@@ -116,7 +116,7 @@ class Driver:
             self._order[node] = self._order.get(place, 0.0)
         around = list(dict.fromkeys(u for v in mapping for u in v.consumers()))
         for old, new in mapping.items():
-            _replace(context, old, new, fresh=new.producer() in created)
+            replace_value(context, old, new, fresh=new.producer() in created)
         gone: list[ir.Node] = []
         for replaced in olds:
             if is_dead(replaced):
@@ -223,12 +223,13 @@ def can_be_output(old: ir.Value, new: ir.Value) -> bool:
     return new.graph is old.graph and not new.is_graph_input() and not new.is_graph_output()
 
 
-def replace_value(context: Context, old: ir.Value, new: ir.Value) -> None:
+def replace_value(context: Context, old: ir.Value, new: ir.Value, *, fresh: bool = False) -> None:
     """Let all that takes one value take another, which stands before it.
 
-    A graph output keeps its name; where the new value cannot bear it, an Identity of it does.
+    A graph output keeps its name; where the new value cannot bear it, an Identity of it does. A
+    `fresh` value, made for the purpose, takes over name and metadata.
     """
-    if old.is_graph_output() and not can_be_output(old, new):
+    if old.is_graph_output() and not fresh and not can_be_output(old, new):
         producer = old.producer()
         assert producer is not None and producer.graph is not None
         identity = ir.Node("", "Identity", [new], name=context.unique_node(f"{old.name}_Identity"))
@@ -236,13 +237,7 @@ def replace_value(context: Context, old: ir.Value, new: ir.Value) -> None:
         identity.outputs[0].name = context.unique(f"{old.name}_Identity")
         producer.graph.insert_before(producer, identity)
         context.shapes.update(identity, context.root(producer.graph))
-        _replace(context, old, identity.outputs[0], fresh=True)
-    else:
-        _replace(context, old, new, fresh=False)
-
-
-def _replace(context: Context, old: ir.Value, new: ir.Value, *, fresh: bool) -> None:
-    """Replace a value; a new one, made for the purpose, takes over its name and metadata."""
+        new, fresh = identity.outputs[0], True
     name = old.name
     if old.is_graph_output() or (fresh and not new.is_graph_output()):
         assert name is not None
