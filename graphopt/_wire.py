@@ -7,8 +7,9 @@ Field numbers are those of onnx.proto.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import BinaryIO, Protocol
+import io
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -25,11 +26,16 @@ _GRAPH, _NODE, _INITIALIZER, _RAW_DATA = 7, 1, 5, 9
 _VARINT, _FIXED64, _DELIMITED, _FIXED32 = 0, 1, 2, 5
 
 
+_Field = Callable[[bytes, int], bytes]
+
+
 class Payload(Protocol):
     """A tensor's data, to be written in its place."""
 
     @property
     def nbytes(self) -> int: ...
+
+    def tobytes(self) -> bytes: ...
 
 
 class WireError(ValueError):
@@ -39,7 +45,7 @@ class WireError(ValueError):
 class _Reader:
     """Takes a stream apart, keeping the skeleton's bytes and the payloads."""
 
-    def __init__(self, stream: BinaryIO, size: int) -> None:
+    def __init__(self, stream: io.BytesIO | io.BufferedReader, size: int) -> None:
         self.stream = stream
         self.size = size
         self.position = 0
@@ -71,7 +77,7 @@ class _Reader:
             if shift > 63:
                 raise WireError("it is no protobuf message")
 
-    def message(self, end: int, nested: dict[int, Callable[[bytes, int], bytes]]) -> bytes:
+    def message(self, end: int, nested: Mapping[int, _Field]) -> bytes:
         """The bytes up to `end`, with the fields of `nested` replaced by what they return."""
         parts: list[bytes] = []
         while self.position < end:
@@ -99,7 +105,7 @@ class _Reader:
         return self.message(self.size, {_GRAPH: self.graph})
 
     def graph(self, tag: bytes, length: int) -> bytes:
-        nested = {_NODE: self.node, _INITIALIZER: self.initializer, 13: self.item}
+        nested: dict[int, _Field] = {_NODE: self.node, _INITIALIZER: self.initializer}
         body = self.message(self.position + length, nested)
         return tag + varint(len(body)) + body
 
@@ -123,7 +129,7 @@ class _Reader:
             if length < PAYLOAD:
                 return tag + varint(length) + self.take(length, self.position + length)
             array = np.empty(length, np.uint8)
-            if self.stream.readinto(memoryview(array)) != length:  # type: ignore[attr-defined]
+            if self.stream.readinto(array.data) != length:
                 raise WireError("it is cut short")
             self.position += length
             self.payloads[index] = array
@@ -143,7 +149,7 @@ def varint(value: int) -> bytes:
     return bytes(out)
 
 
-def read(stream: BinaryIO, size: int) -> tuple[bytes, dict[int, Bytes]]:
+def read(stream: io.BytesIO | io.BufferedReader, size: int) -> tuple[bytes, dict[int, Bytes]]:
     """Split a serialized ModelProto of `size` bytes into skeleton and payloads.
 
     Returns the message without the raw data of large initializers of the main graph, and these
@@ -151,6 +157,25 @@ def read(stream: BinaryIO, size: int) -> tuple[bytes, dict[int, Bytes]]:
     """
     reader = _Reader(stream, size)
     return reader.model(), reader.payloads
+
+
+_FORMATS = (
+    (0, b"version https://git-lfs", "a Git LFS pointer: run `git lfs pull`"),
+    (0, b"PK\x03\x04", "a zip archive, as PyTorch checkpoints are: export it to ONNX"),
+    (0, b"\x89HDF", "an HDF5 file, as Keras writes: export it to ONNX"),
+    (4, b"ORTM", "a model in ORT format: give the ONNX file that it was made from"),
+    (4, b"TFL3", "a TensorFlow Lite model: convert it to ONNX"),
+    (0, b"<", "a web page or XML"),
+)
+
+
+def guess(start: bytes) -> str:
+    """What a file that is no model might be, from its first bytes; "" for no idea."""
+    for offset, magic, name in _FORMATS:
+        if start[offset : offset + len(magic)] == magic:
+            return name
+    printable = bytes(range(32, 127)) + b"\t\n\r"
+    return "" if start.translate(None, printable) else "a text file"
 
 
 def split(model: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[int, Bytes]]:

@@ -21,6 +21,10 @@ class InputError(GraphoptError):
     exit_code = 2
 
 
+class Flaw(InputError):
+    """What is wrong with a part of a model, before it is said in which file and node."""
+
+
 class MissingError(GraphoptError):
     """A backend, a provider or an optional package that is not installed."""
 

@@ -6,34 +6,38 @@ saving copies their file ranges.
 
 from __future__ import annotations
 
-import contextlib
+import graphlib
 import io
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 from google.protobuf.message import DecodeError
+from onnx import ValueInfoProto
 
-from graphopt import _wire, ir
-from graphopt.errors import InputError
+from graphopt import _wire, _writing, ir
+from graphopt._external import FileTensor, Folder
+from graphopt._tensors import DATA_FIELDS, TensorReader
+from graphopt._validate import Validator, quote
+from graphopt._writing import EXTERNAL, SIGNATURE, TYPES
+from graphopt.errors import Flaw, InputError
 
 ModelLike = str | os.PathLike[str] | bytes | onnx.ModelProto | ir.Model
 
 EXTERNAL_BYTES = 1_800_000_000
 """Total bytes of weights from which they are saved beside the model, not in it."""
-EXTERNAL_TENSOR_BYTES = 1024
-"""Bytes from which a weight goes to the data file, where there is one."""
-
-_SIGNATURE, _SOURCE, _EXTERNAL = "graphopt.signature", "graphopt.source", "graphopt.external"
 
 
 def load(source: ModelLike, *, keep_signature: bool = False) -> ir.Model:
     """A model from a file, its bytes, or a model in memory, which is left as it is.
 
-    Initializers that a file of IR version 3 must also list as inputs become constants and the
-    IR version 4; `keep_signature` lists them again when the model is saved.
+    Initializers that a file of IR version 3 must also list as inputs become constants, and the
+    IR version 4; `keep_signature` lists them again when the model is saved. Sparse initializers
+    become dense, and nodes are sorted where they are not.
 
     Raises:
         InputError: not a model, an invalid one, or one with unsafe external data.
@@ -41,18 +45,30 @@ def load(source: ModelLike, *, keep_signature: bool = False) -> ir.Model:
     if isinstance(source, ir.Model):
         return copy(source)
     if isinstance(source, onnx.ModelProto):
-        return _from_skeleton(*_wire.split(source), "model", None, keep_signature)
+        return _build(*_wire.split(source), "model", None, keep_signature)
     if isinstance(source, bytes):
         return _read(io.BytesIO(source), len(source), "model", None, keep_signature)
     path = Path(source)
     try:
-        with path.open("rb") as stream:
+        with _open_regular(path) as stream:
             size = os.fstat(stream.fileno()).st_size
-            model = _read(stream, size, str(path), path, keep_signature)
+            return _read(stream, size, str(path), path, keep_signature)
     except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from None
-    model.graph.meta[_SOURCE] = path.absolute()
-    return model
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:  # a null character in the name
+        raise InputError(f"{str(path)!r}: {error}") from None
+
+
+def _open_regular(path: Path) -> io.BufferedReader:
+    """Open a file without waiting for the other end of a pipe."""
+    flags = os.O_RDONLY
+    for name in ("O_NONBLOCK", "O_CLOEXEC", "O_BINARY"):
+        flags |= getattr(os, name, 0)
+    stream = os.fdopen(os.open(path, flags), "rb")
+    if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+        stream.close()
+        raise InputError(f"{path}: not a file")
+    return stream
 
 
 def _read(
@@ -62,120 +78,140 @@ def _read(
     path: Path | None,
     keep_signature: bool,
 ) -> ir.Model:
+    if size == 0:
+        raise InputError(f"{name}: not an ONNX model (it is empty)")
+    if size > _wire.MAX_FILE:
+        raise InputError(f"{name}: not an ONNX model (larger than 2 GB: use external data)")
     try:
         data, payloads = _wire.read(stream, size)
         skeleton = onnx.ModelProto.FromString(data)
     except (_wire.WireError, DecodeError) as error:
-        raise InputError(f"{name}: not an ONNX model ({error})") from None
-    return _from_skeleton(skeleton, payloads, name, path, keep_signature)
+        stream.seek(0)
+        why = _wire.guess(stream.read(512)) or error
+        raise InputError(f"{name}: not an ONNX model ({why})") from None
+    return _build(skeleton, payloads, name, path, keep_signature)
 
 
-def _from_skeleton(
+def _build(
     skeleton: onnx.ModelProto,
     payloads: dict[int, _wire.Bytes],
     name: str,
     path: Path | None,
     keep_signature: bool,
 ) -> ir.Model:
-    types = _take_types(skeleton.graph)
-    model = ir.serde.deserialize_model(skeleton)
-    for index, data in payloads.items():
-        proto = skeleton.graph.initializer[index]
-        model.graph.initializers[proto.name].const_value = _tensor(proto, data)
-    model.graph.meta.update(types)
+    """The model of a skeleton and its payloads, checked; the skeleton is used up."""
+    folder = Folder(path.parent) if path is not None else None
+    reader = TensorReader(folder)
+    validator = Validator(skeleton, name, reader)
+    validator.run()
+    tensors: dict[str, ir.TensorProtocol] = {}
+    for index, proto in enumerate(skeleton.graph.initializer):
+        try:
+            tensors[proto.name] = reader.read(proto, payloads.pop(index, None))
+        except Flaw as flaw:
+            raise InputError(f"{name}: initializer {quote(proto.name)}: {flaw}") from None
+    external = any(isinstance(tensor, FileTensor) for tensor in tensors.values())
+    skeleton.ir_version = max(skeleton.ir_version, 4)
+    model = _deserialize(skeleton, tensors, name)
+    if validator.unsorted:
+        _sort(model, name)
+    meta = model.graph.meta
+    meta[TYPES] = validator.types
+    meta[EXTERNAL] = external
+    if keep_signature and validator.signature:
+        meta[SIGNATURE] = [
+            (data, tensors.get(ValueInfoProto.FromString(data).name))
+            for data in validator.signature
+        ]
     return model
 
 
-def _tensor(proto: onnx.TensorProto, data: _wire.Bytes) -> ir.TensorProtocol:
-    dtype = ir.DataType(proto.data_type)
-    if dtype.bitwidth < 8:
-        return ir.onnx_ir.PackedTensor(data, dtype, shape=ir.Shape(proto.dims), name=proto.name)
-    array = data.view(dtype.numpy()).reshape(proto.dims)
-    return ir.Tensor(array, dtype=dtype, name=proto.name, doc_string=proto.doc_string)
+def _deserialize(
+    skeleton: onnx.ModelProto, tensors: dict[str, ir.TensorProtocol], name: str
+) -> ir.Model:
+    """Let onnx-ir read a skeleton, and give its values the tensors that were read from it."""
+    for proto in skeleton.graph.initializer:
+        for field in DATA_FIELDS:
+            proto.ClearField(field)
+    try:
+        model = ir.serde.deserialize_model(skeleton)
+    except (ir.serde.SerdeError, ValueError, TypeError, RecursionError) as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        raise InputError(f"{name}: {' '.join(str(cause).split())[:300]}") from None
+    for value in model.graph.initializers.values():
+        assert value.name is not None
+        tensor = tensors[value.name]
+        value.const_value = tensor
+        if not value.is_graph_input():
+            value.type = ir.TensorType(tensor.dtype)
+            value.shape = ir.Shape(tensor.shape.numpy())
+    for node in ir.all_nodes(model):
+        for key, attr in node.attributes.items():
+            if attr.type == ir.AttributeType.TENSOR and not attr.is_ref():
+                node.attributes[key] = ir.Attr(
+                    key, attr.type, _detached(attr.as_tensor()), doc_string=attr.doc_string
+                )
+    return model
+
+
+def _detached(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+    """A tensor that no longer holds on to the protobuf message, nor decodes it at each use."""
+    if isinstance(tensor, ir.onnx_ir.StringTensor):
+        array = np.array(list(tensor.string_data()), object).reshape(tensor.shape.numpy())
+        return ir.onnx_ir.StringTensor(array, name=tensor.name)
+    array = tensor.numpy()
+    return ir.Tensor(array, dtype=tensor.dtype, name=tensor.name, doc_string=tensor.doc_string)
+
+
+def _sort(model: ir.Model, name: str) -> None:
+    try:
+        model.graph.sort()
+        for function in model.functions.values():
+            function.sort()
+    except ValueError:
+        raise InputError(f"{name}: {_cycle(model)}") from None
+
+
+def _cycle(model: ir.Model) -> str:
+    """Which node waits for its own output."""
+    for graph in ir.graphs(model):
+        waits: dict[ir.Node, set[ir.Node]] = {}
+        for node in graph:
+            used = [value for inner in _with_nested(node) for value in inner.inputs]
+            waits[node] = {p for v in used if v is not None and (p := v.producer()) is not None}
+        try:
+            graphlib.TopologicalSorter(waits).prepare()
+        except graphlib.CycleError as error:
+            return f"node {quote(ir.label(error.args[1][0]))} waits for its own output (a cycle)"
+    return "the graph has a cycle"
+
+
+def _with_nested(node: ir.Node) -> Iterator[ir.Node]:
+    yield node
+    for graph in ir.subgraphs(node):
+        for inner in graph:
+            yield from _with_nested(inner)
 
 
 def copy(model: ir.Model) -> ir.Model:
     """A copy whose nodes and values are its own and whose tensors are shared; keeps lineage."""
     cloned = model.clone()
-    cloned.meta.update(model.meta)
+    meta: Any = cloned.meta
+    meta.update(model.meta)
     return cloned
 
 
 def to_proto(model: ir.Model) -> onnx.ModelProto:
-    """The model as protobuf, with all weights in it."""
-    proto, tensors = _to_skeleton(model)
-    for head, payload in tensors:
+    """The model as protobuf with all weights in it, which takes a copy of them."""
+    proto, tensors = _writing.skeleton(model)
+    for head, tensor in tensors:
         added = proto.graph.initializer.add()
         added.CopyFrom(head)
-        if payload is not None:
-            added.raw_data = payload.tobytes()
+        if tensor is not None:
+            added.raw_data = tensor.tobytes()
     return proto
-
-
-def _to_skeleton(
-    model: ir.Model,
-) -> tuple[onnx.ModelProto, list[tuple[onnx.TensorProto, ir.TensorProtocol | None]]]:
-    """The model without initializers, and these: heads, and the tensors whose data they lack."""
-    graph = model.graph
-    view = ir.onnx_ir.GraphView(
-        graph.inputs,
-        graph.outputs,
-        nodes=graph,
-        doc_string=graph.doc_string,
-        opset_imports=graph.opset_imports,
-        name=graph.name,
-        metadata_props=graph.metadata_props,
-    )
-    shell = ir.Model(
-        view,
-        ir_version=model.ir_version,
-        producer_name=model.producer_name,
-        producer_version=model.producer_version,
-        domain=model.domain,
-        model_version=model.model_version,
-        doc_string=model.doc_string,
-        functions=list(model.functions.values()),
-        metadata_props=model.metadata_props,
-        device_configurations=model.device_configurations,
-    )
-    proto = ir.serde.serialize_model(shell)
-    heads: list[tuple[onnx.TensorProto, ir.TensorProtocol | None]] = []
-    for name, value in graph.initializers.items():
-        tensor = value.const_value
-        if tensor is None:
-            continue
-        head = onnx.TensorProto(
-            name=name,
-            dims=tensor.shape.numpy(),
-            data_type=tensor.dtype.value,
-            doc_string=tensor.doc_string or None,
-        )
-        if tensor.dtype == ir.DataType.STRING:
-            head.string_data.extend(np.asarray(tensor.numpy(), object).ravel().tolist())
-            heads.append((head, None))
-        else:
-            heads.append((head, tensor))
-    _put_types(proto.graph, graph.meta)
-    return proto, heads
-
-
-def _take_types(graph: onnx.GraphProto) -> dict[str, bytes]:
-    taken: dict[str, bytes] = {}
-    for info in [*graph.input, *graph.output, *graph.value_info]:
-        leaf = info.type
-        while leaf.WhichOneof("value") in ("sequence_type", "optional_type"):
-            leaf = getattr(leaf, leaf.WhichOneof("value") or "").elem_type
-        if leaf.WhichOneof("value") in ("map_type", "opaque_type"):
-            taken[f"graphopt.type.{info.name}"] = info.type.SerializeToString(deterministic=True)
-            info.ClearField("type")
-    return taken
-
-
-def _put_types(graph: onnx.GraphProto, meta: dict[str, bytes]) -> None:
-    for info in [*graph.input, *graph.output]:
-        kept = meta.get(f"graphopt.type.{info.name}")
-        if kept is not None and not info.HasField("type"):
-            info.type.ParseFromString(kept)
 
 
 def save(
@@ -184,36 +220,22 @@ def save(
     *,
     overwrite: bool = False,
     external: bool | None = None,
-    source: Path | None = None,
 ) -> None:
-    """Write a model file, complete or not at all.
+    """Write a model file, whole or not at all: a file that it replaces stays until it is complete.
+
+    `external` puts weights of 1 KB and more beside the file, in `PATH.data`; by default only where
+    all weights exceed 1.8 GB, or the model came with external data.
 
     Raises:
-        InputError: a file that exists, or cannot be written.
+        InputError: the file exists and `overwrite` is not set, or it cannot be written.
     """
     target = Path(path)
-    if target.exists() and not overwrite:
-        raise InputError(f"{target} exists; allow to overwrite it")
+    if external is None:
+        known = bool(_writing.remembered(model.graph, EXTERNAL))
+        external = known or _writing.weight_bytes(model) > EXTERNAL_BYTES
     try:
-        with _replacing(target) as stream:
-            for chunk in _wire.model_chunks(*_to_skeleton(model)):
-                if isinstance(chunk, bytes):
-                    stream.write(chunk)
-                else:
-                    stream.write(chunk.tobytes())
+        _writing.write(model, target, overwrite=overwrite, external=external)
     except OSError as error:
         raise InputError(f"{target}: cannot be written ({error.strerror})") from None
-
-
-@contextlib.contextmanager
-def _replacing(target: Path) -> Iterator[io.BufferedWriter]:
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("xb") as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    except ValueError as error:  # a null character in the name
+        raise InputError(f"{str(target)!r}: {error}") from None
