@@ -162,7 +162,7 @@ def _all_names(model: ir.Model) -> tuple[Counter[str], Counter[str]]:
     nodes: Counter[str] = Counter()
     for graph in ir.graphs(model):
         values.update(v.name for v in graph.inputs if v.name)
-        values.update(graph.initializers)
+        values.update(list(graph.initializers))
         for node in graph:
             values.update(v.name for v in node.outputs if v.name)
             if node.name:

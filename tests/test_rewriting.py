@@ -53,8 +53,7 @@ def test_a_capture_used_twice_must_be_the_same_value() -> None:
 def test_a_value_needed_elsewhere_is_a_refusal_with_its_name() -> None:
     for text in (
         "g (float[4] x) => (float[4] y, float[4] s) { s = Sigmoid(x) y = Mul(x, s) }",
-        "g (float[4] x) => (float[4] y, float[4] z) "
-        "{ s = Sigmoid(x) y = Mul(x, s) z = Neg(s) }",
+        "g (float[4] x) => (float[4] y, float[4] z) { s = Sigmoid(x) y = Mul(x, s) z = Neg(s) }",
     ):
         result, record = apply(swish, text)
         assert "HardSwish" not in ops(result)
@@ -74,7 +73,9 @@ def _(op: Op, x: ir.Value) -> ir.Value:
 def test_numbers_match_constants_that_do_not_broadcast() -> None:
     matching = ("float c = {0.5}", "float[1] c = {0.5}", "float[3] c = {0.5, 0.5, 0.5}")
     for constant in matching:
-        result, _ = apply(half, f"g (float[2,3] x) => (float[2,3] y) <{constant}> {{ y = Mul(x, c) }}")
+        result, _ = apply(
+            half, f"g (float[2,3] x) => (float[2,3] y) <{constant}> {{ y = Mul(x, c) }}"
+        )
         assert ops(result) == ["Div"]
     for constant in ("float c = {0.51}", "float[1,1,1] c = {0.5}", "float[3] c = {0.5, 0.5, 0.4}"):
         text = f"g (float[2,3] x) => (float[?,?,?] y) <{constant}> {{ y = Mul(x, c) }}"
@@ -108,7 +109,9 @@ def test_attributes_are_captured_with_defaults_and_must_be_at_them_where_not_nam
         result, _ = apply(softmax, text)
         node = next(ir.all_nodes(result))
         assert node.op_type == "LogSoftmax" and ir.attribute(node, "axis") == axis
-    result, _ = apply(plain, "g (float[2,3] x) => (float[2,3] y) { s = Softmax<axis=0>(x) y = Log(s) }")
+    result, _ = apply(
+        plain, "g (float[2,3] x) => (float[2,3] y) { s = Softmax<axis=0>(x) y = Log(s) }"
+    )
     assert ops(result) == ["Softmax", "Log"]
 
 
