@@ -38,7 +38,7 @@ class Verdict:
     """Outputs that were compared, and those that could not be, each with its reason."""
 
     outputs: list[OutputComparison] = field(default_factory=list[OutputComparison])
-    unchecked: list[str] = field(default_factory=list[str])
+    unchecked: dict[str, str] = field(default_factory=dict[str, str])
 
 
 @dataclass
@@ -109,7 +109,7 @@ def judge(
         if reason is None:
             verdict.outputs.append(output)
         else:
-            verdict.unchecked.append(f"{name}: {reason}")
+            verdict.unchecked[name] = reason
     return verdict
 
 

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from functools import cached_property
 
 from graphopt import ir
 from graphopt.errors import GraphoptError
 from graphopt.feeds import random_feeds
 from graphopt.files import ModelLike, load
 from graphopt.judging import Feeds, Trial, computed_types, judge
+from graphopt.regions import BUDGET, Mode, Options, compare_regions
 from graphopt.report import Comparison, OutputComparison
 from graphopt.shapes import Shapes
 
@@ -68,10 +70,8 @@ def compare(
     compared is named in the result.
     """
     start = time.perf_counter()
-    result = Comparison("whole", signature=signature_breaks(a, b))
-    runs = _feeds(a, feeds, seed)
-    _whole(result, Trial(a, runs, threads), Trial(b, runs, threads), tolerance)
-    result.settle()
+    pair = _Pair(a, b, seed, tolerance, memory_limit, threads)
+    result = pair.compare(feeds)
     result.seconds = time.perf_counter() - start
     return result
 
@@ -86,42 +86,112 @@ def verify_changes(
     memory_limit: int | None = None,
     threads: int = 1,
 ) -> Comparison:
-    """Compare a model before and after a pass; arguments as for `compare`."""
-    return compare(
-        before,
-        after,
-        feeds=feeds,
-        seed=seed,
-        tolerance=tolerance,
-        memory_limit=memory_limit,
-        threads=threads,
-    )
+    """Compare a model before and after a pass, at a cost that goes with what the pass changed.
+
+    Arguments as for `compare`. Only the changed regions are run, on random values where these
+    leave no doubt; the whole models only where regions cannot be compared.
+    """
+    start = time.perf_counter()
+    pair = _Pair(before, after, seed, tolerance, memory_limit, threads)
+    result = pair.regions(feeds, ("random", "real") if pair.fits else ("random",))
+    if result.unchecked and pair.fits:
+        result = pair.compare(feeds)
+    result.seconds = time.perf_counter() - start
+    return result
 
 
-def _whole(result: Comparison, a: Trial, b: Trial, tolerance: float | None) -> None:
-    """Both models, from their inputs to their outputs."""
-    names = [output.name or "" for output in a.model.graph.outputs]
-    try:
-        expected = a.run()
-    except GraphoptError as error:
-        result.how = f"not run: {error}"
-        result.unchecked += [f"{name}: the original does not run" for name in names]
-        return
-    try:
-        got = b.run()
-    except GraphoptError as error:
-        reason = f"the result does not run: {error}"
-        result.outputs = [OutputComparison(name, ok=False, reason=reason) for name in names]
-        return
-    computed = computed_types(a.model) | computed_types(b.model)
-    verdict = judge(a, expected, got, computed=computed, tolerance=tolerance)
-    result.outputs, result.unchecked = verdict.outputs, verdict.unchecked
+class _Pair:
+    """Two models to compare, and how."""
+
+    def __init__(
+        self,
+        a: ir.Model,
+        b: ir.Model,
+        seed: int,
+        tolerance: float | None,
+        memory_limit: int | None,
+        threads: int,
+    ) -> None:
+        self._a, self._b = a, b
+        self._seed, self._tolerance, self._threads = seed, tolerance, threads
+        self._limit = memory_limit
+        self._signature = signature_breaks(a, b)
+        self.fits = memory_limit is None or footprint(a) <= memory_limit
+
+    @cached_property
+    def _shapes(self) -> Shapes:
+        return Shapes(self._a)
+
+    def compare(self, feeds: Feeds | Sequence[Feeds] | None) -> Comparison:
+        """Whole where that is possible, by regions otherwise."""
+        one = None if feeds is None else feeds[0] if isinstance(feeds, Sequence) else feeds
+        if not self.fits:
+            result = self.regions(one, ("random",))
+            result.notes.insert(0, "the whole model needs more memory than the limit")
+            return result
+        try:
+            result = self._whole(feeds)
+        except GraphoptError as error:
+            result = self.regions(one, ("real", "random"))
+            result.notes.insert(0, f"the original was not run whole: {error}")
+            return result
+        if result.unchecked and not result.different:
+            regional = self.regions(one, ("real",))
+            if regional.ok:
+                regional.notes += [f"of the whole models: {reason}" for reason in result.unchecked]
+                return regional
+        return result
+
+    def _whole(self, feeds: Feeds | Sequence[Feeds] | None) -> Comparison:
+        """Both models, from inputs to outputs. Raises GraphoptError if the original cannot run."""
+        result = Comparison("whole", signature=self._signature)
+        runs = [self._feeds(None)] if feeds is None else feeds
+        runs = runs if isinstance(runs, Sequence) else [runs]
+        trial = Trial(self._a, runs, self._threads)
+        expected = trial.run()
+        try:
+            got = Trial(self._b, runs, self._threads).run()
+        except GraphoptError as error:
+            reason = f"the result does not run: {error}"
+            names = [output.name or "" for output in self._a.graph.outputs]
+            result.outputs = [OutputComparison(name, ok=False, reason=reason) for name in names]
+        else:
+            computed = computed_types(self._a) | computed_types(self._b)
+            verdict = judge(trial, expected, got, computed=computed, tolerance=self._tolerance)
+            result.outputs = verdict.outputs
+            result.unchecked = [f"{name}: {why}" for name, why in verdict.unchecked.items()]
+        result.settle()
+        return result
+
+    def regions(self, feeds: Feeds | None, modes: tuple[Mode, ...]) -> Comparison:
+        """Only where the models differ."""
+        given: Feeds = {}
+        notes: list[str] = []
+        try:
+            given = self._feeds(feeds)
+        except GraphoptError as error:
+            modes = tuple(mode for mode in modes if mode == "random")
+            notes = [f"no inputs could be made: {error}"]
+        budget = BUDGET if self._limit is None else self._limit // 2
+        options = Options(given, self._seed, self._tolerance, self._threads, budget, modes)
+        result = compare_regions(self._a, self._b, options, self._shapes)
+        result.signature = self._signature
+        result.notes += notes
+        result.settle()
+        return result
+
+    def _feeds(self, feeds: Feeds | None) -> Feeds:
+        return random_feeds(self._a, self._shapes, seed=self._seed) if feeds is None else feeds
 
 
-def _feeds(model: ir.Model, feeds: Feeds | Sequence[Feeds] | None, seed: int) -> Sequence[Feeds]:
-    if feeds is None:
-        return [random_feeds(model, Shapes(model), seed=seed)]
-    return feeds if isinstance(feeds, Sequence) else [feeds]
+def footprint(model: ir.Model) -> int:
+    """Bytes of a model's weights: the least that a run of it takes."""
+    tensors: dict[int, int] = {}
+    for graph in ir.graphs(model):
+        for value in graph.initializers.values():
+            if value.const_value is not None:
+                tensors[id(value.const_value)] = value.const_value.nbytes
+    return sum(tensors.values())
 
 
 def signature_breaks(a: ir.Model, b: ir.Model) -> list[str]:
