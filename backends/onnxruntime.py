@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from graphopt.artifact import Manifest, TensorInfo
-from graphopt.backends import Array, OpTime, Output, check_feeds
+from graphopt.backends import Array, OpTime, Output, check_feeds, make_options
 from graphopt.errors import GraphoptError, InputError, MissingError
 from graphopt.target import Target
 
@@ -160,11 +160,7 @@ class OnnxRuntime:
         path = next((folder / f for f in ("model.ort", "model.onnx") if f in manifest.files), None)
         if path is None:
             raise InputError(f"{folder}: its manifest names no model.onnx or model.ort")
-        try:
-            options = Options(**manifest.options)
-            return OnnxRuntimeExecutable(path, manifest, options)
-        except (TypeError, KeyError) as error:
-            raise InputError(f"{folder}: options in its manifest are wrong ({error})") from None
+        return OnnxRuntimeExecutable(path, manifest, make_options(self, manifest.options))
 
 
 class OnnxRuntimeExecutable:

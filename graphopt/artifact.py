@@ -10,9 +10,10 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
+import secrets
 import shutil
 import stat
-import tempfile
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +35,7 @@ class TensorInfo:
 
     name: str
     dtype: str
-    """`float32`, `bfloat16`, `string` …, or ONNX's name of what is no tensor: `seq(…)`."""
+    """`float32`, `bfloat16`, `string` …; `sequence(…)`, `optional(…)`; `?` for other types."""
     shape: tuple[int | str, ...] | None
     """Sizes and names of free dimensions (an unnamed one is `?`); None: of any rank."""
 
@@ -114,9 +115,11 @@ def publish(folder: Path, *, overwrite: bool) -> Generator[Path]:
     Where the block fails nothing is left and an artifact of that name stays as it was. Only an
     empty folder, or with `overwrite` an artifact folder, is replaced. Raises InputError else.
     """
+    folder = folder.absolute()
     _check_replaceable(folder, overwrite)
+    new = folder.with_name(f".{folder.name}.{secrets.token_hex(6)}")
     try:
-        new = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        new.mkdir()
     except OSError as error:
         raise InputError(f"{folder.parent}: {error.strerror}") from None
     try:
@@ -124,7 +127,6 @@ def publish(folder: Path, *, overwrite: bool) -> Generator[Path]:
         for path in new.iterdir():
             _flush(path)
         _flush(new)
-        new.chmod(0o777 & ~_umask())  # mkdtemp makes it private
         _replace(new, folder)
     except OSError as error:
         raise GraphoptError(f"{folder}: {error.strerror or error}") from error
@@ -156,7 +158,7 @@ def _parse(path: Path, data: Any) -> Manifest:
     except (KeyError, TypeError, ValueError, InputError) as error:
         raise InputError(f"{path}: not a manifest of format {FORMAT} ({error})") from None
     for name, digest in manifest.files.items():
-        if Path(name).name != name or len(digest) != 64:
+        if Path(name).name != name or not re.fullmatch("[0-9a-f]{64}", str(digest)):
             raise InputError(f"{path}: {name!r} is not the name of a file in its folder")
     return manifest
 
@@ -211,9 +213,3 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -158,6 +158,8 @@ class Target:
         for name in ("isa", "opset", "domains", "dtypes"):
             if not isinstance(data[name], list):
                 raise InputError(f"field {name} of a target is a list, got {data[name]!r}")
+        if len(data["opset"]) != 2:
+            raise InputError(f"the opset of a target is oldest and newest, got {data['opset']}")
         plain: dict[str, Any] = dict(data)
         plain["opset"] = tuple(data["opset"])
         plain |= {name: frozenset(data[name]) for name in ("isa", "domains", "dtypes")}

@@ -64,15 +64,15 @@ class Samples:
 
 @dataclass(frozen=True)
 class Latency:
-    """Statistics of runs, in milliseconds."""
+    """Statistics of runs."""
 
     runs: int
-    mean: float
-    std: float
-    min: float
-    p50: float
-    p90: float
-    p99: float
+    mean_ms: float
+    std_ms: float
+    min_ms: float
+    p50_ms: float
+    p90_ms: float
+    p99_ms: float
     throughput: float
     """Runs per second, one after the other: the inverse of the mean."""
 
@@ -80,16 +80,16 @@ class Latency:
     def of(cls, nanoseconds: npt.NDArray[np.int64]) -> Latency:
         """Statistics of at least one run."""
         times = nanoseconds / 1e6
-        p50, p90, p99 = map(float, np.percentile(times, [50, 90, 99]))
         mean = float(times.mean())
+        p50, p90, p99 = map(float, np.percentile(times, [50, 90, 99]))
         return cls(
             runs=int(times.size),
-            mean=mean,
-            std=float(times.std()),
-            min=float(times.min()),
-            p50=p50,
-            p90=p90,
-            p99=p99,
+            mean_ms=mean,
+            std_ms=float(times.std()),
+            min_ms=float(times.min()),
+            p50_ms=p50,
+            p90_ms=p90,
+            p99_ms=p99,
             throughput=1e3 / mean if mean else math.inf,
         )
 
