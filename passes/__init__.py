@@ -1,0 +1,42 @@
+"""The passes, a module each, and the order in which they run at each level.
+
+A pass that is in no pipeline runs when it is asked for by name.
+"""
+
+from __future__ import annotations
+
+_CLEAN = (
+    "inline-functions",
+    "inline-if",
+    "fold-constants",
+    "fold-shapes",
+    "eliminate-identity",
+    "eliminate-common",
+    "dedupe-initializers",
+    "eliminate-dead",
+)
+
+_FUSE = (
+    "inline-functions",
+    "inline-if",
+    "fold-constants",
+    "fold-shapes",
+    "eliminate-identity",
+    "merge-reshapes",
+    "merge-transposes",
+    "sink-transposes",
+    "fuse-conv-batchnorm",
+    "fuse-conv-affine",
+    "fuse-pad",
+    "fuse-matmul-add",
+    "fuse-gelu",
+    "fuse-layernorm",
+    "fuse-softmax",
+    "fuse-activation",
+    "eliminate-common",
+    "dedupe-initializers",
+    "eliminate-dead",
+)
+
+PIPELINES: tuple[tuple[str, ...], ...] = ((), _CLEAN, _FUSE, _FUSE)
+"""Names of passes by level, 0 to 3."""
