@@ -1,0 +1,256 @@
+"""The tables of shape inference: which rule an operator follows, and its outputs' types.
+
+An operator without an entry is left to onnx's own inference (see `graphopt.shapes`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from graphopt import ir, shape_ops_data, shape_ops_nn
+from graphopt.dims import DimLike, broadcast
+from graphopt.shape_call import Call, Shape, ShapeRule, Unknown
+
+__all__ = ["SHAPES", "TYPES", "TypeRule"]
+
+TypeRule = (
+    int | ir.DataType | Sequence[int | ir.DataType] | Callable[[Call], list[ir.DataType | None]]
+)
+"""An output type: that of input n, a fixed one, one of these per output, or a function's."""
+
+
+def same(c: Call) -> list[Shape | None]:
+    """Every output is shaped as the first input."""
+    return [c.fact(0).shape] * len(c.node.outputs)
+
+
+def broadcast_inputs(c: Call) -> list[Shape | None]:
+    """All inputs under numpy's broadcasting; before opset 7 the first decides."""
+    shape = c.shape(0)
+    if c.opset < 7 and not c.node.domain and c.node.op_type not in _VARIADIC:
+        return [shape]
+    for index in range(1, len(c.inputs)):
+        other = c.shape(index)
+        if other and other != shape:
+            shape = join(shape, other)
+    return [shape]
+
+
+def join(a: Shape, b: Shape) -> Shape:
+    """The shape of two operands under numpy's broadcasting."""
+    if len(a) < len(b):
+        a, b = b, a
+    extra = len(a) - len(b)
+    tail: list[DimLike] = []
+    for x, y in zip(a[extra:], b, strict=True):
+        tail.append(x if x == y else broadcast(x, y))
+    return (*a[:extra], *tail)
+
+
+def scalar(c: Call) -> list[Shape | None]:
+    """A tensor without axes."""
+    return [()] * len(c.node.outputs)
+
+
+def biased(c: Call) -> list[Shape | None]:
+    """com.microsoft BiasGelu and the like: the longer of the operands' shapes."""
+    return [join(c.shape(0), c.shape(1))]
+
+
+def qlinear_binary(c: Call) -> list[Shape | None]:
+    """com.microsoft QLinearAdd, QLinearMul: operands at inputs 0 and 3."""
+    return [join(c.shape(0), c.shape(3))]
+
+
+def rows(c: Call) -> list[Shape | None]:
+    """ai.onnx.ml: one row per sample, of a width that the attributes hide."""
+    shape = c.shape(0)
+    return [(shape[0] if len(shape) > 1 else 1, c.fresh(1))]
+
+
+def classes(c: Call) -> list[Shape | None]:
+    """ai.onnx.ml classifiers: a label per sample, and its scores."""
+    (scores,) = rows(c)
+    assert scores is not None
+    return [scores[:1], (scores[0], c.fresh(1, 1))]
+
+
+def picked(c: Call) -> list[Shape | None]:
+    """ai.onnx.ml ArrayFeatureExtractor: some of the last axis."""
+    indices = c.shape(1)
+    shape = c.shape(0)
+    return [(*(shape[:-1] if len(shape) > 1 else (1,)), indices[-1])]
+
+
+def _words(text: str) -> list[str]:
+    return text.split()
+
+
+_VARIADIC = frozenset({"Max", "Mean", "Min", "Sum"})
+_SAME = _words(
+    "Abs Acos Acosh Asin Asinh Atan Atanh Bernoulli BitwiseNot Cast CastLike Ceil Celu "
+    "Clip Cos Cosh CumProd CumSum DequantizeLinear Dropout Elu Erf Exp EyeLike Floor "
+    "Gelu GroupNormalization HardSigmoid HardSwish Hardmax Identity "
+    "InstanceNormalization IsInf IsNaN LRN LeakyRelu Log LogSoftmax LpNormalization "
+    "MeanVarianceNormalization Mish Neg Not PRelu QuantizeLinear RMSNormalization "
+    "RandomNormalLike RandomUniformLike Reciprocal Relu ReverseSequence RotaryEmbedding "
+    "Round Scatter ScatterElements ScatterND Selu Shrink Sigmoid Sign Sin Sinh Softmax "
+    "Softplus Softsign Sqrt Swish Tan Tanh TensorScatter ThresholdedRelu Trilu"
+)
+_BROADCAST = _words(
+    "Add And BitShift BitwiseAnd BitwiseOr BitwiseXor Div Equal Greater GreaterOrEqual "
+    "Less LessOrEqual Max Mean Min Mod Mul Or Pow Sub Sum Where Xor"
+)
+_MICROSOFT_SAME = _words(
+    "FastGelu Gelu QLinearLeakyRelu QLinearSigmoid QLinearSoftmax QuickGelu "
+    "RotaryEmbedding QuantizeLinear DequantizeLinear"
+)
+_ML_SAME = ("Binarizer", "CategoryMapper", "Imputer", "LabelEncoder", "Normalizer", "Scaler")
+
+SHAPES: Mapping[str, Mapping[str, ShapeRule]] = {
+    "": {
+        **dict.fromkeys(_SAME, same),
+        **dict.fromkeys(_BROADCAST, broadcast_inputs),
+        **shape_ops_data.RULES,
+        **shape_ops_nn.RULES,
+        "Size": scalar,
+    },
+    "com.microsoft": {
+        **dict.fromkeys(_MICROSOFT_SAME, same),
+        **dict.fromkeys(("BiasGelu", "BiasAdd"), biased),
+        **dict.fromkeys(("QLinearAdd", "QLinearMul"), qlinear_binary),
+        **shape_ops_nn.MICROSOFT,
+    },
+    "ai.onnx.ml": {
+        **dict.fromkeys(_ML_SAME, same),
+        **dict.fromkeys(("LinearClassifier", "SVMClassifier", "TreeEnsembleClassifier"), classes),
+        **dict.fromkeys(("LinearRegressor", "SVMRegressor", "TreeEnsembleRegressor"), rows),
+        "ArrayFeatureExtractor": picked,
+    },
+}
+
+
+def _attribute_type(name: str, default: ir.DataType) -> TypeRule:
+    return lambda c: [ir.DataType(c.attr(name, int, int(default)))]
+
+
+def _like(c: Call) -> list[ir.DataType | None]:
+    """The type of the attribute, else that of the input."""
+    given = c.attr("dtype", int, 0)
+    return [ir.DataType(given) if given else c.dtype(0)]
+
+
+def _filled(c: Call) -> list[ir.DataType | None]:
+    """The type of the attribute's tensor, float32 without it."""
+    attr = c.node.attributes.get("value")
+    if attr is None:
+        return [ir.DataType.FLOAT]
+    if attr.is_ref():
+        raise Unknown
+    return [attr.as_tensor().dtype]
+
+
+def _quantized(c: Call) -> list[ir.DataType | None]:
+    """The zero point's type, else the attribute's, else uint8."""
+    if c.has(2):
+        return [c.dtype(2)]
+    return [ir.DataType(c.attr("output_dtype", int, 0) or int(ir.DataType.UINT8))]
+
+
+def _dequantized(c: Call) -> list[ir.DataType | None]:
+    """The attribute's type, else the scale's."""
+    given = c.attr("output_dtype", int, 0)
+    return [ir.DataType(given) if given else c.dtype(1)]
+
+
+def _layer_normalized(c: Call) -> list[ir.DataType | None]:
+    """The statistics have a type of their own, float32 unless an attribute says otherwise."""
+    stash = ir.DataType(c.attr("stash_type", int, int(ir.DataType.FLOAT)))
+    return [c.dtype(0), stash, stash]
+
+
+def _classified(c: Call) -> list[ir.DataType | None]:
+    """Labels are integers or strings, by the attribute that lists them."""
+    names = ("classlabels_strings", "classlabels_int64s")
+    text = bool(c.attr(names[0], tuple, ())) and not c.attr(names[1], tuple, ())
+    return [ir.DataType.STRING if text else ir.DataType.INT64, ir.DataType.FLOAT]
+
+
+def _labelled(c: Call) -> list[ir.DataType | None]:
+    """LabelEncoder: the type of the table of results."""
+    for name in c.node.attributes:
+        for ending, kind in _LABELS.items():
+            if name == f"values_{ending}":
+                return [kind]
+    raise Unknown
+
+
+def _mapped(c: Call) -> list[ir.DataType | None]:
+    """CategoryMapper: strings become integers, integers strings."""
+    return [ir.DataType.INT64 if c.dtype(0) == ir.DataType.STRING else ir.DataType.STRING]
+
+
+_LABELS = {
+    "floats": ir.DataType.FLOAT,
+    "int64s": ir.DataType.INT64,
+    "strings": ir.DataType.STRING,
+}
+_BOOL, _FLOAT, _INT32, _INT64 = (
+    ir.DataType.BOOL,
+    ir.DataType.FLOAT,
+    ir.DataType.INT32,
+    ir.DataType.INT64,
+)
+_COMPARISONS = _words("And Equal Greater GreaterOrEqual IsInf IsNaN Less LessOrEqual Not Or Xor")
+_COUNTS = _words("ArgMax ArgMin NonMaxSuppression NonZero Shape Size")
+
+# What is not listed has the type of the first input.
+TYPES: Mapping[str, Mapping[str, TypeRule]] = {
+    "": {
+        **dict.fromkeys(_COMPARISONS, _BOOL),
+        **dict.fromkeys(_COUNTS, _INT64),
+        **dict.fromkeys(("ConvInteger", "MatMulInteger"), _INT32),
+        **dict.fromkeys(("QLinearConv", "QLinearMatMul"), 7),
+        **dict.fromkeys(("RandomNormalLike", "RandomUniformLike", "Bernoulli", "EyeLike"), _like),
+        **dict.fromkeys(("RandomNormal", "RandomUniform"), _attribute_type("dtype", _FLOAT)),
+        **dict.fromkeys(
+            ("BlackmanWindow", "HammingWindow", "HannWindow"),
+            _attribute_type("output_datatype", _FLOAT),
+        ),
+        "BatchNormalization": (0, 3, 4, 3, 4),
+        "Cast": _attribute_type("to", ir.DataType.UNDEFINED),
+        "CastLike": 1,
+        "ConstantOfShape": _filled,
+        "DequantizeLinear": _dequantized,
+        "Dropout": (0, _BOOL),
+        "DynamicQuantizeLinear": (ir.DataType.UINT8, _FLOAT, ir.DataType.UINT8),
+        "LayerNormalization": _layer_normalized,
+        "MaxPool": (0, _INT64),
+        "Multinomial": _attribute_type("dtype", _INT32),
+        "OneHot": 2,
+        "QuantizeLinear": _quantized,
+        "TopK": (0, _INT64),
+        "Unique": (0, _INT64, _INT64, _INT64),
+        "Where": 1,
+    },
+    "com.microsoft": {
+        "DequantizeLinear": 1,
+        "EmbedLayerNormalization": (2, _INT32, 2),
+        "DynamicQuantizeMatMul": _FLOAT,
+        "MatMulIntegerToFloat": _FLOAT,
+        "QLinearConcat": 1,
+        "QuantizeLinear": 2,
+        "SkipLayerNormalization": (0, _FLOAT, _FLOAT, 0),
+        "SkipSimplifiedLayerNormalization": (0, _FLOAT, _FLOAT, 0),
+    },
+    "ai.onnx.ml": {
+        **dict.fromkeys(
+            ("LinearClassifier", "SVMClassifier", "TreeEnsembleClassifier"), _classified
+        ),
+        **dict.fromkeys(("LinearRegressor", "SVMRegressor", "TreeEnsembleRegressor"), _FLOAT),
+        "CategoryMapper": _mapped,
+        "LabelEncoder": _labelled,
+        "Normalizer": _FLOAT,
+        "Scaler": _FLOAT,
+    },
+}
