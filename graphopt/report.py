@@ -185,8 +185,8 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """Plain data; infinities become None so that the JSON is standard."""
         plain: dict[str, Any] = dataclasses.asdict(self)
-        finite: dict[str, Any] = finite(plain)
-        return finite
+        data: dict[str, Any] = finite(plain)
+        return data
 
     def to_json(self) -> str:
         """Standard JSON, two-space indented."""

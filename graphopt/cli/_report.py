@@ -133,11 +133,12 @@ def evaluate(
     first, second = measured.models
     assert first.latency and second.latency and second.ratio
     assert first.accuracy is not None and second.accuracy is not None
+    ratio = second.ratio
     return {
         "latency": {
-            "before": f"{first.latency.p50:.3g} ms",
-            "after": f"{second.latency.p50:.3g} ms",
-            "change": f"x {second.ratio.value:.2f} ({second.ratio.low:.2f} to {second.ratio.high:.2f})",
+            "before": f"{first.latency.p50_ms:.3g} ms",
+            "after": f"{second.latency.p50_ms:.3g} ms",
+            "change": f"x {ratio.value:.2f} ({ratio.low:.2f} to {ratio.high:.2f})",
         },
         "accuracy": {
             "before": f"{100 * first.accuracy:.2f} %",

@@ -123,7 +123,7 @@ def _show(out: Console, result: Measurement) -> None:
         t, r, p = m.latency, m.ratio, m.process
         table.add_row(
             m.name,
-            *(f"{value:.4g}" for value in (t.p50, t.p90, t.p99, t.mean, t.throughput)),
+            *(f"{value:.4g}" for value in (t.p50_ms, t.p90_ms, t.p99_ms, t.mean_ms, t.throughput)),
             f"{r.value:.3f}" if r else "1",
             f"{r.low:.3f} to {r.high:.3f}" if r else "",
             f"{p.load_ms:.3g}" if p else "",

@@ -118,7 +118,7 @@ def optimize(model: Path, **options: Any) -> None:
         if output is not None and not options["dry_run"]:
             from graphopt import files
 
-            files.save(result, output, overwrite=options["overwrite"], source=model)
+            files.save(result, output, overwrite=options["overwrite"])
     _tell(model, source, result, report, options)
     if report.rolled_back:
         raise SystemExit(5)
