@@ -262,12 +262,16 @@ def drop_initializer(context: Context, value: ir.Value) -> None:
 
 
 def remove(context: Context, node: ir.Node) -> None:
-    """Remove a node whose outputs nothing uses."""
+    """Remove a node whose outputs nothing uses, and initializers that only it used."""
     assert node.graph is not None
     graph = node.graph
+    inputs = dict.fromkeys(v for v in node.inputs if v is not None and v.is_initializer())
     _release(node)
     graph.remove(node)
     _forget(context, node)
+    for value in inputs:
+        if not is_used(value) and not value.is_graph_input():
+            drop_initializer(context, value)
 
 
 def _release(node: ir.Node) -> None:
