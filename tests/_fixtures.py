@@ -25,6 +25,7 @@ A model without a header of its own gets IR version 10 and opset 20. The headers
     random     NAME DTYPE[DIMS]: an initializer of standard normal values, by NAME the same in
                before and after; ``positive`` behind it makes them uniform in 0.5..1.5
     value      NAME DTYPE[DIMS] NUMBERS: an initializer, for dtypes that ONNX's text lacks
+    feed       NAME DTYPE[DIMS] NUMBERS: an input, where random values do not fit
     computed   NAME DTYPE[DIMS]: an initializer of the after model with whatever values
 """
 
@@ -47,12 +48,12 @@ onnx: Any = importlib.import_module("onnx")
 FOLDER = Path(__file__).resolve().parent / "passes"
 _HEADER = '<ir_version: 10, opset_import: ["" : 20]>\n'
 _SINGLE = {"title", "options", "target", "numerics", "unchanged"}
-_REPEATED = {"refusal", "random", "value", "computed"}
+_FILLED = ("random", "value", "feed", "computed")
 
 
 @dataclass(frozen=True)
 class Filled:
-    """An initializer that a header line makes: `random`, `value` or `computed`."""
+    """An array that a header line describes: `random`, `value`, `feed` or `computed`."""
 
     kind: str
     name: str
@@ -69,7 +70,7 @@ class Filled:
 
     def array(self) -> ir.Array:
         """The values; those of a random one depend on its name and shape alone."""
-        if self.kind == "value":
+        if self.kind in ("value", "feed"):
             numbers = [float(word) for word in re.split(r"[,\s]+", self.rest)]
             return np.asarray(numbers).reshape(self.shape).astype(self.dtype.numpy())
         rng = np.random.default_rng(zlib.crc32(f"{self.name}{self.shape}".encode()))
@@ -108,7 +109,7 @@ class Case:
         model = onnx.parser.parse_model(full)
         words = set(re.findall(r"[\w./:]+", text))
         for fill in self.filled:
-            if fill.name in words:
+            if fill.kind != "feed" and fill.name in words:
                 tensor = onnx.numpy_helper.from_array(fill.array(), fill.name)
                 model.graph.initializer.append(tensor)
         return model
@@ -116,6 +117,10 @@ class Case:
     def expected(self) -> Any:
         """The ModelProto that the pass must arrive at."""
         return self.model(self.before if self.after is None else self.after)
+
+    def feeds(self) -> dict[str, ir.Array]:
+        """Inputs that the case fixes."""
+        return {fill.name: fill.array() for fill in self.filled if fill.kind == "feed"}
 
     @property
     def free(self) -> frozenset[str]:
@@ -142,7 +147,7 @@ def _case(pass_name: str, text: str) -> Case:
         header = re.fullmatch(r"#\s*(\w+):\s*(.*?)\s*", line)
         if header is None:
             body.append(line)
-        elif header[1] in _REPEATED:
+        elif header[1] in ("refusal", *_FILLED):
             repeated[header[1]].append(header[2])
         else:
             assert header[1] in _SINGLE, f"{pass_name}: unknown header {line!r}"
@@ -151,11 +156,7 @@ def _case(pass_name: str, text: str) -> Case:
     unchanged = single.get("unchanged") == "true"
     assert single.get("title"), f"{pass_name}: a case has no title:\n{text}"
     assert unchanged == (not arrow), f"{single['title']}: an after model, or unchanged: true"
-    fills = tuple(
-        Filled.parse(kind, text)
-        for kind in ("random", "value", "computed")
-        for text in repeated[kind]
-    )
+    fills = tuple(Filled.parse(kind, text) for kind in _FILLED for text in repeated[kind])
     return Case(
         pass_name, before, after if arrow else None, single, tuple(repeated["refusal"]), fills
     )
