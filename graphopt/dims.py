@@ -49,7 +49,7 @@ class Atom:
     def __init__(self, op: str, args: tuple[DimLike | str, ...]) -> None:
         self.op = op
         self.args = args
-        self.weight = 1 + sum(a.weight for a in args if isinstance(a, Dim))
+        self.weight: int = 1 + sum(a.weight for a in args if isinstance(a, Dim))
         if self.weight > _MAX_WEIGHT:
             raise OverflowError("a dimension's expression is too large")
         self.name = _atom_name(op, args)
@@ -102,7 +102,7 @@ class Dim:
 
     def __init__(self, terms: tuple[tuple[Monomial, int], ...]) -> None:
         self.terms = terms
-        self.weight = sum(a.weight for m, _ in terms for a in m) + len(terms)
+        self.weight: int = sum(a.weight for m, _ in terms for a in m) + len(terms)
         if self.weight > _MAX_WEIGHT:
             raise OverflowError("a dimension's expression is too large")
         self._hash = hash(terms)

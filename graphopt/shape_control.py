@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from graphopt import ir
@@ -237,28 +238,33 @@ def scan(call: Call) -> list[Fact]:
     return facts
 
 
-def call_function(call: Call) -> list[Fact]:
-    """A function's outputs for these inputs; what is inferred inside is not kept."""
-    shapes = call.shapes
-    function = shapes.model.functions[call.node.op_identifier()]
-    if len(shapes.site) >= _MAX_DEPTH or not shapes.spend(len(function.graph)):
-        raise Unknown
+@contextmanager
+def calling(shapes: Shapes, node: ir.Node) -> Iterator[ir.Function]:
+    """Within the context, `shapes` tells of a function's body what holds in this call of it."""
+    function = shapes.model.functions[node.op_identifier()]
     outer = shapes.facts, shapes.arguments, shapes.site
     arguments = {name: attr for name, attr in function.attributes.items() if attr.value is not None}
-    for name, attr in call.node.attributes.items():
+    for name, attr in node.attributes.items():
         bound = shapes.bound(attr) if attr.is_ref() else attr
         if bound is not None:
             arguments[name] = bound
-    inside: dict[ir.Value, Fact] = {}
-    for index, value in enumerate(function.inputs):
-        fact = call.inputs[index] if index < len(call.inputs) else None
-        inside[value] = NOTHING if fact is None else fact
-    shapes.facts, shapes.arguments, shapes.site = inside, arguments, (*shapes.site, call.node)
+    inside: dict[ir.Value, Fact] = dict.fromkeys(function.inputs, NOTHING)
+    for value, given in zip(function.inputs, node.inputs, strict=False):
+        if given is not None:
+            inside[value] = shapes.fact(given)
+    shapes.facts, shapes.arguments, shapes.site = inside, arguments, (*shapes.site, node)
     try:
-        shapes.infer_graph(function.graph, function.graph)
-        return [shapes.fact(value) for value in function.outputs]
+        if len(shapes.site) <= _MAX_DEPTH and shapes.spend(len(function.graph)):
+            shapes.infer_graph(function.graph, function.graph)
+        yield function
     finally:
         shapes.facts, shapes.arguments, shapes.site = outer
+
+
+def call_function(call: Call) -> list[Fact]:
+    """A function's outputs for these inputs; what is inferred inside is not kept."""
+    with calling(call.shapes, call.node) as function:
+        return [call.shapes.fact(value) for value in function.outputs]
 
 
 def infer_functions(shapes: Shapes) -> None:

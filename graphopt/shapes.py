@@ -8,6 +8,7 @@ Two symbols become one only where a node that always runs would fail unless they
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from itertools import count
 
 from graphopt import ir, shape_control
@@ -134,6 +135,10 @@ class Shapes:
     def forget(self, value: ir.Value) -> None:
         """Drop what is known of a value that was removed, or whose constant was replaced."""
         self.facts.pop(value, None)
+
+    def calling(self, node: ir.Node) -> AbstractContextManager[ir.Function]:
+        """Within it, this object tells of the called function's body what holds in that call."""
+        return shape_control.calling(self, node)
 
     # What follows is for the rules.
 
