@@ -1,0 +1,91 @@
+"""Fold BatchNormalization into the Conv, ConvTranspose, Gemm or MatMul beside it.
+
+Why: at inference it is a scale and a shift per channel, which the weights and bias take up.
+Numerics: rounding.
+Needs: constant weights and statistics; for a shift before a Conv, no padding.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from graphopt import ir
+from graphopt.passes._linear import (
+    LINEAR,
+    Floats,
+    channel_axis,
+    channels,
+    floats,
+    input_channels,
+    linear_producer,
+    narrowed,
+    prescaled,
+    rescaled,
+)
+from graphopt.rewriting import Op, Refuse, rewrite
+
+
+@rewrite.on("BatchNormalization")
+def fuse_conv_batchnorm(op: Op, node: ir.Node) -> ir.Value | None:
+    """Fold it into the operator before it."""
+    producer = linear_producer(op, node.inputs[0])
+    if producer is None:
+        return None
+    factors = _factors(op, node)
+    count = channels(op, producer)
+    if channel_axis(op, producer) != 1 or count != len(factors[0]):
+        raise Refuse("its channels are not those of the operator before it")
+    if producer.op_type != "MatMul":
+        return rescaled(op, producer, *factors)
+    weight = producer.inputs[1]
+    if weight is None or op.rank(weight) != 2:
+        return None
+    product = rescaled(op, producer, factors[0], None)
+    made = product.producer()
+    assert made is not None
+    return op.Gemm(*made.inputs, op.initializer(_like(op, node, factors[1]), "bias"))
+
+
+def _like(op: Op, node: ir.Node, values: Floats) -> ir.Array:
+    value = node.inputs[0]
+    return narrowed(values, None if value is None else op.dtype(value))
+
+
+@rewrite.on(*sorted(LINEAR))
+def fuse_batchnorm_conv(op: Op, node: ir.Node) -> ir.Value | None:
+    """Fold it into the operator after it."""
+    value = node.inputs[0]
+    norm = None if value is None else value.producer()
+    if value is None or norm is None or norm.op_type != "BatchNormalization" or norm.domain:
+        return None
+    place = input_channels(op, node)
+    if op.uses(value) != 1 or place is None or norm.inputs[0] is None:
+        return None
+    scale, shift = _factors(op, norm)
+    if place != (1, len(scale)):
+        raise Refuse("its channels are not those of the operator after it")
+    return prescaled(op, node, norm.inputs[0], scale, shift)
+
+
+def _factors(op: Op, node: ir.Node) -> tuple[Floats, Floats]:
+    """Scale and shift per channel.
+
+    Raises:
+        Refuse: training mode, or statistics that are not constant.
+    """
+    used = [v for v in node.outputs[1:] if v.uses() or v.is_graph_output()]
+    if op.attr(node, "training_mode", 0) or used:
+        raise Refuse("it is in training mode")
+    if op.opset < 9 and op.attr(node, "spatial", 1) == 0:
+        raise Refuse("its statistics are per element, not per channel")
+    if op.opset < 7 and not op.attr(node, "is_test", 0):
+        raise Refuse("it is in training mode")
+    scale, bias, mean, variance = (floats(op, v) for v in node.inputs[1:5])
+    if scale is None or bias is None or mean is None or variance is None:
+        raise Refuse("its scale or statistics are not constant")
+    with np.errstate(divide="ignore", invalid="ignore"):
+        factor = scale / np.sqrt(variance + op.attr(node, "epsilon", 1e-5))
+        shift = bias - mean * factor
+    if not (np.isfinite(factor).all() and np.isfinite(shift).all()):
+        raise Refuse("its scale is not finite")
+    return factor, shift

@@ -1,0 +1,218 @@
+"""Move Transposes across other operators to where they cancel or become fewer.
+
+Why: a Transpose copies a whole tensor; layout conversions around element-wise operators,
+concatenations and reductions meet and vanish once they are moved together.
+Numerics: rounding, where a reduction sums in another order; all else is exact.
+Needs: ranks of the operands that are moved.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from graphopt import ir
+from graphopt.passes._layout import (
+    REDUCTIONS,
+    Perm,
+    composed,
+    inverted,
+    is_identity,
+    layout_inputs,
+    moved,
+    moved_constant,
+    permutation,
+    reduced_axes,
+    transposed,
+)
+from graphopt.rewriting import Op, rewrite
+
+_REGION = 48  # nodes that one Transpose may be moved across
+
+
+def _is_transpose(node: ir.Node | None) -> bool:
+    return node is not None and node.op_type == "Transpose" and not node.domain
+
+
+class _Region:
+    """The operators above a Transpose across which it may be moved, and what that costs.
+
+    Costs count Transposes: those that moving makes, less those that it removes.
+    """
+
+    def __init__(self, op: Op, bottom: ir.Node, perm: Perm) -> None:
+        self._op = op
+        self._perm = perm
+        self._bottom = bottom
+        self._candidates = self._collect()
+        self._costs: dict[ir.Value, int] = {}
+        self._built: dict[ir.Value, ir.Value] = {}
+
+    def _collect(self) -> dict[ir.Node, list[int]]:
+        """Nodes that feed only each other and the bottom, with the inputs to be permuted."""
+        rank, found = len(self._perm), dict[ir.Node, list[int]]()
+        stack = [self._bottom.inputs[0]]
+        while stack and len(found) < _REGION:
+            value = stack.pop()
+            node = None if value is None else value.producer()
+            if value is None or node is None or node in found:
+                continue
+            if node.graph is not self._bottom.graph or value.is_graph_output():
+                continue
+            inputs = layout_inputs(self._op, node, rank) if self._op.rank(value) == rank else None
+            if inputs is not None:
+                found[node] = inputs
+                stack += [node.inputs[index] for index in inputs]
+        inside = {*found, self._bottom}
+        while lost := [n for n in found if any(u not in inside for u in n.outputs[0].consumers())]:
+            for node in lost:
+                del found[node]
+            inside.difference_update(lost)
+        return found
+
+    def saves(self) -> bool:
+        """Whether fewer Transposes are left and no operator is computed twice."""
+        passed: dict[ir.Node, None] = {}
+        fringe: dict[ir.Value, None] = {}
+        stack = [self._bottom.inputs[0]]
+        while stack:
+            value = stack.pop()
+            node = None if value is None else value.producer()
+            if value is None or node in passed:
+                continue
+            if node is not None and self._passes(node):
+                passed[node] = None
+                stack += [node.inputs[index] for index in self._candidates[node]]
+            else:
+                fringe[value] = None
+        inside = {*passed, self._bottom}
+        if any(u not in inside for n in passed for u in n.outputs[0].consumers()):
+            return False
+        return sum(self._fringe_cost(value, inside) for value in fringe) < 1
+
+    def _passes(self, node: ir.Node) -> bool:
+        return node in self._candidates and self._through(node) < 1
+
+    def _cost(self, value: ir.Value) -> int:
+        """An estimate, which counts what is shared more than once."""
+        if value not in self._costs:
+            self._costs[value] = 1
+            node = value.producer()
+            if node is not None and node in self._candidates:
+                self._costs[value] = min(1, self._through(node))
+            else:
+                inside = {*self._candidates, self._bottom}
+                self._costs[value] = self._fringe_cost(value, inside)
+        return self._costs[value]
+
+    def _through(self, node: ir.Node) -> int:
+        values = dict.fromkeys(node.inputs[index] for index in self._candidates[node])
+        return sum(self._cost(value) for value in values if value is not None)
+
+    def _fringe_cost(self, value: ir.Value, inside: set[ir.Node]) -> int:
+        """Transposes gained by permuting a value that nothing is moved across."""
+        node = value.producer()
+        if ir.constant(value) is not None:
+            return 0
+        first = permutation(self._op, node) if node is not None and _is_transpose(node) else None
+        if first is None:
+            return 1
+        goes = not value.is_graph_output() and all(u in inside for u in value.consumers())
+        return int(not is_identity(composed(first, self._perm))) - int(goes)
+
+    def permuted(self, value: ir.Value) -> ir.Value:
+        """Build the value with its axes permuted."""
+        if value not in self._built:
+            self._built[value] = self._permuted(value)
+        return self._built[value]
+
+    def _permuted(self, value: ir.Value) -> ir.Value:
+        op, node = self._op, value.producer()
+        constant = moved_constant(op, value, self._perm)
+        if constant is not None:
+            return constant
+        if node is not None and _is_transpose(node):
+            first, source = permutation(op, node), node.inputs[0]
+            if first is not None and source is not None:
+                return transposed(op, source, composed(first, self._perm))
+        if node is None or not self._passes(node):
+            return op.Transpose(value, perm=self._perm)
+        inputs = list(node.inputs)
+        for index in self._candidates[node]:
+            operand = inputs[index]
+            if operand is not None:
+                inputs[index] = self.permuted(operand)
+        return moved(op, node, self._perm, inputs)
+
+
+@rewrite.on("Transpose")
+def pull_transpose_up(op: Op, node: ir.Node) -> ir.Value | None:
+    """Compute what a Transpose is applied to in its layout, where that leaves fewer of them."""
+    value, perm = node.inputs[0], permutation(op, node)
+    if value is None or perm is None or ir.constant(value) is not None:
+        return None
+    region = _Region(op, node, perm)
+    return region.permuted(value) if region.saves() else None
+
+
+@rewrite.on("Concat", "Add", "Sub", "Mul", "Div", "Max", "Min", "Where", "Sum", "Pow")
+def push_transposes_down(op: Op, node: ir.Node) -> ir.Value | None:
+    """Several operands permuted alike: permute the result instead."""
+    rank = op.rank(node.outputs[0])
+    indices = None if rank is None else layout_inputs(op, node, rank)
+    if indices is None:
+        return None
+    perms: list[Perm] = []
+    for index in indices:
+        value = node.inputs[index]
+        producer = None if value is None else value.producer()
+        if value is None or ir.constant(value) is not None:
+            continue
+        perm = (
+            permutation(op, producer) if producer is not None and _is_transpose(producer) else None
+        )
+        if perm is None or op.uses(value) > sum(v is value for v in node.inputs):
+            return None
+        perms.append(perm)
+    if len(perms) < 2 or any(perm != perms[0] for perm in perms):
+        return None
+    back = inverted(perms[0])
+    inputs = list(node.inputs)
+    for index in indices:
+        value = node.inputs[index]
+        assert value is not None
+        constant = moved_constant(op, value, back)
+        producer = value.producer()
+        if constant is not None:
+            inputs[index] = constant
+        elif producer is not None:
+            inputs[index] = producer.inputs[0]
+    return op.Transpose(moved(op, node, back, inputs), perm=perms[0])
+
+
+@rewrite.on(*sorted(REDUCTIONS), "ArgMax", "ArgMin")
+def drop_reduced_transpose(op: Op, node: ir.Node) -> ir.Value | None:
+    """Reduce a tensor before it is permuted, where the axes that stay are in order all the same."""
+    value = node.inputs[0]
+    producer = None if value is None else value.producer()
+    if value is None or producer is None or not _is_transpose(producer) or op.uses(value) > 1:
+        return None
+    perm = permutation(op, producer)
+    if perm is None or op.attr(node, "keepdims", 1):
+        return None
+    single = node.op_type.startswith("Arg")
+    axes = [op.attr(node, "axis", 0) % len(perm)] if single else reduced_axes(op, node, len(perm))
+    if not axes:
+        return None
+    stay = [perm[axis] for axis in range(len(perm)) if axis not in axes]
+    if stay != sorted(stay):
+        return None
+    sources = sorted(perm[axis] for axis in axes)
+    attributes: dict[str, Any] = dict(node.attributes)
+    inputs: list[Any] = [producer.inputs[0], *node.inputs[1:]]
+    if single:
+        attributes["axis"] = sources[0]
+    elif "axes" in attributes:
+        attributes["axes"] = sources
+    elif len(inputs) > 1 and inputs[1] is not None:
+        inputs[1] = sources
+    return op.build(node.op_type, inputs, attributes)[0]
