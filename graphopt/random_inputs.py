@@ -221,11 +221,13 @@ def _array(
         texts = [_text(c) for c in uses.candidates] or list(_WORDS)
         return np.asarray(texts, object)[rng.integers(len(texts), size=shape)]
     if "mask" in name:
-        mask = rng.random(shape) < 0.85
-        mask[..., :1] = True  # a row that attends to nothing is NaN in many models
+        mask = np.asarray(rng.random(shape) < 0.85)
+        mask[(..., slice(1)) if shape else ()] = (
+            True  # a row that attends to nothing is NaN in many models
+        )
         return mask.astype(dtype.numpy())
     if dtype == ir.DataType.BOOL:
-        return rng.random(shape) < 0.5
+        return np.asarray(rng.random(shape) < 0.5)
     if dtype in _INTEGERS or uses.limit is not None:
         return _integers(name, dtype, shape, uses, rng, guess).astype(dtype.numpy())
     if dtype in (ir.DataType.COMPLEX64, ir.DataType.COMPLEX128):

@@ -55,27 +55,22 @@ class Options:
     """The ways to come by inputs of regions, in the order in which they are tried."""
 
 
-def compare_regions(
-    a: ir.Model, b: ir.Model, options: Options, shapes: Shapes | None = None
-) -> Comparison:
-    """Compare the regions in which `b` differs from `a`; `shapes` are those of `a`, if at hand.
+def compare_regions(cut: Cut, options: Options, shapes: Shapes) -> Comparison:
+    """Compare the regions in which two models differ; `shapes` are those of the first one.
 
     The result lists the outputs that are computed alike in both, and every value inside up to
     which a region was compared. `signature` is left to the caller.
     """
-    ends = [value.name or "" for value in b.graph.outputs]
-    shapes = shapes or Shapes(a)
-    cut = Cut(a, b)
+    ends = [value.name or "" for value in cut.b.graph.outputs]
     checks = _Checks(cut, options, shapes)
-    dropped: frozenset[str] = frozenset()
     checks.run()
     for attempt in range(_ROUNDS):
         doubtful = checks.doubtful.difference(ends)
         if not doubtful:
             break
         inside = {claim.name for claim in cut.claims}.difference(ends)
-        dropped |= doubtful if attempt < _ROUNDS - 2 else inside
-        cut = Cut(a, b, dropped)
+        dropped = doubtful if attempt < _ROUNDS - 2 else inside
+        cut = Cut(cut.a, cut.b, cut.dropped | dropped)
         checks = _Checks(cut, options, shapes)
         checks.run()
     claimed = {claim.name for claim in cut.claims}
@@ -96,7 +91,7 @@ class _Checks:
         self._cut, self._options = cut, options
         self._ran: Counter[str] = Counter()
         self._shapes = shapes
-        self._sizes = dict(_sizes(cut.a, options.feeds))
+        self._sizes = dict(named_sizes(cut.a, options.feeds))
         self._computed = computed_types(cut.a) | computed_types(cut.b)
 
     def run(self) -> None:
@@ -150,8 +145,9 @@ class _Checks:
         if len(claims) == 1:
             self.unchecked[claims[0].name] = reason
             return
-        for claim in claims:
-            self._check([claim])
+        half = len(claims) // 2
+        self._check(claims[:half])
+        self._check(claims[half:])
 
     def _accept(self, verdict: Verdict, mode: Mode, regions: int) -> None:
         self.outputs += verdict.outputs
@@ -286,7 +282,7 @@ class _Checks:
         return tuple(max(0, evaluate(dim, self._sizes, _UNNAMED_SIZE)) for dim in shape)
 
 
-def _sizes(model: ir.Model, feeds: Feeds) -> Iterator[tuple[str, int]]:
+def named_sizes(model: ir.Model, feeds: Feeds) -> Iterator[tuple[str, int]]:
     """Sizes of the named dimensions, as the inputs have them."""
     for value in model.graph.inputs:
         array = feeds.get(value.name or "")

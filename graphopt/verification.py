@@ -13,13 +13,16 @@ from collections.abc import Sequence
 from functools import cached_property
 
 from graphopt import ir
+from graphopt.cutting import Cut
 from graphopt.errors import GraphoptError
-from graphopt.feeds import random_feeds
+from graphopt.feeds import random_feeds, workable_feeds
 from graphopt.files import ModelLike, load
 from graphopt.judging import Feeds, Trial, computed_types, judge
-from graphopt.regions import BUDGET, Mode, Options, compare_regions
+from graphopt.regions import BUDGET, Mode, Options, compare_regions, named_sizes
 from graphopt.report import Comparison, OutputComparison
 from graphopt.shapes import Shapes
+
+_MOST_SHARE = 0.5  # of a model's nodes, beyond which running it whole is cheaper than by regions
 
 
 def verify(
@@ -93,9 +96,12 @@ def verify_changes(
     """
     start = time.perf_counter()
     pair = _Pair(before, after, seed, tolerance, memory_limit, threads)
-    result = pair.regions(feeds, ("random", "real") if pair.fits else ("random",))
-    if result.unchecked and pair.fits:
+    if pair.fits and pair.cut.share() > _MOST_SHARE:
         result = pair.compare(feeds)
+    else:
+        result = pair.regions(feeds, ("random", "real") if pair.fits else ("random",))
+        if result.unchecked and pair.fits:
+            result = pair.compare(feeds)
     result.seconds = time.perf_counter() - start
     return result
 
@@ -117,6 +123,11 @@ class _Pair:
         self._limit = memory_limit
         self._signature = signature_breaks(a, b)
         self.fits = memory_limit is None or footprint(a) <= memory_limit
+
+    @cached_property
+    def cut(self) -> Cut:
+        """Where the two differ."""
+        return Cut(self._a, self._b)
 
     @cached_property
     def _shapes(self) -> Shapes:
@@ -145,8 +156,8 @@ class _Pair:
     def _whole(self, feeds: Feeds | Sequence[Feeds] | None) -> Comparison:
         """Both models, from inputs to outputs. Raises GraphoptError if the original cannot run."""
         result = Comparison("whole", signature=self._signature)
-        runs = [self._feeds(None)] if feeds is None else feeds
-        runs = runs if isinstance(runs, Sequence) else [runs]
+        given = self._tried() if feeds is None else feeds
+        runs = given if isinstance(given, Sequence) else [given]
         trial = Trial(self._a, runs, self._threads)
         expected = trial.run()
         try:
@@ -174,14 +185,31 @@ class _Pair:
             notes = [f"no inputs could be made: {error}"]
         budget = BUDGET if self._limit is None else self._limit // 2
         options = Options(given, self._seed, self._tolerance, self._threads, budget, modes)
-        result = compare_regions(self._a, self._b, options, self._shapes)
+        result = compare_regions(self.cut, options, self._shapes)
         result.signature = self._signature
         result.notes += notes
         result.settle()
         return result
 
     def _feeds(self, feeds: Feeds | None) -> Feeds:
-        return random_feeds(self._a, self._shapes, seed=self._seed) if feeds is None else feeds
+        return workable_feeds(self._a, self._shapes, seed=self._seed) if feeds is None else feeds
+
+    def _tried(self) -> list[Feeds]:
+        """Random inputs of one size, and of another one where sizes are free and that works.
+
+        What a pass took for fixed although it is not shows at the second size.
+        """
+        feeds = self._feeds(None)
+        sizes = dict(named_sizes(self._a, feeds))
+        if not sizes:
+            return [feeds]
+        larger = {name: size + 1 for name, size in sizes.items()}
+        try:
+            other = random_feeds(self._a, self._shapes, seed=self._seed + 1, bindings=larger)
+            Trial(self._a, [other], self._threads).run()
+        except GraphoptError:
+            return [feeds]
+        return [feeds, other]
 
 
 def footprint(model: ir.Model) -> int:
