@@ -9,6 +9,9 @@ from graphopt.shapes import Shapes
 
 _SMALL_BYTES = 1 << 16
 """Weights above become inputs: no kernel looks at their values when a session is made."""
+_GUESSES = (ir.DataType.FLOAT, ir.DataType.INT64, ir.DataType.BOOL)
+"""What comes out of an unknown operator may be any of these: refused means refused with each."""
+_IR_VERSION = 10
 
 
 def unsupported(model: ir.Model, refusal: Callable[[bytes], str | None]) -> dict[str, str]:
@@ -26,9 +29,13 @@ def unsupported(model: ir.Model, refusal: Callable[[bytes], str | None]) -> dict
             is_call = node.op_identifier() in model.functions
             if is_call or any(True for _ in ir.subgraphs(node)):
                 continue  # what is inside is looked at by itself
-            reason = refusal(files.to_proto(_alone(node, root, shapes, model)).SerializeToString())
-            if reason is not None:
-                reasons[ir.label(node)] = reason
+            known = all(shapes.dtype(v) is not None for v in node.inputs if v is not None)
+            refusals = [
+                refusal(files.to_proto(_alone(node, root, shapes, guess)).SerializeToString())
+                for guess in (_GUESSES[:1] if known else _GUESSES)
+            ]
+            if refusals[0] is not None and all(refusals):
+                reasons[ir.label(node)] = refusals[0]
     return reasons or {model.graph.name or "the model": whole}
 
 
@@ -46,8 +53,8 @@ def _without_weights(model: ir.Model) -> ir.Model:
     return light
 
 
-def _alone(node: ir.Node, root: ir.Graph, shapes: Shapes, model: ir.Model) -> ir.Model:
-    """A model of this node only, with what is known of its inputs."""
+def _alone(node: ir.Node, root: ir.Graph, shapes: Shapes, guess: ir.DataType) -> ir.Model:
+    """A model of this node only, with what is known of its inputs, and a guess at other dtypes."""
     fed: dict[str, ir.Value] = {}
     initializers: list[ir.Value] = []
     inputs: list[ir.Value | None] = []
@@ -64,7 +71,7 @@ def _alone(node: ir.Node, root: ir.Graph, shapes: Shapes, model: ir.Model) -> ir
                 shape=None
                 if shape is None
                 else ir.Shape([d if isinstance(d, int) else str(d) for d in shape]),
-                type=old.type if dtype is None else ir.TensorType(dtype),
+                type=(old.type or ir.TensorType(guess)) if dtype is None else ir.TensorType(dtype),
                 const_value=tensor if small else None,
             )
             if small:
@@ -88,4 +95,4 @@ def _alone(node: ir.Node, root: ir.Graph, shapes: Shapes, model: ir.Model) -> ir
         opset_imports=dict(root.opset_imports),
         name="alone",
     )
-    return ir.Model(graph, ir_version=model.ir_version)
+    return ir.Model(graph, ir_version=_IR_VERSION)

@@ -97,16 +97,23 @@ def test_damaged_files_are_refused(
     assert "\n" not in str(caught.value)
 
 
-def edit(**changes: Any) -> Callable[[dict[str, Any]], Any]:
+Change = Callable[[dict[str, Any]], Any]
+
+
+def edit(**changes: Any) -> Change:
     return lambda data: data | changes
+
+
+def become(other: Any) -> Change:
+    return lambda data: other
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda data: [], "not the manifest"),
-        (lambda data: None, "not the manifest"),
-        (lambda data: {}, "not the manifest"),
+        (become([]), "not the manifest"),
+        (become(None), "not the manifest"),
+        (become({}), "not the manifest"),
         (edit(format=99), "format 99, this version of graphopt reads 1"),
         (edit(files={"../model.bin": "0" * 64}), "not the name of a file"),
         (edit(files={"/etc/passwd": "0" * 64}), "not the name of a file"),
@@ -120,9 +127,7 @@ def edit(**changes: Any) -> Callable[[dict[str, Any]], Any]:
         (edit(options=None), "not a manifest"),
     ],
 )
-def test_damaged_manifests_are_refused(
-    tmp_path: Path, change: Callable[[dict[str, Any]], Any], message: str
-) -> None:
+def test_damaged_manifests_are_refused(tmp_path: Path, change: Change, message: str) -> None:
     make(tmp_path / "a")
     path = tmp_path / "a" / MANIFEST
     path.write_text(json.dumps(change(json.loads(path.read_text()))))
