@@ -8,6 +8,7 @@ ONNX Runtime names addresses of its memory.
 
 from __future__ import annotations
 
+import builtins
 import mmap
 import os
 import stat
@@ -123,10 +124,14 @@ class FileTensor(ir.Tensor[Any]):
         source: _Range = self.raw
         return source.file, source.offset, self.nbytes
 
-    def tobytes(self) -> bytes:
-        """The data as the file has them, copied."""
+    def bytes(self) -> ir.Array:
+        """The data as the file has them, mapped."""
         source: _Range = self.raw
-        return source.bytes(self.nbytes).tobytes()
+        return source.bytes(self.nbytes)
+
+    def tobytes(self) -> builtins.bytes:
+        """The data as the file has them, copied."""
+        return self.bytes().tobytes()
 
 
 def nbytes(dtype: ir.DataType, shape: list[int]) -> int:

@@ -10,6 +10,7 @@ import onnx.defs
 from onnx import AttributeProto, NodeProto, TensorProto
 from onnx.defs import OpSchema
 
+from graphopt._checks import check_utf8
 from graphopt.errors import Flaw
 
 # Experiments of the first opsets, never standardized, that ONNX Runtime still has kernels for.
@@ -55,8 +56,10 @@ class Operator:
         for index in self.required:
             if not node.input[index]:
                 raise Flaw(f"input {index} is left out")
-        self._check_types(types)
-        self._check_attributes(node)
+        if any(types):
+            self._check_types(types)
+        if node.attribute or self.needed or node.op_type == "Constant":
+            self._check_attributes(node)
 
     def _check_types(self, types: Sequence[int | None]) -> None:
         bound: dict[str, int] = {}
@@ -79,9 +82,28 @@ class Operator:
                 kind = AttributeProto.AttributeType.Name(attribute.type)
                 needs = AttributeProto.AttributeType.Name(wanted)
                 raise Flaw(f"attribute {attribute.name!r} is {kind}, not {needs}")
+            if attribute.type == AttributeProto.STRING:
+                check_utf8(attribute.s)
             missing.discard(attribute.name)
         if missing:
             raise Flaw(f"attribute {min(missing)!r} is missing")
+        if node.op_type in ("Constant", "If", "Loop"):
+            _check_structure(node)
+
+
+def _check_structure(node: NodeProto) -> None:
+    """What schemas do not say: of a Constant, and of bodies that must fit their node."""
+    graphs = {a.name: a.g for a in node.attribute if a.type == AttributeProto.GRAPH}
+    if node.op_type == "Constant" and len(node.attribute) != 1:
+        raise Flaw("a constant needs one value")
+    if node.op_type == "If":
+        for name, graph in graphs.items():
+            if graph.input or len(graph.output) != len(node.output):
+                raise Flaw(f"{name} has other inputs or outputs than the node")
+    if node.op_type == "Loop" and "body" in graphs:
+        body = graphs["body"]
+        if len(body.input) != max(2, len(node.input)) or len(body.output) != len(node.output) + 1:
+            raise Flaw("body has other inputs or outputs than the node")
 
 
 def type_name(number: int) -> str:

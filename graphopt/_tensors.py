@@ -86,8 +86,7 @@ class TensorReader:
 
     def check(self, proto: TensorProto, payload: ir.Array | None) -> tuple[ir.DataType, list[int]]:
         """Dtype and shape of a tensor whose data fit them."""
-        if proto.data_type not in _KNOWN:
-            raise Flaw(f"element type {proto.data_type} is unknown")
+        check_element_type(proto.data_type)
         dtype, shape = ir.DataType(proto.data_type), list(proto.dims)
         check_dims(shape)
         size = (
@@ -168,6 +167,12 @@ class TensorReader:
         attribute.ClearField("sparse_tensor")
         attribute.name = "value"
         attribute.type = AttributeProto.TENSOR
+
+
+def check_element_type(number: int) -> None:
+    """Raise Flaw for an element type that a tensor cannot have."""
+    if number not in _KNOWN:
+        raise Flaw(f"element type {number} is unknown")
 
 
 def check_dims(shape: list[int]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -196,9 +196,12 @@ def _write_both(
     first refers to new data under another name, and moves to the usual name once that is new.
     """
     with _Files() as files:
-        new_data = files.data(data, tensors, places)
         new_model = files.model(target, proto, _located(tensors, places, data.name))
-        if target.exists() and data.exists() and not _same_bytes(new_data, data):
+        if data.exists() and _holds(data, tensors, places):
+            files.publish(new_model, target)
+            return
+        new_data = files.data(data, tensors, places)
+        if target.exists() and data.exists():
             spare = data.with_name(f"{target.name}.{secrets.token_hex(4)}.data")
             spare_data = files.copy(new_data)
             between = files.model(target, proto, _located(tensors, places, spare.name))
@@ -207,9 +210,45 @@ def _write_both(
             files.publish(new_data, data)
             files.publish(new_model, target)
             spare.unlink()
-            return
-        files.publish(new_data, data)
-        files.publish(new_model, target)
+        else:
+            files.publish(new_data, data)
+            files.publish(new_model, target)
+
+
+def _holds(data: Path, tensors: Initializers, places: dict[int, int]) -> bool:
+    """Whether a data file has exactly these weights already."""
+    ends = [offset + _payload(tensors, index).nbytes for index, offset in places.items()]
+    if data.stat().st_size != max(ends):
+        return False
+    with data.open("rb") as stream:
+        for index, offset in places.items():
+            stream.seek(offset)
+            for chunk in _chunks(_payload(tensors, index)):
+                if stream.read(len(chunk)) != chunk:
+                    return False
+    return True
+
+
+def _payload(tensors: Initializers, index: int) -> ir.TensorProtocol:
+    tensor = tensors[index][1]
+    assert tensor is not None
+    return tensor
+
+
+def _chunks(tensor: ir.TensorProtocol) -> Iterator[bytes]:
+    """A tensor's bytes, of which only a part is in memory at a time."""
+    view = _bytes_of(tensor)
+    for start in range(0, len(view), _CHUNK):
+        yield view[start : start + _CHUNK].tobytes()
+
+
+def _bytes_of(tensor: _wire.Payload) -> ir.Array:
+    """A tensor's bytes as they are saved, without a copy where they are so in memory."""
+    if isinstance(tensor, FileTensor):
+        return tensor.bytes()
+    if isinstance(tensor, ir.Tensor) and tensor.dtype.bitwidth >= 8:
+        return np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8)
+    return np.frombuffer(tensor.tobytes(), np.uint8)
 
 
 def _located(tensors: Initializers, places: dict[int, int], location: str) -> Initializers:
@@ -269,8 +308,8 @@ class _Files:
         with self._new(target) as stream:
             end = 0
             for index, offset in places.items():
-                tensor = tensors[index][1]
-                if offset < end or tensor is None:
+                tensor = _payload(tensors, index)
+                if offset < end:
                     continue  # shares its place with an earlier one
                 stream.write(bytes(offset - end))
                 _write_tensor(tensor, stream)
@@ -305,19 +344,5 @@ class _Files:
 def _write_tensor(tensor: _wire.Payload, stream: BinaryIO) -> None:
     if isinstance(tensor, FileTensor):
         copy_range(*tensor.place, stream)
-        return
-    if isinstance(tensor, ir.Tensor) and tensor.dtype.bitwidth >= 8:
-        array = np.ascontiguousarray(tensor.numpy())
-        stream.write(array.reshape(-1).view(np.uint8).data)
     else:
-        stream.write(tensor.tobytes())
-
-
-def _same_bytes(one: Path, other: Path) -> bool:
-    if one.stat().st_size != other.stat().st_size:
-        return False
-    with one.open("rb") as a, other.open("rb") as b:
-        while chunk := a.read(_CHUNK):
-            if chunk != b.read(_CHUNK):
-                return False
-    return True
+        stream.write(_bytes_of(tensor).data)

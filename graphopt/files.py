@@ -20,9 +20,10 @@ from google.protobuf.message import DecodeError
 from onnx import ValueInfoProto
 
 from graphopt import _wire, _writing, ir
+from graphopt._checks import quote
 from graphopt._external import FileTensor, Folder
 from graphopt._tensors import DATA_FIELDS, TensorReader
-from graphopt._validate import Validator, quote
+from graphopt._validate import Validator
 from graphopt._writing import EXTERNAL, SIGNATURE, TYPES
 from graphopt.errors import Flaw, InputError
 
