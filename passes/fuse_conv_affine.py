@@ -1,0 +1,101 @@
+"""Fold additions and multiplications by constants into the linear operator beside them.
+
+Why: a scale or shift per channel costs a pass over the tensor, in the weights it costs nothing.
+Numerics: rounding.
+Needs: constant weights (for a shift after it, a constant bias or none); before a Conv, a shift
+needs that it has no padding.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from graphopt import ir
+from graphopt.passes._linear import (
+    LINEAR,
+    Floats,
+    along,
+    channel_axis,
+    channels,
+    floats,
+    input_channels,
+    linear_producer,
+    prescaled,
+    rescaled,
+)
+from graphopt.rewriting import Op, Refuse, rewrite
+
+_AFFINE = ("Add", "Sub", "Mul", "Div")
+
+
+@rewrite.on(*_AFFINE)
+def fuse_conv_affine(op: Op, node: ir.Node) -> ir.Value | None:
+    """Fold an operation into the linear operator before it."""
+    for index in (0, 1):
+        producer = linear_producer(op, node.inputs[index])
+        operand = floats(op, node.inputs[1 - index])
+        if producer is None or operand is None or _constant_result(producer):
+            continue
+        axis, count = channel_axis(op, producer), channels(op, producer)
+        rank = op.rank(producer.outputs[0])
+        if axis is None or count is None or rank is None:
+            raise Refuse("its number of channels is unknown")
+        values = along(operand, rank, axis, count)
+        if values is None:
+            raise Refuse("the operand varies along other axes than the channels")
+        factors = _factors(node.op_type, values, swapped=index == 1)
+        if factors is None or (producer.op_type == "MatMul" and factors[1] is not None):
+            return None
+        return rescaled(op, producer, *factors)
+    return None
+
+
+@rewrite.on(*sorted(LINEAR))
+def fuse_affine_conv(op: Op, node: ir.Node) -> ir.Value | None:
+    """Fold an operation into the linear operator after it."""
+    value = node.inputs[0]
+    before = None if value is None else value.producer()
+    if value is None or before is None or before.op_type not in _AFFINE or before.domain:
+        return None
+    place = input_channels(op, node)
+    if place is None or op.uses(value) != 1:
+        return None
+    for index in (0, 1):
+        source, operand = before.inputs[index], floats(op, before.inputs[1 - index])
+        if source is None or operand is None or op.shape(source) != op.shape(value):
+            continue
+        values = along(operand, op.rank(source) or 0, *place)
+        if values is None:
+            continue
+        factors = _factors(before.op_type, values, swapped=index == 1)
+        if factors is None or (node.op_type == "MatMul" and factors[1] is not None):
+            return None
+        scale, shift = factors
+        ones, zeros = np.ones(place[1]), np.zeros(place[1])
+        return prescaled(
+            op, node, source, ones if scale is None else scale, zeros if shift is None else shift
+        )
+    return None
+
+
+def _constant_result(node: ir.Node) -> bool:
+    return all(value is None or ir.constant(value) is not None for value in node.inputs)
+
+
+def _factors(
+    op_type: str, values: Floats, *, swapped: bool
+) -> tuple[Floats | None, Floats | None] | None:
+    """(scale, shift) that `x OP values` (swapped: `values OP x`) applies to x; None if neither."""
+    if not np.all(np.isfinite(values)):
+        raise Refuse("the constant is not finite")
+    if op_type == "Add":
+        return None, values
+    if op_type == "Mul":
+        return values, None
+    if op_type == "Sub":
+        return (np.full(values.shape, -1.0), values) if swapped else (None, -values)
+    if swapped:
+        return None
+    if np.any(values == 0):
+        raise Refuse("it divides by zero")
+    return 1 / values, None

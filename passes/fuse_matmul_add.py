@@ -1,0 +1,91 @@
+"""Turn MatMul and Add of matrices into Gemm, and take additions and Transposes into a Gemm.
+
+Why: one kernel in place of two; a Gemm reads a transposed operand at no cost.
+Numerics: rounding.
+Needs: both operands of rank 2 and an addend that broadcasts to the product's shape.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from graphopt import ir
+from graphopt.dims import DimLike
+from graphopt.passes._layout import permutation
+from graphopt.rewriting import Op, Refuse, rewrite
+
+_GEMM_TYPES = (ir.DataType.FLOAT16, ir.DataType.FLOAT, ir.DataType.DOUBLE)
+
+
+@rewrite.on("Add", benefit=2)
+def fuse_matmul_add(op: Op, node: ir.Node) -> ir.Value | None:
+    """MatMul, or a Gemm without an addend of its own, and Add are a Gemm."""
+    for index in (0, 1):
+        value, addend = node.inputs[index], node.inputs[1 - index]
+        product = None if value is None else value.producer()
+        if value is None or addend is None or product is None or product.domain:
+            continue
+        if product.op_type not in ("MatMul", "Gemm"):
+            continue
+        shape = op.shape(value)
+        if shape is None or len(shape) != 2 or op.dtype(value) not in _GEMM_TYPES:
+            continue
+        if any(v is None or op.rank(v) != 2 for v in product.inputs[:2]):
+            continue
+        if product.op_type == "Gemm" and _addend(product) is not None:
+            continue
+        if op.uses(value) != 1:
+            raise Refuse("the product is used elsewhere")
+        if not broadcasts_into(op.shape(addend), shape):
+            raise Refuse("what is added does not broadcast to the product's shape")
+        attributes = {k: v for k, v in product.attributes.items() if k != "beta"}
+        return op.build("Gemm", [*product.inputs[:2], addend], attributes)[0]
+    return None
+
+
+def broadcasts_into(shape: tuple[DimLike, ...] | None, into: tuple[DimLike, ...]) -> bool:
+    """Whether a shape is proven to broadcast to another without making it larger."""
+    if shape is None or len(shape) > len(into):
+        return False
+    tail = into[len(into) - len(shape) :]
+    return all(have in (1, want) for have, want in zip(shape, tail, strict=True))
+
+
+def _addend(gemm: ir.Node) -> ir.Value | None:
+    return gemm.inputs[2] if len(gemm.inputs) > 2 else None
+
+
+@rewrite.on("Gemm")
+def fuse_transpose_gemm(op: Op, node: ir.Node) -> ir.Value | None:
+    """A Gemm reads the operand of a Transpose the other way round."""
+    inputs: list[Any] = list(node.inputs)
+    attributes: dict[str, Any] = {**node.attributes}
+    for index, name in ((0, "transA"), (1, "transB")):
+        value = inputs[index]
+        producer = None if value is None else value.producer()
+        if producer is None or producer.op_type != "Transpose" or producer.domain:
+            continue
+        if permutation(op, producer) == [1, 0] and ir.constant(producer.inputs[0]) is None:
+            inputs[index] = producer.inputs[0]
+            attributes[name] = 1 - op.attr(node, name, 0)
+    if inputs == list(node.inputs):
+        return None
+    return op.build("Gemm", inputs, attributes)[0]
+
+
+@rewrite.on("MatMul")
+def fuse_transpose_matmul(op: Op, node: ir.Node) -> ir.Value | None:
+    """A MatMul of matrices, one of which only it reads transposed, is a Gemm."""
+    if any(v is None or op.rank(v) != 2 for v in node.inputs) or op.opset < 11:
+        return None
+    attributes: dict[str, Any] = {}
+    inputs = list(node.inputs)
+    for index, name in ((0, "transA"), (1, "transB")):
+        value = inputs[index]
+        producer = None if value is None else value.producer()
+        if value is None or producer is None or op.uses(value) != 1:
+            continue
+        if producer.op_type != "Transpose" or producer.domain or op.dtype(value) not in _GEMM_TYPES:
+            continue
+        inputs[index], attributes[name] = producer.inputs[0], 1
+    return op.build("Gemm", inputs, attributes)[0] if attributes else None
