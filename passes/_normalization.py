@@ -1,0 +1,143 @@
+"""What layer and root-mean-square normalization have in common, and their scale and bias."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from graphopt import ir
+from graphopt.passes._algebra import Reader
+from graphopt.passes._layout import reduced_axes
+from graphopt.passes._linear import Floats, floats, narrowed
+from graphopt.rewriting import Op, Refuse
+
+STASHED = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+"""Types for which computing in float32, as the fused operators do, loses nothing."""
+
+
+def divided_by_root(
+    reader: Reader, node: ir.Node, index: int
+) -> tuple[float, ir.Value | None] | None:
+    """(epsilon, v) where a Div or Mul is its operand `index` / sqrt(v + epsilon), or None."""
+    norm: ir.Value | None = node.inputs[1 - index]
+    if node.op_type == "Mul":
+        inverse = reader.take(norm, "Reciprocal", "Div", "Pow")
+        if inverse is None:
+            return None
+        if inverse.op_type == "Pow":
+            found = reader.number(inverse.inputs[1]) == -0.5
+            return _with_epsilon(reader, inverse.inputs[0]) if found else None
+        if inverse.op_type == "Div" and reader.number(inverse.inputs[0]) != 1:
+            return None
+        norm = inverse.inputs[int(inverse.op_type == "Div")]
+    root = reader.take(norm, "Sqrt", "Pow")
+    if root is None or (root.op_type == "Pow" and reader.number(root.inputs[1]) != 0.5):
+        return None
+    return _with_epsilon(reader, root.inputs[0])
+
+
+def _with_epsilon(reader: Reader, value: ir.Value | None) -> tuple[float, ir.Value | None] | None:
+    total = reader.take(value, "Add")
+    if total is None:
+        return None
+    for spread, constant in (total.inputs, reversed(total.inputs)):
+        epsilon = reader.number(constant)
+        if epsilon is not None and epsilon >= 0:
+            return epsilon, spread
+    return None
+
+
+def mean_axes(op: Op, node: ir.Node) -> list[int] | None:
+    """The axes of a ReduceMean that keeps its dimensions, ascending, if they are the last ones."""
+    value = node.inputs[0]
+    rank = None if value is None else op.rank(value)
+    if rank is None or not op.attr(node, "keepdims", 1):
+        return None
+    axes = sorted(reduced_axes(op, node, rank) or [])
+    return axes if axes and axes == list(range(axes[0], rank)) else None
+
+
+def squared(reader: Reader, value: ir.Value | None) -> ir.Value | None:
+    """What a value is the square of."""
+    node = reader.take(value, "Pow", "Mul")
+    if node is None:
+        return None
+    if node.op_type == "Mul":
+        return node.inputs[0] if node.inputs[0] is node.inputs[1] else None
+    return node.inputs[0] if reader.number(node.inputs[1]) == 2 else None
+
+
+def normalized(
+    op: Op, op_type: str, x: ir.Value, axes: list[int], epsilon: float
+) -> ir.Value | None:
+    """The fused operator with a scale of ones.
+
+    Raises:
+        Refuse: a type that it would round, or sizes that are unknown.
+    """
+    shape, dtype = op.shape(x), op.dtype(x)
+    if shape is None or dtype is None or dtype not in STASHED:
+        raise Refuse("its type would be computed in float32")
+    sizes = shape[axes[0] :]
+    if not all(isinstance(size, int) for size in sizes):
+        raise Refuse("the size of what it normalizes is unknown")
+    ones = op.initializer(np.ones([int(str(size)) for size in sizes], dtype.numpy()), "scale")
+    return op.build(op_type, [x, ones], {"axis": axes[0] - len(shape), "epsilon": epsilon})[0]
+
+
+def affine(op: Op, node: ir.Node, op_type: str) -> ir.Value | None:
+    """Take a Mul or Add after a fused normalization into its scale or bias."""
+    for index in (0, 1):
+        value, operand = node.inputs[index], node.inputs[1 - index]
+        norm = None if value is None else value.producer()
+        if norm is None or norm.op_type != op_type or norm.domain:
+            continue
+        if value is None or operand is None or op.uses(value) != 1:
+            continue
+        return _rescaled(op, node, norm, operand)
+    return None
+
+
+def _rescaled(op: Op, node: ir.Node, norm: ir.Node, operand: ir.Value) -> ir.Value | None:
+    scale, dtype = norm.inputs[1], op.dtype(operand)
+    shape = None if scale is None else op.shape(scale)
+    scales = floats(op, scale)
+    if scale is None or shape is None or not all(isinstance(size, int) for size in shape):
+        return None
+    sizes = tuple(int(str(size)) for size in shape)
+    bias = norm.inputs[2] if len(norm.inputs) > 2 else None
+    biases = floats(op, bias)
+    numbers = floats(op, operand)
+    factors = None if numbers is None else _fitted(numbers, sizes)
+    same = op.shape(operand) == shape
+    new: Any = None
+    if node.op_type == "Add":
+        if bias is None and same:
+            new = [scale, operand]
+        elif factors is not None and (bias is None or biases is not None):
+            total = factors if biases is None else biases + factors
+            new = [scale, op.initializer(narrowed(total, dtype), "bias")]
+    elif scales is not None:
+        if np.all(scales == 1) and bias is None and same:
+            new = [operand]
+        elif factors is not None and (bias is None or biases is not None):
+            new = [op.initializer(narrowed(scales * factors, dtype), "scale")]
+            if biases is not None:
+                new.append(op.initializer(narrowed(biases * factors, dtype), "bias"))
+    if new is None:
+        raise Refuse("what follows does not vary along the normalized axes alone")
+    return op.build(norm.op_type, [norm.inputs[0], *new], norm.attributes)[0]
+
+
+def _fitted(values: Floats, sizes: tuple[int, ...]) -> Floats | None:
+    """A constant broadcast to the normalized axes; None where it varies along others."""
+    extra = values.ndim - len(sizes)
+    if extra > 0:
+        if any(size != 1 for size in values.shape[:extra]):
+            return None
+        values = values.reshape(values.shape[extra:])
+    try:
+        return np.broadcast_to(values, sizes)
+    except ValueError:
+        return None
