@@ -113,7 +113,8 @@ def _build(
             raise InputError(f"{name}: initializer {quote(proto.name)}: {flaw}") from None
     external = any(isinstance(tensor, FileTensor) for tensor in tensors.values())
     skeleton.ir_version = max(skeleton.ir_version, 4)
-    model = _deserialize(skeleton, tensors, name)
+    with ir.paused_gc():
+        model = _deserialize(skeleton, tensors, name)
     if validator.unsorted:
         _sort(model, name)
     meta = model.graph.meta
@@ -198,7 +199,8 @@ def _with_nested(node: ir.Node) -> Iterator[ir.Node]:
 
 def copy(model: ir.Model) -> ir.Model:
     """A copy whose nodes and values are its own and whose tensors are shared; keeps lineage."""
-    cloned = model.clone()
+    with ir.paused_gc():
+        cloned = model.clone()
     meta: Any = cloned.meta
     meta.update(model.meta)
     return cloned
