@@ -32,7 +32,6 @@ _FUSE = (
     "fuse-gelu",
     "fuse-layernorm",
     "fuse-softmax",
-    "fuse-activation",
     "eliminate-common",
     "dedupe-initializers",
     "eliminate-dead",
