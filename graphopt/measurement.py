@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from graphopt import artifact, backends, compilation
+from graphopt.accuracy import Metric, fixed_batch, predict, take, top1, worst_difference
 from graphopt.backends import Array, Executable, OpTime, Output
 from graphopt.errors import InputError, MissingError
 from graphopt.machine import Machine, ProcessCost, process_cost
@@ -24,10 +24,17 @@ from graphopt.timing import Latency, Plan, Progress, Ratio, Samples, benchmark, 
 if TYPE_CHECKING:
     from graphopt.files import ModelLike
 
-Metric = Callable[[Mapping[str, Output], Array], float]
-"""Outputs for all samples, and the labels, to one figure."""
 
-_PREDICT_BATCH = 64
+@dataclass(frozen=True)
+class OpShare:
+    """All nodes of one operator in a profile."""
+
+    op: str
+    nodes: int
+    microseconds: float
+    """Per run of the model, mean."""
+    share: float
+    """Of the time of all nodes, 0 to 1."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +53,10 @@ class Measured:
     accuracy: float | None
     worst_difference: float | None
     """Largest absolute difference of any output from the first model's; None for the first."""
-    ops: tuple[OpTime, ...] = ()
+    ops: tuple[OpTime, ...]
+    """Per node, in order of execution; empty where not asked for."""
+    op_types: tuple[OpShare, ...]
+    """Per operator, the largest share first."""
 
 
 @dataclass(frozen=True)
@@ -155,8 +165,10 @@ def measure(
             given = _random(next(iter(named.values())), ready[0], seed, bindings or {})
         single = given
         if labels is not None:
-            batch = _fixed_batch(ready[0].executable, given, len(labels)) or 1
-            single = _slice(given, len(labels), 0, batch)
+            if not len(labels):
+                raise InputError("there are no labels to compare with")
+            batch = fixed_batch(ready[0].executable, given, len(labels)) or 1
+            single = take(given, len(labels), 0, batch)
         rows = _rows(ready, given, single, labels, wanted, tell)
     notes: list[str] = []
     if machine.busy:
@@ -173,40 +185,6 @@ def measure(
         data=f"random, seed {seed}" if feeds is None else "given",
         notes=tuple(notes),
     )
-
-
-def top1(outputs: Mapping[str, Output], labels: Array) -> float:
-    """The share of samples whose label is the best-scored class, or the class that is put out.
-
-    Looks at the first output that has scores, [samples, classes], or classes, [samples].
-    """
-    for value in outputs.values():
-        if not isinstance(value, np.ndarray) or value.shape[:1] != labels.shape[:1]:
-            continue
-        flat: Array = value.reshape(len(labels), -1)
-        if flat.shape[1] > 1:
-            return _share(np.argmax(flat, axis=1), labels)
-        if value.dtype.kind in "iuOSU":
-            return _share(flat[:, 0], labels)
-    raise InputError(f"no output has scores or classes for the {len(labels)} labels")
-
-
-def _share(found: Array, labels: Array) -> float:
-    return float(np.count_nonzero(found == labels)) / max(len(labels), 1)
-
-
-def predict(executable: Executable, feeds: Mapping[str, Array], samples: int) -> dict[str, Output]:
-    """The outputs for a set of samples, run in batches.
-
-    Arrays whose first axis is as long as there are samples are cut along it, others go into each
-    run. The batch is the model's where it is fixed (the last one is filled up), else 64.
-    """
-    batch = _fixed_batch(executable, feeds, samples) or min(_PREDICT_BATCH, samples)
-    parts: dict[str, list[Output]] = {}
-    for start in range(0, samples, batch):
-        for name, value in executable.run(_slice(feeds, samples, start, batch)).items():
-            parts.setdefault(name, []).append(value)
-    return {name: _join(values, samples) for name, values in parts.items()}
 
 
 @dataclass(frozen=True)
@@ -248,6 +226,7 @@ def _rows(
         else predict(each.executable, feeds, len(labels))
         for each in ready
     ]
+    profiles = [each.executable.profile(single) if wanted.per_op else () for each in ready]
     return tuple(
         Measured(
             name=each.name,
@@ -257,11 +236,21 @@ def _rows(
             ratio=ratio(timed[0], timed[i], wanted.plan, seed=wanted.seed) if timed and i else None,
             process=costs[i],
             accuracy=None if labels is None else wanted.metric(outputs[i], labels),
-            worst_difference=_worst(outputs[0], outputs[i]) if i else None,
-            ops=each.executable.profile(single) if wanted.per_op else (),
+            worst_difference=worst_difference(outputs[0], outputs[i]) if i else None,
+            ops=profiles[i],
+            op_types=_by_type(profiles[i]),
         )
         for i, each in enumerate(ready)
     )
+
+
+def _by_type(ops: tuple[OpTime, ...]) -> tuple[OpShare, ...]:
+    groups: dict[str, list[float]] = {}
+    for each in ops:
+        groups.setdefault(each.op, []).append(each.microseconds)
+    total = sum(each.microseconds for each in ops) or 1.0
+    shares = [OpShare(op, len(t), sum(t), sum(t) / total) for op, t in groups.items()]
+    return tuple(sorted(shares, key=lambda share: -share.microseconds))
 
 
 def _named(models: ModelLike | Mapping[str, ModelLike]) -> dict[str, ModelLike]:
@@ -327,48 +316,6 @@ def _random(
         else:
             made[info.name] = np.ones(shape, "U1" if info.dtype == "string" else info.dtype)
     return made
-
-
-def _fixed_batch(executable: Executable, feeds: Mapping[str, Array], samples: int) -> int | None:
-    """The batch that a model's inputs fix, looking at those that are cut."""
-    for info in executable.inputs:
-        cut = info.name in feeds and feeds[info.name].shape[:1] == (samples,)
-        if cut and info.shape and isinstance(info.shape[0], int):
-            return info.shape[0]
-    return None
-
-
-def _slice(feeds: Mapping[str, Array], samples: int, start: int, batch: int) -> dict[str, Array]:
-    """The feeds of one batch; where samples run out, the last one is repeated."""
-    index = np.minimum(np.arange(start, start + batch), samples - 1)
-    return {
-        name: feed[index] if feed.shape[:1] == (samples,) else feed for name, feed in feeds.items()
-    }
-
-
-def _join(parts: list[Output], samples: int) -> Output:
-    """The parts of an output one after the other, without what filled the last batch."""
-    if all(isinstance(part, list) for part in parts):
-        return [item for part in parts for item in part or []][:samples]
-    arrays = [part for part in parts if isinstance(part, np.ndarray) and part.ndim]
-    return np.concatenate(arrays)[:samples] if len(arrays) == len(parts) else parts[-1]
-
-
-def _worst(first: Mapping[str, Output], other: Mapping[str, Output]) -> float | None:
-    """The largest absolute difference over the numeric outputs that both have."""
-    worst: float | None = None
-    for name, a in first.items():
-        b = other.get(name)
-        if not isinstance(a, np.ndarray) or not isinstance(b, np.ndarray) or a.dtype.kind in "OSU":
-            continue
-        if a.shape != b.shape:
-            return math.inf
-        x, y = a.astype(np.float64), b.astype(np.float64)
-        with np.errstate(invalid="ignore"):
-            gaps = np.where((x == y) | (np.isnan(x) & np.isnan(y)), 0.0, np.abs(x - y))
-        gap = float(np.nan_to_num(gaps, nan=math.inf, posinf=math.inf).max(initial=0.0))
-        worst = gap if worst is None else max(worst, gap)
-    return worst
 
 
 def _describe(name: str, value: Any) -> str:

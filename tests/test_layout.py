@@ -33,7 +33,7 @@ FLOORS = [
     "random_inputs target report closeness artifact models",
     "context _match rewriting driver pass_manager numbering cutting regions judging verification",
     "passes",
-    "backends timing",
+    "backends timing accuracy",
     "optimization compilation machine measurement bisection diff inspection graphsurgeon "
     "onnxscript cli __init__ __main__",
 ]

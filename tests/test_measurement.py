@@ -13,9 +13,10 @@ import pytest
 from onnx import parser
 
 from graphopt import compilation, machine, measurement
+from graphopt.accuracy import predict, top1
 from graphopt.backends import Array, Output
 from graphopt.errors import GraphoptError, InputError, MissingError
-from graphopt.measurement import measure, predict, top1
+from graphopt.measurement import measure
 from graphopt.timing import Plan
 
 BRIEF = Plan(warmup_seconds=0, warmup_runs=1, seconds=0, runs=4, resamples=10)
@@ -63,6 +64,10 @@ def test_a_pair_is_compared_with_the_first() -> None:
     assert after.ratio is not None
     assert after.ratio.low <= after.ratio.high
     assert [op.op for op in after.ops] == ["Mul"]
+    assert [(op.op, op.nodes, op.share) for op in after.op_types] in (
+        [("Mul", 1, 1.0)],
+        [("Mul", 1, 0.0)],  # a clock of whole microseconds may see nothing
+    )
     assert found.feeds == ("x float32 [1, 2]",)
 
 
@@ -118,6 +123,11 @@ def test_top1_on_scores_classes_and_names() -> None:
     assert top1({"label": np.array([0, 1, 1, 1, 1]), "z": [{}]}, LABELS) == pytest.approx(0.4)
     names = np.array(["a", "b"], object)
     assert top1({"label": names}, np.array(["a", "c"])) == 0.5
+    assert top1({"y": X}, LABELS[:, None]) == pytest.approx(0.8)
+    with pytest.raises(InputError, match="no output has scores"):
+        top1({"map": np.zeros((5, 2, 7, 7))}, LABELS)
+    with pytest.raises(InputError, match="no labels"):
+        measure(linear(), {"x": X[:0]}, LABELS[:0])
     with pytest.raises(InputError, match="no output has scores or classes for the 5 labels"):
         top1({"y": X[:3], "z": None}, LABELS)
 

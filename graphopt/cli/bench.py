@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     "settings",
     multiple=True,
     metavar="NAME=VALUE",
-    help="Of the backend, such as level=basic (repeatable).",
+    help="Of the backend, such as graph_level=basic (repeatable).",
 )
 @click.option(
     "--seconds",
