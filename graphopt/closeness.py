@@ -57,12 +57,15 @@ class Tolerance:
     """Smallest scale that differences are compared with."""
 
     @classmethod
-    def of(cls, dtypes: Iterable[ir.DataType], relative: float | None = None) -> Tolerance:
+    def of(
+        cls, dtypes: Iterable[ir.DataType], relative: float | None = None, share: float = 1.0
+    ) -> Tolerance:
         """The tolerance of values computed in `dtypes`; the coarsest of them decides.
 
         float64 1e-6, float32 1e-3, float16 1e-2, bfloat16 5e-2, fewer bits 0.25. These are
         ceilings for sums taken in another order through a whole network; a typical difference is
-        a thousandth of them. Integers, booleans and strings must be equal. `relative` overrides.
+        a thousandth of them. Integers, booleans and strings must be equal. `relative` replaces
+        the limit, `share` is how much of it applies.
         """
         limit, epsilon = 0.0, 0.0
         for dtype in dtypes:
@@ -71,7 +74,7 @@ class Tolerance:
                 epsilon = max(epsilon, _EPSILON.get(dtype, 2.0**-3))
         if not limit:
             return cls(0.0)
-        chosen = limit if relative is None else relative
+        chosen = share * (limit if relative is None else relative)
         return cls(chosen, min(1.0, 8 * epsilon / chosen) if chosen > 0 else 1.0)
 
 
@@ -83,6 +86,9 @@ class Gauge:
     computed: frozenset[ir.DataType] = frozenset()
     """Floating types that the model computes in; they widen the tolerance of the output's own."""
     relative: float | None = None
+    """Replaces the limit that follows from the types."""
+    share: float = 1.0
+    """How much of that limit applies: less for a few operators than for a whole network."""
     result: OutputComparison = field(init=False)
     _dot: float = 0.0
     _aa: float = 0.0
@@ -168,7 +174,7 @@ class Gauge:
         result.dtype, result.shape = dtype.name, a.shape
         result.elements += a.size
         if dtype.is_floating_point() or a.dtype.kind == "c":
-            tolerance = Tolerance.of({dtype, *self.computed}, self.relative)
+            tolerance = Tolerance.of({dtype, *self.computed}, self.relative, self.share)
             result.tolerance = max(result.tolerance, tolerance.relative)
             if a.size:
                 self._floats(_reals(a), _reals(b), tolerance.floor, where)

@@ -21,6 +21,7 @@ import numpy as np
 from graphopt import ir
 from graphopt.closeness import Gauge
 from graphopt.errors import GraphoptError
+from graphopt.execute import captured, deterministic
 from graphopt.report import OutputComparison
 from graphopt.runner import Runner
 
@@ -28,6 +29,7 @@ Feeds = Mapping[str, ir.Array]
 Outputs = Mapping[str, object]
 
 _MOST_NOISE = 0.1
+_STANDARD = ("", "ai.onnx", "ai.onnx.ml")
 _COMPUTED = frozenset(
     (ir.DataType.DOUBLE, ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 )
@@ -71,24 +73,27 @@ class Trial:
 
 
 def judge(
-    trial: Trial,
+    trial: Trial | None,
     expected: Sequence[Outputs],
     got: Sequence[Outputs],
     *,
     computed: frozenset[ir.DataType],
     tolerance: float | None = None,
+    share: float = 1.0,
 ) -> Verdict:
     """Compare results by name; `trial` made the expected ones, and may be run again.
 
+    It is None where all that is expected is constant.
+
     `computed` are the floating types inside the models (`computed_types`), which set the limit
-    together with the outputs' own; `tolerance` replaces it.
+    together with the outputs' own; `tolerance` replaces it. `share` of it applies.
     """
 
     def measure(other: Sequence[Outputs]) -> dict[str, OutputComparison]:
         measured: dict[str, OutputComparison] = {}
         for name in expected[0]:
             if name in got[0] and name in other[0]:
-                gauge = Gauge(name, computed, tolerance)
+                gauge = Gauge(name, computed, tolerance, share)
                 for one, two in zip(expected, other, strict=True):
                     gauge.add(one[name], two[name])
                 measured[name] = gauge.finish()
@@ -96,7 +101,7 @@ def judge(
 
     measured = measure(got)
     verdict = Verdict()
-    if all(output.ok for output in measured.values()):
+    if trial is None or all(output.ok for output in measured.values()):
         verdict.outputs = list(measured.values())
         return verdict
     again = measure(trial.run())
@@ -105,7 +110,7 @@ def judge(
         reason = None
         if not output.ok:
             noise = [other[name] for other in others if name in other]
-            reason = _second_look(output, again.get(name), noise)
+            reason = _random(trial.model, name) or _second_look(output, again.get(name), noise)
         if reason is None:
             verdict.outputs.append(output)
         else:
@@ -130,6 +135,24 @@ def _second_look(
     output.noise = noise
     output.tolerance = 2 * noise
     output.ok = output.max_rel <= output.tolerance
+    return None
+
+
+def _random(model: ir.Model, name: str) -> str | None:
+    """Whether an output depends on an operator that is random on purpose."""
+    stack = [value for value in model.graph.outputs if value.name == name]
+    seen = set(stack)
+    while stack:
+        node = stack.pop().producer()
+        if node is None:
+            continue
+        function = model.functions.get(node.op_identifier())
+        inner = [node] if function is None else list(function)
+        if any(n.domain in _STANDARD and not deterministic(n) for n in inner):
+            return f"it depends on the random operator {ir.label(node)!r}"
+        new = {v for v in (*node.inputs, *captured(node)) if v is not None} - seen
+        seen |= new
+        stack += new
     return None
 
 

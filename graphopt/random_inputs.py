@@ -202,7 +202,8 @@ def _value(
         kind = kind.elem_type
     if not isinstance(kind, ir.TensorType):
         raise InputError(f"input {value.name!r} is of a type that cannot be made up: give inputs")
-    if math.prod(shape) * max(1, kind.dtype.bitwidth // 8) > _MOST_BYTES:
+    bits = 8 if kind.dtype == ir.DataType.STRING else kind.dtype.bitwidth
+    if math.prod(shape) * max(1, bits // 8) > _MOST_BYTES:
         raise InputError(f"input {value.name!r} of shape {list(shape)} is beyond 2 GB")
     name = (value.name or "").lower()
     arrays = [_array(name, kind.dtype, shape, uses, rng, guess) for _ in range(1 + sequence)]

@@ -33,6 +33,7 @@ from graphopt.shapes import Shapes
 
 Mode = Literal["real", "random"]
 
+_SHARE = 0.1  # of the tolerance for whole networks: a region is a few operators deep
 _ROUNDS = 4  # of dropping claims
 BUDGET = 1 << 30  # bytes that one group of claims may hold at a time
 _UNKNOWN_BYTES = 1 << 20  # taken for a value of unknown size
@@ -178,6 +179,7 @@ class _Checks:
             [got],
             computed=self._computed,
             tolerance=self._options.tolerance,
+            share=_SHARE,
         )
         return verdict, possible
 
@@ -191,7 +193,7 @@ class _Checks:
 
     def _original(
         self, part: Part, wanted: Sequence[ir.Value], mode: Mode
-    ) -> tuple[dict[ir.Value, object], Trial]:
+    ) -> tuple[dict[ir.Value, object], Trial | None]:
         """All wanted values of the original, its inputs among them, and how they were made."""
         outputs = list(dict.fromkeys(value for value in wanted if part.computes(value)))
         outputs = [value for value in outputs if ir.constant(value) is None]
@@ -206,7 +208,7 @@ class _Checks:
         values: dict[ir.Value, object] = {value: ir.array(value) for value in wanted}
         values.update(inputs)
         values.update((value, results[value.name or ""]) for value in outputs)
-        return values, trial
+        return values, trial if outputs else None
 
     def _changed(
         self, claims: Sequence[Claim], part: Part, values: Mapping[ir.Value, object]
@@ -273,7 +275,8 @@ class _Checks:
         dtype, shape = self._shapes.dtype(value), self._shape(value)
         if dtype is None or shape is None:
             return _UNKNOWN_BYTES
-        return math.prod(shape) * int(dtype.bitwidth) // 8
+        bits = 8 if dtype == ir.DataType.STRING else dtype.bitwidth
+        return math.prod(shape) * int(bits) // 8
 
     def _shape(self, value: ir.Value) -> tuple[int, ...] | None:
         shape = self._shapes.shape(value)

@@ -99,7 +99,12 @@ def verify_changes(
     if pair.fits and pair.cut.share() > _MOST_SHARE:
         result = pair.compare(feeds)
     else:
-        result = pair.regions(feeds, ("random", "real") if pair.fits else ("random",))
+        modes: tuple[Mode, ...] = ("random", "real") if pair.fits else ("random",)
+        result = pair.regions(feeds, modes)
+        larger = pair.larger() if feeds is None and result.ok else None
+        if larger is not None:
+            other = pair.regions(larger, modes)
+            result = other if other.different else result
         if result.unchecked and pair.fits:
             result = pair.compare(feeds)
     result.seconds = time.perf_counter() - start
@@ -192,24 +197,36 @@ class _Pair:
         return result
 
     def _feeds(self, feeds: Feeds | None) -> Feeds:
-        return workable_feeds(self._a, self._shapes, seed=self._seed) if feeds is None else feeds
+        return self._workable if feeds is None else feeds
+
+    @cached_property
+    def _workable(self) -> Feeds:
+        return workable_feeds(self._a, self._shapes, seed=self._seed)
 
     def _tried(self) -> list[Feeds]:
-        """Random inputs of one size, and of another one where sizes are free and that works.
+        """Random inputs of one size, and of another one where sizes are free and that works."""
+        larger = self.larger()
+        if larger is not None:
+            try:
+                Trial(self._a, [larger], self._threads).run()
+            except GraphoptError:
+                larger = None
+        feeds = self._feeds(None)
+        return [feeds] if larger is None else [feeds, larger]
+
+    def larger(self) -> Feeds | None:
+        """Random inputs with every free size one more than usual; None without free sizes.
 
         What a pass took for fixed although it is not shows at the second size.
         """
-        feeds = self._feeds(None)
-        sizes = dict(named_sizes(self._a, feeds))
-        if not sizes:
-            return [feeds]
-        larger = {name: size + 1 for name, size in sizes.items()}
         try:
-            other = random_feeds(self._a, self._shapes, seed=self._seed + 1, bindings=larger)
-            Trial(self._a, [other], self._threads).run()
+            sizes = dict(named_sizes(self._a, self._feeds(None)))
+            bindings = {name: size + 1 for name, size in sizes.items()}
+            if not bindings:
+                return None
+            return random_feeds(self._a, self._shapes, seed=self._seed + 1, bindings=bindings)
         except GraphoptError:
-            return [feeds]
-        return [feeds, other]
+            return None
 
 
 def footprint(model: ir.Model) -> int:
