@@ -185,6 +185,11 @@ def _labelled(c: Call) -> list[ir.DataType | None]:
     raise Unknown
 
 
+def _dropped(c: Call) -> list[ir.DataType | None]:
+    """The mask is boolean from opset 10 on."""
+    return [c.dtype(0), ir.DataType.BOOL if c.opset >= 10 else c.dtype(0)]
+
+
 def _mapped(c: Call) -> list[ir.DataType | None]:
     """CategoryMapper: strings become integers, integers strings."""
     return [ir.DataType.INT64 if c.dtype(0) == ir.DataType.STRING else ir.DataType.STRING]
@@ -222,7 +227,7 @@ TYPES: Mapping[str, Mapping[str, TypeRule]] = {
         "CastLike": 1,
         "ConstantOfShape": _filled,
         "DequantizeLinear": _dequantized,
-        "Dropout": (0, _BOOL),
+        "Dropout": _dropped,
         "DynamicQuantizeLinear": (ir.DataType.UINT8, _FLOAT, ir.DataType.UINT8),
         "LayerNormalization": _layer_normalized,
         "MaxPool": (0, _INT64),

@@ -21,6 +21,7 @@ from graphopt.dims import (
 )
 from graphopt.shape_call import (
     Call,
+    Scalar,
     Shape,
     ShapeRule,
     Unknown,
@@ -40,12 +41,17 @@ def _target(c: Call) -> list[DimLike]:
     return c.vector(1) if attribute is None else list(attribute)
 
 
-def _rank_from(c: Call, index: int) -> Shape:
-    """A shape of unknown sizes, its rank the length of a shape input."""
+def _count(c: Call, index: int) -> int:
+    """The length of an input that is a vector."""
     (length,) = static(c.shape(index))
-    if length > 64:
+    return length
+
+
+def _unknown(c: Call, rank: int) -> Shape:
+    """A shape of unknown sizes."""
+    if not 0 <= rank <= 64:
         raise Unknown
-    return tuple([c.fresh(axis) for axis in range(length)])
+    return tuple([c.fresh(axis) for axis in range(rank)])
 
 
 def reshape(c: Call) -> list[Shape | None]:
@@ -57,7 +63,7 @@ def reshape(c: Call) -> list[Shape | None]:
     try:
         target = _target(c)
     except Unknown:
-        return [_rank_from(c, 1)]
+        return [_unknown(c, _count(c, 1))]
     source = c.fact(0).shape
     copies = not c.attr("allowzero", int, 0)
     result: list[DimLike | None] = []
@@ -102,7 +108,10 @@ def _axes(c: Call, index: int = 1) -> list[int] | None:
 def squeeze(c: Call) -> list[Shape | None]:
     """The axes of size 1, or those that are named, go."""
     shape = c.shape(0)
-    axes = _axes(c)
+    try:
+        axes = _axes(c)
+    except Unknown:
+        return [_unknown(c, len(shape) - _count(c, 1))]
     if axes is None:
         return [tuple([size for size in static(shape) if size != 1])]
     gone = {axis_of(axis, len(shape)) for axis in axes}
@@ -114,7 +123,10 @@ def squeeze(c: Call) -> list[Shape | None]:
 def unsqueeze(c: Call) -> list[Shape | None]:
     """Axes of size 1 come in; they count in the result."""
     shape = iter(c.shape(0))
-    axes = _axes(c)
+    try:
+        axes = _axes(c)
+    except Unknown:
+        return [_unknown(c, c.rank(0) + _count(c, 1))]
     if axes is None:
         raise Unknown
     rank = c.rank(0) + len(axes)
@@ -181,8 +193,8 @@ def slice_(c: Call) -> list[Shape | None]:
         try:
             axes = c.ints(3) if c.has(3) else None
         except Unknown:
-            return [tuple([c.fresh(axis) for axis in range(len(shape))])]
-        (count,) = static(c.shape(1)) if axes is None else (len(axes),)
+            return [_unknown(c, len(shape))]
+        count = _count(c, 1) if axes is None else len(axes)
         starts, ends = _bound(c, 1, count), _bound(c, 2, count)
         steps = _bound(c, 4, count) if c.has(4) else [1] * count
     for i, axis in enumerate(range(len(starts)) if axes is None else axes):
@@ -277,7 +289,10 @@ def pad(c: Call) -> list[Shape | None]:
     """Each axis grows by what is put before and after it."""
     shape = list(c.shape(0))
     attribute = c.attr_ints("pads") or c.attr_ints("paddings")
-    axes = c.ints(3) if c.has(3) else list(range(len(shape)))
+    try:
+        axes = c.ints(3) if c.has(3) else list(range(len(shape)))
+    except Unknown:
+        return [_unknown(c, len(shape))]
     if attribute is not None:
         amounts: list[DimLike] = list(attribute)
     else:
@@ -304,8 +319,7 @@ def expand(c: Call) -> list[Shape | None]:
     try:
         target = c.vector(1)
     except Unknown:
-        (count,) = static(c.shape(1))
-        target = _bound(c, 1, count)
+        target = _bound(c, 1, _count(c, 1))
     shape = c.shape(0)
     rank = max(len(shape), len(target))
     sizes = (1,) * (rank - len(shape)) + shape
@@ -336,20 +350,25 @@ def constant_of_shape(c: Call) -> list[Shape | None]:
     try:
         return [tuple(c.vector(0))]
     except Unknown:
-        return [_rank_from(c, 0)]
+        return [_unknown(c, _count(c, 0))]
 
 
 def range_(c: Call) -> list[Shape | None]:
     """As many steps of `delta` as fit between start and limit."""
-    start, limit, delta = (c.elements(i).item() for i in range(3))
-    if any(isinstance(v, float) for v in (start, limit, delta)):
-        if any(isinstance(v, Dim) for v in (start, limit, delta)):
-            raise Unknown
-        return [(max(math.ceil((limit - start) / delta), 0),)]
-    length = ceil_div(dim(limit) - start, delta) if bounds(delta)[0] > 0 else None
-    if length is None:
-        length = ceil_div(dim(start) - limit, -number(delta))
-    return [(_positive(c, length),)]
+    try:
+        return [(_steps(c, *[c.elements(i).item() for i in range(3)]),)]
+    except Unknown:
+        return [(c.fresh(0),)]
+
+
+def _steps(c: Call, start: Scalar, limit: Scalar, delta: Scalar) -> DimLike:
+    numbers = not isinstance(start, Dim) and not isinstance(limit, Dim)
+    if numbers and not isinstance(delta, Dim):
+        return max(math.ceil((limit - start) / delta), 0)
+    span, step = dim(limit) - dim(start), dim(delta)
+    if bounds(step)[0] > 0:
+        return _positive(c, ceil_div(span, step))
+    return _positive(c, ceil_div(-span, -number(step)))
 
 
 def nonzero(c: Call) -> list[Shape | None]:
@@ -412,6 +431,14 @@ def compress(c: Call) -> list[Shape | None]:
     return [(*shape[:axis], c.fresh(axis), *shape[axis + 1 :])]
 
 
+def stft(c: Call) -> list[Shape | None]:
+    """signal [N, length, 1 or 2] -> [N, frames, bins, 2]."""
+    batch, length = c.shape(0)[:2]
+    size = c.vector(3)[0] if c.has(3) else c.shape(2)[0]
+    bins = floor_div(size, 2) + 1 if c.attr("onesided", int, 1) else size
+    return [(batch, floor_div(length - size, c.vector(1)[0]) + 1, bins, 2)]
+
+
 def depth_to_space(c: Call) -> list[Shape | None]:
     """Channels become blocks of pixels."""
     n, channels, height, width = c.shape(0)
@@ -443,12 +470,13 @@ def resize(c: Call) -> list[Shape | None]:
     shape = list(c.shape(0))
     attribute = c.attr("scales", tuple, ()) if c.opset < 9 else ()
     axes = c.attr_ints("axes") or list(range(len(shape)))
-    if c.attr("keep_aspect_ratio_policy", str, "stretch") != "stretch":
-        raise Unknown
+    stretches = c.attr("keep_aspect_ratio_policy", str, "stretch") == "stretch"
     scales_at = 1 if c.opset < 11 else 2
     for i, axis in enumerate(axes):
         axis = axis_of(axis, len(shape))
         try:
+            if not stretches:
+                raise Unknown
             if c.has(3) and c.opset >= 11:
                 shape[axis] = c.vector(3)[i]
             else:
@@ -485,6 +513,7 @@ RULES: dict[str, ShapeRule] = {
     "Range": range_,
     "Reshape": reshape,
     "Resize": resize,
+    "STFT": stft,
     "Slice": slice_,
     "SpaceToDepth": space_to_depth,
     "Split": split,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from graphopt.dims import Dim, DimLike, bounds, broadcast, ceil_div, floor_div
-from graphopt.shape_call import Call, Shape, ShapeRule, Unknown, axis_of, number
+from graphopt.shape_call import Call, Shape, ShapeRule, Unknown, axis_of, number, static
 
 
 def _spread(c: Call, name: str, rank: int, default: int) -> list[int]:
@@ -297,9 +297,10 @@ def reduce(c: Call) -> list[Shape | None]:
         try:
             axes = c.ints(1)
         except Unknown:
-            if not keep:
+            (count,) = static(c.shape(1))
+            if not keep and not count:
                 raise
-            return [tuple([c.fresh(axis) for axis in range(len(shape))])]
+            return [tuple([c.fresh(axis) for axis in range(len(shape) - (not keep) * count)])]
     if not axes:
         if c.attr("noop_with_empty_axes", int, 0):
             return [shape]
