@@ -16,7 +16,7 @@ import numpy as np
 from graphopt import artifact, backends, compilation
 from graphopt.accuracy import Metric, fixed_batch, predict, take, top1, worst_difference
 from graphopt.backends import Array, Executable, OpTime, Output
-from graphopt.errors import InputError, MissingError
+from graphopt.errors import GraphoptError, InputError, MissingError
 from graphopt.machine import Machine, ProcessCost, process_cost
 from graphopt.target import Target
 from graphopt.timing import Latency, Plan, Progress, Ratio, Samples, benchmark, ratio, silent
@@ -135,7 +135,7 @@ def measure(
         process: take load time and peak memory, in a process of its own for each model.
         per_op: take the time of each node.
         seed: of random feeds and of the bootstrap.
-        bindings: sizes of symbolic dimensions for random feeds; 1 where not given.
+        bindings: sizes of symbolic dimensions for random feeds; batches are 1 where not given.
         trust: permit machine code out of artifact folders.
         progress: called with the fraction done and what is being done.
 
@@ -296,15 +296,26 @@ def _size(folder: Path) -> int:
 def _random(
     model: ModelLike, ready: _Ready, seed: int, bindings: Mapping[str, int]
 ) -> dict[str, Array]:
-    """Random feeds for a model; for an artifact, of which only the signature is known, plain ones:
-    normal floats, and ones for everything else, which is a valid index, mask and length."""
+    """Random feeds for a model, of batch 1 where that is free.
+
+    For an artifact, of which only the signature is known, plain ones: normal floats, and ones for
+    everything else, which is a valid index, mask and length.
+    """
     if ready.nodes is not None:
         from graphopt import files
-        from graphopt.feeds import random_feeds
+        from graphopt.feeds import workable_feeds
         from graphopt.shapes import Shapes
 
         loaded = files.load(model)
-        return random_feeds(loaded, Shapes(loaded), seed=seed, bindings=bindings)
+        shapes = Shapes(loaded)
+        firsts = [dims[0] for v in loaded.graph.inputs if len(dims := shapes.shape(v) or ()) > 1]
+        single = {str(dim): 1 for dim in firsts if not isinstance(dim, int)} | dict(bindings)
+        try:
+            feeds = workable_feeds(loaded, shapes, seed=seed, bindings=single)
+            ready.executable.run(feeds)
+        except GraphoptError:
+            feeds = workable_feeds(loaded, shapes, seed=seed, bindings=bindings)
+        return feeds
     rng = np.random.default_rng(seed)
     made: dict[str, Array] = {}
     for info in ready.executable.inputs:

@@ -162,6 +162,18 @@ def test_feeds_are_random_where_none_are_given() -> None:
     assert found.feeds == ("x float32 [3, 2]",)
 
 
+def test_random_feeds_are_of_batch_one_where_the_model_runs_so() -> None:
+    found = measure(linear(), latency=False, process=False)
+    assert found.feeds == ("x float32 [1, 2]",)
+    pairs = parser.parse_model("""
+    <ir_version: 10, opset_import: ["" : 18]>
+    g (float[n,2] x) => (float[m,2,2] y)
+    <int64[3] pairs = {-1, 2, 2}>
+    { y = Reshape(x, pairs) }
+    """)
+    assert measure(pairs, latency=False, process=False).feeds == ("x float32 [2, 2]",)
+
+
 def test_artifacts_are_measured_as_they_are(tmp_path: Path) -> None:
     folder = compilation.compile(linear(), "cpu", tmp_path / "a", level=0)
     found = measure({"compiled": folder, "model": linear()}, plan=BRIEF, bindings={"n": 2})
