@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from functools import cached_property
 
 from graphopt import ir
+from graphopt.cost import model_cost
 from graphopt.cutting import Cut
 from graphopt.errors import GraphoptError
 from graphopt.feeds import random_feeds, workable_feeds
@@ -127,7 +128,18 @@ class _Pair:
         self._seed, self._tolerance, self._threads = seed, tolerance, threads
         self._limit = memory_limit
         self._signature = signature_breaks(a, b)
-        self.fits = memory_limit is None or footprint(a) <= memory_limit
+
+    @cached_property
+    def fits(self) -> bool:
+        """Whether the weights and activations of a whole run are within the memory limit."""
+        if self._limit is None:
+            return True
+        try:
+            sizes = dict(named_sizes(self._a, random_feeds(self._a, self._shapes)))
+        except GraphoptError:
+            sizes = {}
+        cost = model_cost(self._a, self._shapes, sizes)
+        return cost.weight_bytes + cost.peak_bytes <= self._limit
 
     @cached_property
     def cut(self) -> Cut:
@@ -201,7 +213,8 @@ class _Pair:
 
     @cached_property
     def _workable(self) -> Feeds:
-        return workable_feeds(self._a, self._shapes, seed=self._seed)
+        make = workable_feeds if self.fits else random_feeds
+        return make(self._a, self._shapes, seed=self._seed)
 
     def _tried(self) -> list[Feeds]:
         """Random inputs of one size, and of another one where sizes are free and that works."""
@@ -227,16 +240,6 @@ class _Pair:
             return random_feeds(self._a, self._shapes, seed=self._seed + 1, bindings=bindings)
         except GraphoptError:
             return None
-
-
-def footprint(model: ir.Model) -> int:
-    """Bytes of a model's weights: the least that a run of it takes."""
-    tensors: dict[int, int] = {}
-    for graph in ir.graphs(model):
-        for value in graph.initializers.values():
-            if value.const_value is not None:
-                tensors[id(value.const_value)] = value.const_value.nbytes
-    return sum(tensors.values())
 
 
 def signature_breaks(a: ir.Model, b: ir.Model) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import cast
@@ -21,6 +22,9 @@ class NodeRef:
     op: str
     scope: str = ""
     """Path of the subgraph or function that it stands in; empty for the main graph."""
+
+    def __str__(self) -> str:
+        return f"{self.op} {self.label}" + (f" in {self.scope}" if self.scope else "")
 
 
 @dataclass(frozen=True)
@@ -81,9 +85,32 @@ class Diff:
         lists = (self.removed, self.added, self.changed, self.weights, self.header)
         return not any(lists)
 
-    def to_json(self) -> dict[str, object]:
+    def to_dict(self) -> dict[str, object]:
         """Plain data."""
         return {"identical": self.identical, **asdict(self)}
+
+    def lines(self) -> Iterator[str]:
+        """The differences as text: what is outside of the graph, nodes, weights, a summary."""
+        yield from self.header
+        for gone in self.removed:
+            became = f", now {', '.join(gone.into)}" if gone.into else ""
+            yield f"- {gone.node}{became}"
+        for new in self.added:
+            origin = f", from {', '.join(new.sources)}" if new.sources else ""
+            yield f"+ {new.node}{origin}"
+        for one in self.changed:
+            yield f"~ {one.node}: {'; '.join(one.changes)}"
+        for weight in self.weights:
+            yield f"weight {weight.name}: {weight.change}"
+        if self.identical:
+            size = f"{self.weight_bytes[0]:,} bytes of weights"
+            yield f"no difference in {self.kept} nodes and {size}"
+            return
+        yield (
+            f"nodes: {self.kept} the same, {len(self.changed)} changed, "
+            f"{len(self.removed)} removed, {len(self.added)} added; "
+            f"weights: {self.weight_bytes[0]:,} bytes became {self.weight_bytes[1]:,}"
+        )
 
 
 def diff(a: ModelLike, b: ModelLike) -> Diff:
@@ -264,11 +291,13 @@ def _kind(tensor: ir.TensorProtocol) -> str:
 def _tensors(model: ir.Model) -> dict[str, ir.TensorProtocol]:
     """Initializers by name; those of subgraphs with a count where names come more than once."""
     found: dict[str, ir.TensorProtocol] = {}
+    counts: Counter[str] = Counter()
     for graph in ir.graphs(model):
         for name, value in graph.initializers.items():
             if value.const_value is not None:
-                count = sum(1 for n in (name, f"{name}#2") if n in found)
-                found[name if not count else f"{name}#{count + 1}"] = value.const_value
+                counts[name] += 1
+                number = f"#{counts[name]}" if counts[name] > 1 else ""
+                found[name + number] = value.const_value
     return found
 
 
