@@ -245,8 +245,9 @@ def replace_value(context: Context, old: ir.Value, new: ir.Value, *, fresh: bool
         if new.name is not None:
             context.free(new.name)
         new.name = name
-        new.type = new.type or old.type
-        if old.is_graph_output() or new.shape is None:
+        if old.is_graph_output():
+            new.shape, new.type = old.shape, old.type
+        elif new.shape is None or new.type is None:
             new.shape, new.type = old.shape, old.type or new.type
         new.doc_string = new.doc_string or old.doc_string
         new.metadata_props.update(old.metadata_props)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Hashable
+from typing import Any, cast
 
 import numpy as np
+import numpy.typing as npt
 
 from graphopt import ir
 
@@ -22,7 +24,7 @@ def content(tensor: ir.TensorProtocol) -> Hashable:
     data = _bytes(tensor)
     if data.nbytes <= _SHORT:
         return *kind, data.tobytes()
-    return *kind, hashlib.blake2b(data, digest_size=32).digest()
+    return *kind, hashlib.blake2b(memoryview(cast(Any, data)), digest_size=32).digest()
 
 
 def sample(tensor: ir.TensorProtocol) -> Hashable:
@@ -35,7 +37,7 @@ def sample(tensor: ir.TensorProtocol) -> Hashable:
     return *kind, data[::step].tobytes(), data[-8:].tobytes()
 
 
-def _bytes(tensor: ir.TensorProtocol) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
+def _bytes(tensor: ir.TensorProtocol) -> npt.NDArray[np.uint8]:
     if tensor.dtype.bitwidth < 8:
         return np.frombuffer(tensor.tobytes(), np.uint8)
     return np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8)

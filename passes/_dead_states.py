@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from graphopt import ir
@@ -83,7 +83,8 @@ class _Iteration:
             for i in range(len(node.inputs))
             if i < self.first_input or i - self.first_input in states or i in scanned
         ]
-        if len(inputs) == len(node.inputs) and len(outputs) == len(node.outputs) or not needed:
+        whole = len(inputs) == len(node.inputs) and len(outputs) == len(node.outputs)
+        if whole or not needed:
             return changed
         kept_outputs = [body.outputs[i] for i in range(self.first_output)]
         kept_outputs += [body.outputs[self.first_output + i] for i in outputs]
@@ -106,10 +107,9 @@ class _Iteration:
             inner, first = self.body.inputs[self.first_input + i], self._first(i)
             if self.body.outputs[self.first_output + i] is not inner or first is None:
                 continue
-            for value in (self.node.outputs[i],):
-                if is_used(value):
-                    replace_value(context, value, first)
-                    changed = True
+            if is_used(self.node.outputs[i]):
+                replace_value(context, self.node.outputs[i], first)
+                changed = True
             for user, index in list(inner.uses()):
                 user.replace_input_with(index, first)
                 changed = True
@@ -163,8 +163,10 @@ class _Iteration:
             if name == "num_scan_inputs":
                 attr = ir.Attr(name, ir.AttributeType.INT, len(scanned))
             elif name.startswith("scan_"):
-                values = attr.as_ints()
-                attr = ir.Attr(name, ir.AttributeType.INTS, [values[i] for i in kept])
+                values = [attr.as_ints()[i] for i in kept]
+                attr = ir.Attr(name, ir.AttributeType.INTS, values)
+                if not values:
+                    continue
             attributes.append(attr)
         return attributes
 
@@ -195,7 +197,7 @@ def _rebuild(
     """Put a node with fewer outputs in the place of another one; it takes over its bodies."""
     assert node.graph is not None
     graph = node.graph
-    name, metadata, meta = node.name, dict(node.metadata_props), _copied(node.meta)
+    name = node.name
     fresh = ir.Node(
         node.domain,
         node.op_type,
@@ -204,9 +206,9 @@ def _rebuild(
         num_outputs=len(keep),
         name=name,
         doc_string=node.doc_string,
-        metadata_props=metadata,
+        metadata_props=dict(node.metadata_props),
     )
-    fresh.meta.update(meta)
+    fresh.meta[ir.SOURCES] = ir.sources(node)
     graph.insert_before(node, [fresh])
     for output, index in zip(fresh.outputs, keep, strict=True):
         old = node.outputs[index]
@@ -217,7 +219,3 @@ def _rebuild(
     if name is not None:
         fresh.name = context.unique_node(name)
     context.shapes.update(fresh, context.root(graph))
-
-
-def _copied(meta: Mapping[str, object]) -> dict[str, object]:
-    return dict(meta)

@@ -108,7 +108,7 @@ def concat_of_one(op: Op, node: ir.Node) -> ir.Value | None:
 
 def _empty(op: Op, value: ir.Value, axis: int) -> bool:
     shape = op.shape(value)
-    return bool(shape) and -len(shape) <= axis < len(shape) and shape[axis] == 0
+    return shape is not None and -len(shape) <= axis < len(shape) and shape[axis] == 0
 
 
 @rewrite.on("Split")
@@ -120,16 +120,16 @@ def split_into_one(op: Op, node: ir.Node) -> ir.Value | None:
 @rewrite.on("Gather")
 def gather_all(op: Op, node: ir.Node) -> ir.Value | None:
     """Gather of every index in order."""
-    value, indices = node.inputs[0], op.const(node.inputs[1])
+    value = node.inputs[0]
+    indices = op.const(node.inputs[1])
     shape = None if value is None else op.shape(value)
     axis = op.attr(node, "axis", 0)
     if not shape or indices is None or indices.ndim != 1 or not -len(shape) <= axis < len(shape):
         return None
-    size = shape[axis]
-    if size != len(indices) or indices.dtype.kind != "i":
+    size = len(indices)
+    if shape[axis] != size:
         return None
-    wanted = np.arange(size)
-    return value if np.array_equal(np.where(indices < 0, indices + size, indices), wanted) else None
+    return value if np.array_equal(indices.astype(np.int64) % size, np.arange(size)) else None
 
 
 @rewrite.on("AveragePool", "MaxPool", "GlobalAveragePool", "GlobalMaxPool")
@@ -188,7 +188,9 @@ def optional_of_value(op: Op, node: ir.Node) -> ir.Value | None:
 def element_of_list(op: Op, node: ir.Node) -> ir.Value | None:
     """An element, by a known position, of a sequence that was just made of its elements."""
     elements, index = _elements(node), op.scalar(node.inputs[1])
-    if elements is None or index is None or not -len(elements) <= index < len(elements):
+    if elements is None or not isinstance(index, int):
+        return None
+    if not -len(elements) <= index < len(elements):
         return None
     return elements[index]
 
@@ -219,7 +221,8 @@ def _values(op: Op, node: ir.Node, index: int, default: Any = None) -> Any:
     values = op.values(value)
     if values is None:
         values = op.const(value)
-    return None if values is None else values.ravel().tolist()
+    elements: Any = None if values is None else values.ravel().tolist()
+    return elements
 
 
 RULES: tuple[Rule, ...] = (

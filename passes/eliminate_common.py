@@ -25,9 +25,11 @@ _BY_CONTENT = 1024
 """Bytes up to which operands are compared by content, not by being the same value."""
 
 _BY_VALUE = frozenset(
-    (ir.AttributeType.FLOAT, ir.AttributeType.INT, ir.AttributeType.STRING)
-    + (ir.AttributeType.FLOATS, ir.AttributeType.INTS, ir.AttributeType.STRINGS)
-    + (ir.AttributeType.TYPE_PROTO,)
+    [
+        *(ir.AttributeType.FLOAT, ir.AttributeType.INT, ir.AttributeType.STRING),
+        *(ir.AttributeType.FLOATS, ir.AttributeType.INTS, ir.AttributeType.STRINGS),
+        ir.AttributeType.TYPE_PROTO,
+    ]
 )
 
 
@@ -62,11 +64,11 @@ class _Sweep:
     def merge(self, node: ir.Node, first: ir.Node) -> bool:
         """Let an earlier node do a node's work; False where it has to stay."""
         pairs = [
-            (old, new)
-            for old, new in zip(node.outputs, first.outputs, strict=True)
-            if is_used(old)
+            (old, new) for old, new in zip(node.outputs, first.outputs, strict=True) if is_used(old)
         ]
-        identities = sum(old.is_graph_output() and not can_be_output(old, new) for old, new in pairs)
+        identities = sum(
+            old.is_graph_output() and not can_be_output(old, new) for old, new in pairs
+        )
         if identities > (node.op_type not in ("Identity", "Constant")):
             return False
         self.context.changed("same_computation", [node], [first])
@@ -106,9 +108,12 @@ class _Sweep:
         if len(node.outputs) != 1:
             return None
         values = self.context.shapes.values(node.outputs[0])
-        if values is None or not any(isinstance(element, Dim) for element in values.flat):
+        if values is None:
             return None
-        return self.context.shapes.dtype(node.outputs[0]), values.shape, tuple(values.flat)
+        elements: list[object] = values.ravel().tolist()
+        if not any(isinstance(element, Dim) for element in elements):
+            return None
+        return self.context.shapes.dtype(node.outputs[0]), values.shape, tuple(elements)
 
 
 def _attribute(attr: ir.Attr) -> str:

@@ -8,7 +8,9 @@ Needs: nothing. An operator without outputs is there for its effect and stays.
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import onnx
 
@@ -28,8 +30,9 @@ class EliminateDead(Pass):
 
     def run(self, context: Context) -> None:
         roots = [context.model.graph, *(f.graph for f in context.model.functions.values())]
-        while any([_sweep(context, root) for root in roots]):
-            pass
+        for root in roots:
+            while _sweep(context, root):
+                pass
         _drop_functions(context)
         _drop_initializers(context)
         _drop_imports(context)
@@ -129,8 +132,8 @@ def annotated(model: ir.Model) -> set[str]:
         values = [*graph.inputs, *graph.initializers.values()]
         values += [output for node in graph for output in node.outputs]
         for value in values:
-            annotation: dict[str, str] = value.meta.get("quant_parameter_tensor_names") or {}
-            names.update(annotation.values())
+            meta = cast(Mapping[str, Mapping[str, str]], value.meta)
+            names.update(meta.get("quant_parameter_tensor_names", {}).values())
     return names
 
 
@@ -139,8 +142,9 @@ def _drop_imports(context: Context) -> None:
     functions = context.model.functions.values()
     shared = {domain for f in functions for domain in (f.domain, *f.graph.opset_imports)}
     for root in (context.model.graph, *(f.graph for f in functions)):
-        used = {"", "ai.onnx"} | (shared if root is context.model.graph else set())
-        used |= {node.domain for graph in _below(root) for node in graph}
+        used = {"", "ai.onnx", *(node.domain for graph in _below(root) for node in graph)}
+        if root is context.model.graph:
+            used |= shared
         for domain in [domain for domain in root.opset_imports if domain not in used]:
             if not context.exhausted:
                 del root.opset_imports[domain]

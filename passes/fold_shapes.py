@@ -16,13 +16,13 @@ from graphopt.passes._views import reshape_target
 from graphopt.rewriting import Op, rewrite
 
 _ARITHMETIC = (
-    ("Shape", "Size", "Gather", "Slice", "Concat", "Split", "Squeeze", "Unsqueeze", "Reshape")
-    + ("Cast", "Add", "Sub", "Mul", "Div", "Mod", "Neg", "Abs", "Sign", "Min", "Max", "Pow")
-    + ("Floor", "Ceil", "Round", "Sqrt", "Reciprocal", "Range", "ConstantOfShape", "Expand")
-    + ("Tile", "Where", "Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual", "Not", "And")
-    + ("Or", "Xor", "ReduceProd", "ReduceSum", "ReduceMax", "ReduceMin", "GatherElements")
-    + ("GatherND", "ScatterElements", "ScatterND", "Flatten", "Transpose", "SequenceLength")
-    + ("Identity", "If", "CumSum", "TopK", "ArgMax", "ArgMin", "NonZero", "OptionalHasElement")
+    *("Shape", "Size", "Gather", "Slice", "Concat", "Split", "Squeeze", "Unsqueeze", "Reshape"),
+    *("Cast", "Add", "Sub", "Mul", "Div", "Mod", "Neg", "Abs", "Sign", "Min", "Max", "Pow"),
+    *("Floor", "Ceil", "Round", "Sqrt", "Reciprocal", "Range", "ConstantOfShape", "Expand"),
+    *("Tile", "Where", "Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual", "Not", "And"),
+    *("Or", "Xor", "ReduceProd", "ReduceSum", "ReduceMax", "ReduceMin", "GatherElements"),
+    *("GatherND", "ScatterElements", "ScatterND", "Flatten", "Transpose", "SequenceLength"),
+    *("Identity", "If", "CumSum", "TopK", "ArgMax", "ArgMin", "NonZero", "OptionalHasElement"),
 )
 """Operators whose results `Shapes` may know without their being constants."""
 
@@ -32,13 +32,18 @@ def known_elements(op: Op, node: ir.Node) -> list[ir.Value | None] | None:
     """A small tensor whose elements are proven is a constant."""
     found: list[ir.Value | None] = []
     for output in node.outputs:
-        values, dtype = op.values(output), op.dtype(output)
-        known = values is not None and dtype is not None and op.uses(output)
-        if known and not any(isinstance(element, Dim) for element in values.flat):
-            found.append(op.initializer(values.astype(dtype.numpy()), "value"))
-        else:
-            found.append(None)
+        array = _known(op, output) if op.uses(output) else None
+        found.append(None if array is None else op.initializer(array, "value"))
     return found if any(found) else None
+
+
+def _known(op: Op, value: ir.Value) -> ir.Array | None:
+    """The elements of a small tensor, where they are all known numbers."""
+    elements, dtype = op.values(value), op.dtype(value)
+    if elements is None or dtype is None or any(isinstance(e, Dim) for e in elements.flat):
+        return None
+    array: ir.Array = elements.astype(dtype.numpy())
+    return array
 
 
 @rewrite.on("Reshape")
@@ -63,8 +68,9 @@ def constant_expansion(op: Op, node: ir.Node) -> ir.Value | None:
     before, after = op.shape(value), op.shape(node.outputs[0])
     if before is None or after is None or len(before) > len(after):
         return None
-    aligned = [1] * (len(after) - len(before)) + list(before)
-    if any(isinstance(size, Dim) and size != have for size, have in zip(after, aligned)):
+    aligned: list[DimLike] = [*[1] * (len(after) - len(before)), *before]
+    pairs = zip(after, aligned, strict=True)
+    if any(isinstance(size, Dim) and size != have for size, have in pairs):
         return None
     return op.Expand(value, [1 if isinstance(size, Dim) else size for size in after])
 
@@ -77,15 +83,14 @@ def slice_to_the_end(op: Op, node: ir.Node) -> ir.Value | None:
     value, starts, ends, axes, steps = (*node.inputs, None, None)[:5]
     if value is None or starts is None or ends is None or ir.constant(ends) is not None:
         return None
-    shape, bounds, order = op.shape(value), op.values(ends), [1]
+    shape, bounds = op.shape(value), op.values(ends)
     chosen = None if axes is None else op.const(axes)
-    if steps is not None:
-        order = op.const(steps)
+    order = np.ones(1) if steps is None else op.const(steps)
     if shape is None or bounds is None or order is None or (axes is not None and chosen is None):
         return None
     positions = range(len(bounds)) if chosen is None else chosen.tolist()
     dtype = op.dtype(ends)
-    if dtype is None or any(step < 0 for step in order):
+    if dtype is None or any(step < 0 for step in order.tolist()):
         return None
     last = int(np.iinfo(dtype.numpy()).max)
     found: list[int] = []

@@ -33,12 +33,11 @@ class InlineFunctions(Pass):
         if not functions:
             return
         inliner = _Inliner(context, self.max_nodes)
-        roots = [context.model.graph, *(function.graph for function in functions.values())]
-        for root in roots:
-            inliner.expand(root)
-        called = called_functions(context.model)
-        for key in [key for key in functions if key not in called and key in inliner.inlined]:
-            del functions[key]
+        inliner.expand(context.model.graph)
+        inliner.drop()
+        for function in list(functions.values()):
+            inliner.expand(function.graph)
+        inliner.drop()
         if inliner.inlined:
             context.refresh()
 
@@ -55,22 +54,33 @@ class _Inliner:
     def expand(self, root: ir.Graph) -> None:
         """Inline every call below the main graph or a function's graph, where it may be."""
         functions = self.context.model.functions
-        calls = [n for n in _below(root) if n.op_identifier() in functions]
+        calls = [(n, False) for n in _below(root) if n.op_identifier() in functions]
         while calls:
-            call = calls.pop()
+            call, counted = calls.pop()
             function = functions[call.op_identifier()]
             if self.context.exhausted:
                 return
-            reason = self._obstacle(call, function, root)
+            size = 0 if counted else self.sizes.get(function.identifier())
+            reason = self._obstacle(call, function, root, size)
             if reason:
                 self.context.record.refuse(call, f"{function.name}: {reason}")
                 continue
+            self.left -= size or 0
             made = self._inline(call, function, root)
-            calls += [n for top in made for n in _all(top) if n.op_identifier() in functions]
+            calls += [
+                (n, True) for top in made for n in _all(top) if n.op_identifier() in functions
+            ]
 
-    def _obstacle(self, call: ir.Node, function: ir.Function, root: ir.Graph) -> str:
+    def drop(self) -> None:
+        """Remove the functions of which no call is left."""
+        functions, called = self.context.model.functions, called_functions(self.context.model)
+        for key in [key for key in functions if key in self.inlined - called]:
+            del functions[key]
+
+    def _obstacle(
+        self, call: ir.Node, function: ir.Function, root: ir.Graph, size: int | None
+    ) -> str:
         """Why a call has to stay, or an empty text."""
-        size = self.sizes.get(function.identifier())
         if size is None:
             return "it calls itself, or one that does"
         if any(attr.type in _GRAPHS for attr in call.attributes.values()):
@@ -83,10 +93,8 @@ class _Inliner:
                 return reason
         if self._bare_result(call, function):
             return "it returns an input that the call leaves out"
-        if call.graph is not None and self.context.holds_initializers(call.graph):
-            self.left -= size
-            if self.left < 0:
-                return f"the model would grow by {size} nodes more than it may"
+        if size > self.left:
+            return f"{size} nodes would come of it, {self.left} may"
         return ""
 
     def _bare_result(self, call: ir.Node, function: ir.Function) -> bool:
@@ -127,9 +135,7 @@ class _Inliner:
         remove(context, call)
         return nodes
 
-    def _name(
-        self, node: ir.Node, prefix: str, sources: tuple[str, ...], root: ir.Graph
-    ) -> None:
+    def _name(self, node: ir.Node, prefix: str, sources: tuple[str, ...], root: ir.Graph) -> None:
         """Unique names for a copied node and everything in it."""
         context = self.context
         node.meta[ir.SOURCES] = tuple(dict.fromkeys((*sources, *ir.sources(node))))
@@ -186,9 +192,7 @@ def _resolve(body: ir.Graph, call: ir.Node, function: ir.Function) -> None:
                 node.attributes[name] = ir.Attr(name, actual.type, actual.value)
 
 
-def _other_meaning(
-    node: ir.Node, function: ir.Function, root: ir.Graph, model: ir.Model
-) -> str:
+def _other_meaning(node: ir.Node, function: ir.Function, root: ir.Graph, model: ir.Model) -> str:
     """Why an operator of a function is not the same in the caller's opsets, or an empty text."""
     own, caller = ir.opset(function.graph, node.domain), ir.opset(root, node.domain)
     if own == caller or not caller or node.op_identifier() in model.functions:

@@ -43,7 +43,7 @@ def _condition(context: Context, node: ir.Node) -> bool | None:
     values = context.shapes.values(condition)
     if values is None or values.size != 1:
         return None
-    element = values.flat[0]
+    element: object = values.item()
     return element if isinstance(element, bool) else None
 
 
@@ -93,6 +93,8 @@ def _take_initializers(context: Context, branch: ir.Graph, graph: ir.Graph) -> l
             context.rename(value)
             graph.register_initializer(value)
             continue
+        if tensor.dtype != ir.DataType.STRING:
+            tensor = ir.Tensor(tensor.numpy(), dtype=tensor.dtype)  # it has another name
         node = ir.Node("", "Constant", [], [ir.Attr("value", ir.AttributeType.TENSOR, tensor)])
         node.outputs[0].type, node.outputs[0].shape = value.type, value.shape
         context.rename(value)
