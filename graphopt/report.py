@@ -62,8 +62,6 @@ class PassRecord:
     refusals: dict[str, set[str]] = field(default_factory=dict[str, set[str]])
     """Reason → labels of the nodes where a rule looked right but declined."""
     seconds: float = 0.0
-    nodes_before: int = 0
-    nodes_after: int = 0
     rolled_back: str = ""
     """Why the pass's work was thrown away, where verification rejected it."""
 

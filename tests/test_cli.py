@@ -16,7 +16,7 @@ from graphopt import models
 from graphopt.cli import main
 
 CNN = str(models.path("digits_cnn"))
-SAMPLES = str(models.path("digits_test.npz"))
+SAMPLES = str(models.path("digits_cnn").with_name("digits_test.npz"))
 
 
 def run(*arguments: str | Path) -> Result:

@@ -36,7 +36,7 @@ class BreakIt(Pass):
                 node.graph.insert_before(node, op.created)
                 name, node.outputs[0].name = node.outputs[0].name, None
                 node.outputs[0].replace_all_uses_with(new, replace_graph_outputs=True)
-                new.name = name
+                new.name, new.type, new.shape = name, node.outputs[0].type, node.outputs[0].shape
                 context.changed("break", [node], op.created)
                 node.graph.remove(node, safe=True)
 
