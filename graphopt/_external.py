@@ -9,6 +9,7 @@ ONNX Runtime names addresses of its memory.
 from __future__ import annotations
 
 import builtins
+import math
 import mmap
 import os
 import stat
@@ -136,10 +137,7 @@ class FileTensor(ir.Tensor[Any]):
 
 def nbytes(dtype: ir.DataType, shape: list[int]) -> int:
     """Bytes of a tensor: exact for any shape, elements of less than a byte are packed."""
-    size = 1
-    for dim in shape:
-        size *= dim
-    return -(-size * dtype.bitwidth // 8)
+    return -(-math.prod(shape) * dtype.bitwidth // 8)
 
 
 def tensor_from_bytes(data: ir.Array, dtype: ir.DataType, shape: list[int]) -> ir.TensorProtocol:

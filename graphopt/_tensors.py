@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -89,11 +90,7 @@ class TensorReader:
         check_element_type(proto.data_type)
         dtype, shape = ir.DataType(proto.data_type), list(proto.dims)
         check_dims(shape)
-        size = (
-            nbytes(dtype, shape)
-            if dtype != ir.DataType.STRING
-            else int(np.prod(shape, dtype=object))
-        )
+        size = math.prod(shape) if dtype == ir.DataType.STRING else nbytes(dtype, shape)
         if size >= _BYTES_LIMIT:
             raise Flaw(f"shape {shape} is too large for any memory")
         if proto.HasField("segment"):
@@ -113,6 +110,10 @@ class TensorReader:
                 raise Flaw("strings cannot be raw data")
             if raw != size:
                 raise Flaw(f"{dtype.name} {shape} needs {size} bytes, not {raw}")
+            if dtype.bitwidth == 6 and size:
+                _check_padding(
+                    int(payload[-1]) if payload is not None else proto.raw_data[-1], shape
+                )
             return dtype, shape
         own = _OWN_FIELD.get(proto.data_type, "int32_data")
         if given and given[0] != own:
@@ -126,7 +127,10 @@ class TensorReader:
         entries = {entry.key: entry.value for entry in proto.external_data}
         if len(entries) < len(proto.external_data):
             raise Flaw("external data have a key twice")
-        return self.folder.tensor(entries, dtype, shape, proto.name)
+        tensor = self.folder.tensor(entries, dtype, shape, proto.name)
+        if dtype.bitwidth == 6 and tensor.nbytes:
+            _check_padding(int(tensor.bytes()[-1]), shape)
+        return tensor
 
     def densify(self, sparse: SparseTensorProto) -> TensorProto:
         """A sparse tensor written out, as every consumer of it sees it.
@@ -185,9 +189,7 @@ def _check_count(
     proto: TensorProto, own: str, size: int, dtype: ir.DataType, shape: list[int]
 ) -> None:
     """Compare the number of elements in a tensor's own field with its shape."""
-    elements = 1
-    for dim in shape:
-        elements *= dim
+    elements = math.prod(shape)
     if proto.data_type in _PAIRED:
         elements *= 2
     elif dtype != ir.DataType.STRING and dtype.bitwidth in (2, 4):
@@ -195,3 +197,16 @@ def _check_count(
     found = len(getattr(proto, own))
     if found != elements:
         raise Flaw(f"{dtype.name} {shape} needs {elements} elements, not {found}")
+    if (
+        dtype != ir.DataType.STRING
+        and dtype.bitwidth == 6
+        and max(proto.int32_data, default=0) > 63
+    ):
+        raise Flaw(f"{dtype.name} has an element of more than six bits")
+
+
+def _check_padding(last: int, shape: list[int]) -> None:
+    """Six-bit elements leave bits unused behind the last one: onnx-ir insists that they are 0."""
+    used = math.prod(shape) * 6 % 8
+    if used and last >> used:
+        raise Flaw("its last byte has bits behind the last element")

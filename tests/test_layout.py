@@ -27,14 +27,14 @@ LINES, FUNCTION_LINES = 450, 80
 
 # A file imports only from its own floor and those below.
 FLOORS = [
-    "errors ir dims _wire _external _operators _tensors _validate _writing files npz __version__",
+    "errors ir dims _checks _wire _external _operators _tensors _validate _checks _writing files npz __version__",
     "shapes shape_call shape_control shape_fallback shape_ops shape_ops_data shape_ops_nn "
     "shape_values cost sizes runner batch execute numpy_ops numpy_moves feeds input_uses "
     "random_inputs target report closeness artifact models",
     "context _match rewriting driver pass_manager numbering cutting regions judging verification",
     "passes",
     "backends timing accuracy",
-    "optimization compilation machine measurement bisection diff inspection graphsurgeon "
+    "optimization compilation machine measurement bisection differences inspection graphsurgeon "
     "onnxscript cli __init__ __main__",
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names.split()}
