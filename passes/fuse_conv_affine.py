@@ -67,6 +67,8 @@ def fuse_affine_conv(op: Op, node: ir.Node) -> ir.Value | None:
         values = along(operand, op.rank(source) or 0, *place)
         if values is None:
             continue
+        if _is_curve(source):
+            raise Refuse("it is the last factor of a GELU, which runtimes fuse as it stands")
         factors = _factors(before.op_type, values, swapped=index == 1)
         if factors is None or (node.op_type == "MatMul" and factors[1] is not None):
             return None
@@ -76,6 +78,25 @@ def fuse_affine_conv(op: Op, node: ir.Node) -> ir.Value | None:
             op, node, source, ones if scale is None else scale, zeros if shift is None else shift
         )
     return None
+
+
+def _is_curve(value: ir.Value) -> bool:
+    """Whether a value is x * (1 + erf(...)) or x * (1 + tanh(...))."""
+    product = value.producer()
+    if product is None or product.op_type != "Mul":
+        return False
+    sums = [v.producer() for v in product.inputs if v is not None]
+    return any(
+        n is not None
+        and n.op_type == "Add"
+        and any(v is not None and _made_by(v, "Erf", "Tanh") for v in n.inputs)
+        for n in sums
+    )
+
+
+def _made_by(value: ir.Value, *op_types: str) -> bool:
+    node = value.producer()
+    return node is not None and node.op_type in op_types
 
 
 def _constant_result(node: ir.Node) -> bool:
