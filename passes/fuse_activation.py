@@ -1,0 +1,231 @@
+"""Fuse activation functions from their parts.
+
+Sigmoid, Softplus, Mish, Swish, LeakyRelu, PRelu, Elu, HardSigmoid and HardSwish.
+
+Why: exporters without the operator write it as three to six kernels over the same tensor.
+Numerics: rounding.
+Needs: opset 14 for HardSwish, 18 for Mish, 24 for Swish; float32 for HardSigmoid and HardSwish.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from graphopt import ir
+from graphopt.passes._algebra import Reader
+from graphopt.passes.fuse_matmul_add import broadcasts_into
+from graphopt.rewriting import Attribute, Const, Op, Refuse, rewrite
+
+
+@rewrite
+def fuse_sigmoid(op: Op, x: ir.Value) -> ir.Value:
+    """1 / (1 + exp(-x))"""
+    return op.Div(1.0, op.Add(op.Exp(op.Neg(x)), 1.0))
+
+
+@fuse_sigmoid.spelling
+def _(op: Op, x: ir.Value) -> ir.Value:
+    return op.Reciprocal(op.Add(op.Exp(op.Neg(x)), 1.0))
+
+
+@fuse_sigmoid.spelling
+def _(op: Op, x: ir.Value) -> ir.Value:
+    return op.Div(1.0, op.Add(op.Exp(op.Mul(x, -1.0)), 1.0))
+
+
+@fuse_sigmoid.replace
+def _(op: Op, x: ir.Value) -> ir.Value:
+    return op.Sigmoid(x)
+
+
+@rewrite
+def fuse_softplus(op: Op, x: ir.Value) -> ir.Value:
+    """log(exp(x) + 1)"""
+    return op.Log(op.Add(op.Exp(x), 1.0))
+
+
+@fuse_softplus.replace
+def _(op: Op, x: ir.Value) -> ir.Value:
+    return op.Softplus(x)
+
+
+@rewrite
+def fuse_mish(op: Op, x: ir.Value) -> ir.Value:
+    """x tanh(softplus(x))"""
+    return op.Mul(x, op.Tanh(op.Softplus(x)))
+
+
+@fuse_mish.replace
+def _(op: Op, x: ir.Value) -> ir.Value:
+    if op.opset < 18:
+        raise Refuse("needs opset 18")
+    return op.Mish(x)
+
+
+@rewrite
+def fuse_swish(op: Op, x: ir.Value) -> ir.Value:
+    """x sigmoid(x)"""
+    return op.Mul(x, op.Sigmoid(x))
+
+
+@fuse_swish.replace
+def _(op: Op, x: ir.Value) -> ir.Value:
+    if op.opset < 24:
+        raise Refuse("needs opset 24")
+    return op.Swish(x)
+
+
+@rewrite
+def fuse_quick_gelu(op: Op, x: ir.Value, slope: Const) -> ir.Value:
+    """x sigmoid(slope x)"""
+    return op.Mul(x, op.Sigmoid(op.Mul(x, slope)))
+
+
+@fuse_quick_gelu.replace
+def _(op: Op, x: ir.Value, slope: Const) -> ir.Value | None:
+    alpha = op.scalar(slope)
+    if alpha is None:
+        return None
+    if op.opset < 24:
+        raise Refuse("needs opset 24")
+    return op.Swish(x, alpha=float(alpha))
+
+
+@rewrite
+def fuse_leaky_relu(op: Op, x: ir.Value, slope: Const) -> ir.Value:
+    """max(x, slope x)"""
+    return op.Max(x, op.Mul(x, slope))
+
+
+@fuse_leaky_relu.replace
+def _(op: Op, x: ir.Value, slope: Const) -> ir.Value | None:
+    slopes = op.const(slope)
+    if slopes is None or not np.all(slopes.astype(np.float64) <= 1):
+        return None
+    return leaky(op, x, slope)
+
+
+@rewrite
+def fuse_leaky_where(op: Op, x: ir.Value, slope: Const) -> ir.Value:
+    """x where it is positive, else slope x"""
+    return op.Where(op.Greater(x, 0.0), x, op.Mul(x, slope))
+
+
+@fuse_leaky_where.spelling
+def _(op: Op, x: ir.Value, slope: Const) -> ir.Value:
+    return op.Where(op.GreaterOrEqual(x, 0.0), x, op.Mul(x, slope))
+
+
+@fuse_leaky_where.spelling
+def _(op: Op, x: ir.Value, slope: Const) -> ir.Value:
+    return op.Where(op.Less(x, 0.0), op.Mul(x, slope), x)
+
+
+@fuse_leaky_where.spelling
+def _(op: Op, x: ir.Value, slope: Const) -> ir.Value:
+    return op.Sub(op.Relu(x), op.Mul(op.Relu(op.Neg(x)), slope))
+
+
+@fuse_leaky_where.replace
+def _(op: Op, x: ir.Value, slope: Const) -> ir.Value | None:
+    return leaky(op, x, slope)
+
+
+def leaky(op: Op, x: ir.Value, slope: ir.Value) -> ir.Value | None:
+    """LeakyRelu, or PRelu where the slope varies; None for what neither computes."""
+    shape, dtype = op.shape(x), op.dtype(x)
+    if shape is None or dtype is None or not dtype.is_floating_point():
+        return None
+    if not broadcasts_into(op.shape(slope), shape):
+        raise Refuse("the slope does not broadcast to the tensor's shape")
+    alpha = op.scalar(slope)
+    if alpha is not None:
+        return op.LeakyRelu(x, alpha=float(alpha))
+    return op.PRelu(x, slope) if op.opset >= 9 else None
+
+
+@rewrite
+def fuse_elu(op: Op, x: ir.Value, alpha: Const) -> ir.Value:
+    """x where it is positive, else alpha (exp(x) - 1)"""
+    return op.Where(op.Greater(x, 0.0), x, op.Mul(op.Sub(op.Exp(x), 1.0), alpha))
+
+
+@fuse_elu.replace
+def _(op: Op, x: ir.Value, alpha: Const) -> ir.Value | None:
+    number = op.scalar(alpha)
+    return None if number is None else op.Elu(x, alpha=float(number))
+
+
+@rewrite
+def fuse_hard_swish(op: Op, x: ir.Value, alpha: Attribute, beta: Attribute) -> ir.Value:
+    """x hardsigmoid(x)"""
+    return op.Mul(x, op.HardSigmoid(x, alpha=alpha, beta=beta))
+
+
+@fuse_hard_swish.replace
+def _(op: Op, x: ir.Value, alpha: Attribute, beta: Attribute) -> ir.Value | None:
+    if abs(alpha * 6 - 1) > 1e-5 or abs(beta - 0.5) > 1e-6:
+        return None
+    if op.opset < 14:
+        raise Refuse("needs opset 14")
+    return op.HardSwish(x)
+
+
+@rewrite.on("Mul", "Div", "Clip", benefit=3)
+def fuse_hard_sigmoid(op: Op, node: ir.Node) -> ir.Value | None:
+    """clip(a x + b, 0, m) / m, alone or multiplied by x."""
+    for first in (0, 1):
+        reader = Reader(op, node)
+        scale, tensors = reader.factors(node.outputs[0])
+        if node.op_type == "Clip":
+            scale, tensors = 1.0, [node.outputs[0]]
+        if not 1 <= len(tensors) <= 2 or first >= len(tensors):
+            return None
+        clip = reader.take(tensors[first], "Clip")
+        line = None if clip is None else _clipped_line(op, reader, clip)
+        if line is None:
+            continue
+        x, slope, offset, top = line
+        multiplied = len(tensors) == 2
+        if multiplied and tensors[1 - first] is not x:
+            continue
+        if not reader.near(top * scale, 1.0, None) or len(reader.nodes) < 2:
+            continue
+        outside = reader.outside()
+        if outside is not None:
+            raise Refuse(f"{outside!r} is used elsewhere")
+        if op.dtype(x) != ir.DataType.FLOAT:
+            raise Refuse("needs float32")
+        gate = op.HardSigmoid(x, alpha=slope * scale, beta=offset * scale)
+        return op.Mul(x, gate) if multiplied else gate
+    return None
+
+
+def _clipped_line(
+    op: Op, reader: Reader, clip: ir.Node
+) -> tuple[ir.Value, float, float, float] | None:
+    """(x, a, b, m) where a Clip is clip(a x + b, 0, m)."""
+    low, high = op.attr(clip, "min"), op.attr(clip, "max")
+    if op.opset >= 11:
+        low, high = [op.scalar(v) for v in [*clip.inputs, None, None][1:3]]
+    if low != 0 or not isinstance(high, int | float) or high <= 0:
+        return None
+    line = clip.inputs[0]
+    x = _variable(op, line)
+    found = None if x is None else reader.polynomial(line, x)
+    if x is None or found is None or not found.keys() <= {0, 1} or 1 not in found:
+        return None
+    return x, found[1], found.get(0, 0.0), float(high)
+
+
+def _variable(op: Op, value: ir.Value | None) -> ir.Value | None:
+    """What a chain of additions and multiplications by numbers starts from."""
+    while value is not None:
+        node = value.producer()
+        if node is None or node.op_type not in ("Add", "Sub", "Mul", "Div") or op.uses(value) != 1:
+            return value
+        numbers = [op.scalar(v) is not None for v in node.inputs]
+        if numbers.count(True) != 1:
+            return value
+        value = node.inputs[numbers.index(False)]
+    return None
