@@ -39,6 +39,7 @@ _LEVELS = {
     "layout": "ORT_ENABLE_LAYOUT",
     "all": "ORT_ENABLE_ALL",
 }
+_ORT_BYTES = 1 << 31  # flatbuffers count in signed 32 bits
 _FATAL = 4  # log severity: everything less is in the exception too, or no concern of the user's
 _EXTENDED = {
     # numpy knows these only through ml_dtypes, ONNX Runtime only by TensorProto's numbers
@@ -135,6 +136,9 @@ class OnnxRuntime:
         settings = _settings(options)
         level: str = "off"
         if options.format == "ort":
+            size = sum(file.stat().st_size for file in folder.iterdir())
+            if size >= _ORT_BYTES:
+                raise InputError(f"a .ort file holds 2 GB, not {size / 1e9:.1f}: use format=onnx")
             # what `layout` and above write is laid out for the CPU that did it
             level = options.graph_level
             if level in ("layout", "all") and (target.device != "cpu" or target.foreign()):
