@@ -88,7 +88,10 @@ def _read(
         skeleton = onnx.ModelProto.FromString(data)
     except (_wire.WireError, DecodeError) as error:
         stream.seek(0)
-        why = _wire.guess(stream.read(512)) or error
+        why = str(error)
+        if isinstance(error, DecodeError):
+            why = "it is nested too deeply" if "MaxDepth" in why else "it is damaged"
+        why = _wire.guess(stream.read(512)) or why
         raise InputError(f"{name}: not an ONNX model ({why})") from None
     return _build(skeleton, payloads, name, path, keep_signature)
 
