@@ -1,0 +1,135 @@
+"""Merge slices of slices, and slices that share a tensor out into a Split.
+
+Why: each slice is a kernel and a copy; exporters slice one axis at a time.
+Numerics: exact.
+Needs: constant bounds; for a Split, slices that follow each other over a whole axis of known size.
+"""
+
+from __future__ import annotations
+
+from graphopt import ir
+from graphopt.passes._slices import Span, sliced, spans
+from graphopt.rewriting import Op, rewrite
+
+
+@rewrite.on("Slice", benefit=2)
+def merge_slices(op: Op, node: ir.Node) -> ir.Value | None:
+    """A slice of a slice is one slice."""
+    value = node.inputs[0]
+    producer = None if value is None else value.producer()
+    if value is None or producer is None or op.uses(value) != 1:
+        return None
+    first, second = spans(op, producer), spans(op, node)
+    source = producer.inputs[0]
+    if first is None or second is None or source is None:
+        return None
+    shape, inner = op.shape(source), op.shape(value)
+    if shape is None or inner is None:
+        return None
+    merged: dict[int, Span] = {**first, **second}
+    for axis in first.keys() & second.keys():
+        outer, then = first[axis].resolved(shape[axis]), second[axis].resolved(inner[axis])
+        if outer is None or then is None:
+            return None
+        merged[axis] = outer.then(then)
+    return sliced(op, source, merged)
+
+
+@rewrite.on("Slice")
+def slices_to_split(op: Op, node: ir.Node) -> dict[ir.Value, ir.Value] | None:
+    """Slices of one tensor that together are all of it, each once, are a Split."""
+    value = node.inputs[0]
+    place = None if value is None else _place(op, node)
+    if value is None or place is None:
+        return None
+    axis = place[0]
+    size = (op.shape(value) or ())[axis]
+    if not isinstance(size, int):
+        return None
+    parts: dict[tuple[int, int], ir.Node] = {}
+    for user in value.consumers():
+        found = _place(op, user) if user.graph is node.graph else None
+        if found is not None and found[0] == axis:
+            parts.setdefault(found[1:], user)
+    chain = _chain(set(parts), place[1:], size)
+    if chain is None:
+        return None
+    lengths = [end - start for start, end in chain]
+    outputs = split(op, value, axis, lengths)
+    return {parts[part].outputs[0]: output for part, output in zip(chain, outputs, strict=True)}
+
+
+def split(op: Op, value: ir.Value, axis: int, lengths: list[int]) -> list[ir.Value]:
+    """A Split into parts of these lengths."""
+    if op.opset < 13:
+        attributes = {"axis": axis, "split": lengths}
+        return list(op.build("Split", [value], attributes, outputs=len(lengths)))
+    return list(op.build("Split", [value, lengths], {"axis": axis}, outputs=len(lengths)))
+
+
+def _place(op: Op, node: ir.Node) -> tuple[int, int, int] | None:
+    """(axis, start, end) of a Slice along one axis of known size, in steps of 1."""
+    taken = spans(op, node)
+    shape = None if taken is None or node.inputs[0] is None else op.shape(node.inputs[0])
+    if taken is None or shape is None:
+        return None
+    real: list[tuple[int, int, int]] = []
+    for axis, span in taken.items():
+        found, size = span.resolved(shape[axis]), shape[axis]
+        if found is None or found.step != 1:
+            return None
+        if not isinstance(size, int):
+            if (found.start, found.end) != (0, 2**63 - 1):
+                return None
+        elif (found.start, found.end) != (0, size):
+            real.append((axis, found.start, found.end))
+    return real[0] if len(real) == 1 and real[0][1] < real[0][2] else None
+
+
+def _chain(
+    parts: set[tuple[int, int]], own: tuple[int, int], size: int
+) -> list[tuple[int, int]] | None:
+    """The parts in order, where they cover 0..size without gap or overlap and `own` is one."""
+    chain: list[tuple[int, int]] = []
+    position = 0
+    while position < size:
+        following = [part for part in parts if part[0] == position]
+        if len(following) != 1:
+            return None
+        chain.append(following[0])
+        position = following[0][1]
+    return chain if position == size and own in chain and len(chain) > 1 else None
+
+
+@rewrite.on("Concat")
+def drop_split_concat(op: Op, node: ir.Node) -> ir.Value | None:
+    """A Concat of all parts of a Split, in order along its axis, is what was split."""
+    first = None if node.inputs[0] is None else node.inputs[0].producer()
+    if first is None or first.op_type != "Split" or first.domain:
+        return None
+    if list(node.inputs) != list(first.outputs) or first.inputs[0] is None:
+        return None
+    rank = op.rank(first.inputs[0])
+    axis, other = op.attr(node, "axis"), op.attr(first, "axis", 0)
+    if axis == other or (rank is not None and axis % rank == other % rank):
+        return first.inputs[0]
+    return None
+
+
+@rewrite.on("Concat")
+def merge_concats(op: Op, node: ir.Node) -> ir.Value | None:
+    """A Concat within a Concat along the same axis."""
+    rank = op.rank(node.outputs[0])
+    axis = op.attr(node, "axis")
+    inputs: list[ir.Value | None] = []
+    for value in node.inputs:
+        inner = None if value is None else value.producer()
+        if value is not None and inner is not None and rank is not None and op.uses(value) == 1:
+            same = inner.op_type == "Concat" and not inner.domain
+            if same and op.attr(inner, "axis") % rank == axis % rank:
+                inputs += inner.inputs
+                continue
+        inputs.append(value)
+    if len(inputs) == len(node.inputs):
+        return None
+    return op.build("Concat", inputs, node.attributes)[0]
