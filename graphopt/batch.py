@@ -18,7 +18,7 @@ from graphopt.sizes import output_types
 
 __all__ = ["ARENA_BYTES", "Batch"]
 
-ARENA_BYTES = 160 << 20
+ARENA_BYTES = 96 << 20
 """What a session of unpredictable nodes may allocate."""
 
 _SECONDS = 10.0  # for control flow, whose work is no function of its size

@@ -62,6 +62,7 @@ _COUNTING = frozenset(
 )
 _KEYS = ("keys_strings", "keys_int64s", "cats_strings", "cats_int64s", "string_vocabulary")
 _MOST_STEPS = 2000
+_MOST_RANK = 64
 
 
 class Tracer:
@@ -70,6 +71,7 @@ class Tracer:
     def __init__(self, model: ir.Model, known: Known) -> None:
         self._model = model
         self._known = known
+        self._arguments: dict[ir.Value, ir.Value | None] = {}
         self._owners = {g: node for node in ir.all_nodes(model) for g in ir.subgraphs(node)}
 
     def trace(self, value: ir.Value) -> Uses:
@@ -83,10 +85,58 @@ class Tracer:
                 continue
             seen.add(current)
             for node, index in current.uses():
-                _note(node, index, offset, self._known, found)
+                self._note(node, index, offset, found)
                 stack += [(v, o) for v, o in self._next(node, index, offset) if v is not None]
             stack += [(v, offset) for v in self._outside(current)]
         return found
+
+    def _axis_size(self, value: ir.Value | None, axis: int) -> int | None:
+        """The size of an axis; for an input of a function that of the last call's argument."""
+        for _ in range(_MOST_RANK):  # functions that call themselves would never end
+            if value not in self._arguments:
+                break
+            value = self._arguments[value]
+        tensor = None if value is None else value.const_value
+        shape = tuple(tensor.shape.numpy()) if tensor is not None else None
+        if shape is None and value is not None:
+            dims = self._known.shape(value)
+            shape = None if dims is None else tuple(d if isinstance(d, int) else -1 for d in dims)
+        if shape is None or not -len(shape) <= axis < len(shape):
+            return None
+        return shape[axis] if shape[axis] >= 0 else None
+
+    def _note(self, node: ir.Node, index: int, offset: int, found: Uses) -> None:
+        """What one use says."""
+        op, inputs = node.op_type, node.inputs
+        axis = cast(int, ir.attribute(node, "axis", 0))
+        if (op, index) in _COUNTING:
+            found.counts = True
+        if op in ("Gather", "GatherElements", "ScatterElements", "Scatter") and index == 1:
+            found.below(self._axis_size(inputs[0], axis), offset)
+        elif op in ("GatherND", "ScatterND") and index == 1:
+            first = cast(int, ir.attribute(node, "batch_dims", 0))
+            depth = min(self._axis_size(inputs[1], -1) or 0, _MOST_RANK)
+            for each in range(first, first + depth):
+                found.below(self._axis_size(inputs[0], each), offset)
+        elif op == "ArrayFeatureExtractor" and index == 1:
+            found.below(self._axis_size(inputs[0], -1), offset)
+        elif op == "OneHot" and index == 0:
+            depth_array = ir.array(inputs[1])
+            found.below(None if depth_array is None else _number(depth_array), offset)
+        elif op == "TopK" and index == 1:
+            size = self._axis_size(inputs[0], cast(int, ir.attribute(node, "axis", -1)))
+            found.below(None if size is None else size + 1, offset)
+        elif op == "EmbedLayerNormalization" and index < 2:
+            found.below(self._axis_size(inputs[2 if index == 0 else 4], 0), offset)
+        elif op in ("LSTM", "GRU", "RNN") and index == 4:
+            size = self._axis_size(inputs[0], 0)
+            found.below(None if size is None else size + 1, offset)
+        elif op in _COMPARING:
+            other = ir.array(inputs[1 - index])
+            if other is not None and other.size == 1:
+                found.candidates.append(other.reshape(-1)[0])
+        for key in _KEYS:
+            found.candidates += cast("Iterable[Any]", ir.attribute(node, key, ()))
 
     def _next(
         self, node: ir.Node, index: int, offset: int
@@ -95,6 +145,7 @@ class Tracer:
         op, outputs = node.op_type, node.outputs
         function = self._model.functions.get(node.op_identifier())
         if function is not None:
+            self._arguments.update(zip(function.inputs, node.inputs, strict=False))
             return [(v, offset) for v in function.inputs[index : index + 1]]
         if op in ("Loop", "Scan"):
             return _into(node, index, offset)
@@ -119,51 +170,6 @@ class Tracer:
         shift = 1 if node.op_type == "Loop" else 0
         positions = [i - shift for i, v in enumerate(graph.outputs) if v is value]
         return [node.outputs[i] for i in positions if 0 <= i < len(node.outputs)]
-
-
-def _axis_size(value: ir.Value | None, axis: int, known: Known) -> int | None:
-    tensor = None if value is None else value.const_value
-    shape = tuple(tensor.shape.numpy()) if tensor is not None else None
-    if shape is None and value is not None:
-        dims = known.shape(value)
-        shape = None if dims is None else tuple(d if isinstance(d, int) else -1 for d in dims)
-    if shape is None or not -len(shape) <= axis < len(shape):
-        return None
-    return shape[axis] if shape[axis] >= 0 else None
-
-
-def _note(node: ir.Node, index: int, offset: int, known: Known, found: Uses) -> None:
-    """What one use says."""
-    op, inputs = node.op_type, node.inputs
-    axis = cast(int, ir.attribute(node, "axis", 0))
-    if (op, index) in _COUNTING:
-        found.counts = True
-    if op in ("Gather", "GatherElements", "ScatterElements", "Scatter") and index == 1:
-        found.below(_axis_size(inputs[0], axis, known), offset)
-    elif op in ("GatherND", "ScatterND") and index == 1:
-        first = cast(int, ir.attribute(node, "batch_dims", 0))
-        depth = _axis_size(inputs[1], -1, known) or 0
-        for each in range(first, first + depth):
-            found.below(_axis_size(inputs[0], each, known), offset)
-    elif op == "ArrayFeatureExtractor" and index == 1:
-        found.below(_axis_size(inputs[0], -1, known), offset)
-    elif op == "OneHot" and index == 0:
-        depth_array = ir.array(inputs[1])
-        found.below(None if depth_array is None else _number(depth_array), offset)
-    elif op == "TopK" and index == 1:
-        size = _axis_size(inputs[0], cast(int, ir.attribute(node, "axis", -1)), known)
-        found.below(None if size is None else size + 1, offset)
-    elif op == "EmbedLayerNormalization" and index < 2:
-        found.below(_axis_size(inputs[2 if index == 0 else 4], 0, known), offset)
-    elif op in ("LSTM", "GRU", "RNN") and index == 4:
-        size = _axis_size(inputs[0], 0, known)
-        found.below(None if size is None else size + 1, offset)
-    elif op in _COMPARING:
-        other = ir.array(inputs[1 - index])
-        if other is not None and other.size == 1:
-            found.candidates.append(other.reshape(-1)[0])
-    for key in _KEYS:
-        found.candidates += cast("Iterable[Any]", ir.attribute(node, key, ()))
 
 
 def _number(array: ir.Array) -> int | None:

@@ -216,7 +216,15 @@ def _pad(node: ir.Node, inputs: Inputs, opset: int) -> Result:
     return result
 
 
+def _non_zero(_node: ir.Node, inputs: Inputs, _opset: int) -> Result:
+    x = required(inputs, 0)
+    if x.dtype.char not in INTEGERS | {"?", "f", "d"} or x.ndim == 0:
+        return None
+    return np.stack(np.nonzero(x)).astype(np.int64)
+
+
 MOVES: dict[str, Kernel] = {
+    "NonZero": _non_zero,
     "Concat": _concat,
     "ConstantOfShape": _constant_of_shape,
     "Expand": _expand,

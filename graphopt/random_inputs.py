@@ -82,7 +82,7 @@ def workable_feeds(
     """
     feeds = _feeds(model, shapes, seed, bindings or {}, _Guess())
     given = bindings or {}
-    if all(name in given for v in required_inputs(model) for name in _open(shapes.shape(v))):
+    if all(name in given for v in required_inputs(model) for name in _open(_dims(v, shapes))):
         return feeds
     runner = Runner(model)
     first: GraphoptError | None = None
@@ -102,6 +102,17 @@ def workable_feeds(
     raise GraphoptError(f"no random input was found that the model runs on: {first}")
 
 
+def _dims(value: ir.Value, shapes: Known) -> Sequence[DimLike] | None:
+    """An input's dimensions, of its items for a sequence or an optional; None without a rank."""
+    known = shapes.shape(value)
+    if known is not None or value.shape is None:
+        return known
+    return [
+        dim if isinstance(dim, int) else Dim.symbol(dim.value or f"{value.name}?{axis}")
+        for axis, dim in enumerate(value.shape)
+    ]
+
+
 def _open(dims: Sequence[DimLike] | None) -> list[str]:
     """Names of a shape's symbols; a single "?" where even its rank is unknown."""
     return ["?"] if dims is None else [atom.name for d in dims for atom in atoms(d)]
@@ -112,10 +123,10 @@ def _feeds(
 ) -> dict[str, Any]:
     tracer = Tracer(model, shapes)
     inputs = required_inputs(model)
-    sizes = _sizes([shapes.shape(v) for v in inputs], bindings, guess)
+    sizes = _sizes([_dims(v, shapes) for v in inputs], bindings, guess)
     feeds: dict[str, Any] = {}
     for index, value in enumerate(inputs):
-        dims = shapes.shape(value)
+        dims = _dims(value, shapes)
         shape = _any_shape(guess) if dims is None else _concrete(dims, sizes)
         rng = np.random.default_rng([seed, index])
         feeds[value.name or ""] = _value(value, shape, tracer.trace(value), rng, guess)

@@ -83,6 +83,8 @@ def output_bytes(
             return math.prod(np.broadcast_shapes(*(a.shape for a in given))) * width
         except ValueError:
             return None
+    if node.op_type == "NonZero":
+        return sum(a.size * a.ndim * 8 for a in given)
     types = output_types(node, inputs, opsets)
     return None if types is None else sum(t.bytes * (width if t.is_text else 1) for t in types)
 
@@ -96,12 +98,12 @@ def _width(array: Array) -> int:
 
 
 def output_types(
-    node: ir.Node, inputs: Sequence[Array | None], opsets: Mapping[str, int]
+    node: ir.Node, inputs: Sequence[Array | OutputType | None], opsets: Mapping[str, int]
 ) -> list[OutputType] | None:
     """What ONNX's own shape inference finds, given the small inputs' elements.
 
-    One for each output that has a name. None where any is not a tensor of known shape, for control
-    flow, and for operators that ONNX does not define.
+    Inputs of which no more is known are types. One for each output that has a name. None where any
+    is not a tensor of known shape, for control flow, and for operators that ONNX does not define.
     """
     if any(True for _ in ir.subgraphs(node)):
         return None
@@ -112,7 +114,10 @@ def output_types(
         if array is None:
             continue
         name = proto.input[index] = f"input{index}"
-        types[name] = onnx.helper.make_tensor_type_proto(int(_dtype(array)), array.shape)
+        dtype = array.dtype if isinstance(array, OutputType) else _dtype(array)
+        types[name] = onnx.helper.make_tensor_type_proto(int(dtype), array.shape)
+        if isinstance(array, OutputType):
+            continue
         if array.size <= _VALUE_ELEMENTS and array.dtype.char in "bhilqBHILQ?fd":
             data[name] = onnx.numpy_helper.from_array(cast(Any, array), name)
     for index, value in enumerate(node.outputs):
