@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import cast
 
 from graphopt import ir
 from graphopt.dims import DimLike, evaluate
@@ -192,17 +193,24 @@ def _attention(node: ir.Node, sizes: _Sizes) -> int:
         batch, steps, _ = sizes.shape(node.inputs[0])
         width = sizes.shape(node.inputs[1])[-1]
         return 2 * sizes.elements(node.inputs[0]) * width + 4 * batch * steps**2 * width // 3
-    query, key, value = (sizes.shape(node.inputs[i]) for i in range(3))
+    query, key, values = (sizes.shape(node.inputs[i]) for i in range(3))
     past = sizes.shape(node.inputs[4])[2] if _has(node, 4) and not node.domain else 0
     if len(query) == 4:
         batch, heads, steps, width = query
-        return 2 * batch * heads * steps * (key[2] + past) * (width + value[3])
+        return 2 * batch * heads * steps * (key[2] + past) * (width + values[3])
     batch, steps, width = query
-    values = value[2]
-    heads, q_heads = ir.attribute(node, "kv_num_heads"), ir.attribute(node, "q_num_heads")
-    if isinstance(heads, int) and isinstance(q_heads, int):
-        values = values // heads * q_heads
-    return 2 * batch * steps * (key[1] + past) * (width + values)
+    read = values[2]
+    shared, heads_out = ir.attribute(node, "kv_num_heads"), ir.attribute(node, "q_num_heads")
+    if isinstance(shared, int) and isinstance(heads_out, int):
+        read = read // shared * heads_out
+    return 2 * batch * steps * (key[1] + past) * (width + read)
+
+
+def _integers(node: ir.Node, name: str) -> list[int]:
+    """A list attribute, empty where absent."""
+    values = ir.attribute(node, name, ())
+    items = cast("tuple[object, ...]", values) if isinstance(values, tuple) else ()
+    return [item for item in items if isinstance(item, int)]
 
 
 def _has(node: ir.Node, index: int) -> bool:
@@ -210,15 +218,13 @@ def _has(node: ir.Node, index: int) -> bool:
 
 
 def _pool(node: ir.Node, sizes: _Sizes) -> int:
-    kernel = ir.attribute(node, "kernel_shape", ())
-    window = math.prod(kernel) if isinstance(kernel, tuple) else 1
-    return sizes.elements(node.outputs[0]) * window
+    return sizes.elements(node.outputs[0]) * math.prod(_integers(node, "kernel_shape"))
 
 
 def _trees(node: ir.Node, sizes: _Sizes) -> int:
     """A comparison per level of every tree, taken as balanced."""
-    ids = ir.attribute(node, "nodes_treeids", ())
-    if not isinstance(ids, tuple) or not ids:
+    ids = _integers(node, "nodes_treeids")
+    if not ids:
         return 0
     trees = len(set(ids))
     depth = max(math.log2(len(ids) / trees), 1)
@@ -226,8 +232,8 @@ def _trees(node: ir.Node, sizes: _Sizes) -> int:
 
 
 def _linear(node: ir.Node, sizes: _Sizes) -> int:
-    weights = ir.attribute(node, "coefficients", ())
-    count = len(weights) if isinstance(weights, tuple) else 0
+    weights = node.attributes.get("coefficients")
+    count = 0 if weights is None or weights.is_ref() else len(weights.as_floats())
     return 2 * sizes.shape(node.inputs[0])[0] * count
 
 
@@ -315,13 +321,13 @@ def _runs(node: ir.Node, sizes: _Sizes) -> int:
     """How often a body runs, where its trip count or its scanned length is known."""
     if node.op_type == "Loop" and node.inputs and node.inputs[0] is not None:
         trips = sizes.shapes.values(node.inputs[0])
-        if trips is not None and trips.size == 1 and isinstance(trips.flat[0], int):
-            return 1 if trips.flat[0] > 1 << 31 else max(int(trips.flat[0]), 0)
+        count = trips.ravel().tolist()[0] if trips is not None and trips.size else 1
+        known = isinstance(count, int) and count < 1 << 31  # beyond, something else ends it
+        return max(count, 0) if known else 1
     if node.op_type == "Scan" and node.inputs:
         shape = sizes.shape(node.inputs[-1])
-        axes = ir.attribute(node, "scan_input_axes", (0,))
-        axis = axes[-1] if isinstance(axes, tuple) else 0
-        return shape[axis] if isinstance(axis, int) and -len(shape) <= axis < len(shape) else 1
+        axes = _integers(node, "scan_input_axes") or [0]
+        return shape[axes[-1]] if -len(shape) <= axes[-1] < len(shape) else 1
     return 1
 
 

@@ -70,15 +70,18 @@ class Fact:
         self.shape = shape
         self.element = element
         self.merges = 0
-        self._values = values
         self._tensor = tensor
+        self._values = values
 
     @property
     def values(self) -> Values | None:
         """The elements as int, bool, float or Dim; constants are read on first use."""
         if self._tensor is not None:
             tensor, self._tensor = self._tensor, None
-            self._values = _read(tensor)
+            try:
+                self._values = _read(tensor)
+            except (OSError, RuntimeError, TypeError, ValueError):  # damaged, or its file is gone
+                self._values = None
         return self._values
 
     @values.setter
@@ -107,7 +110,7 @@ def _read(tensor: ir.TensorProtocol) -> Values | None:
         return None
     array = tensor.numpy()
     result = np.empty(array.shape, object)
-    result[...] = array.tolist() if array.ndim else array.item()
+    result[...] = array.tolist()
     return result
 
 
@@ -191,25 +194,23 @@ class Call:
         return [number(v) for v in self.values(index).ravel()]
 
     def attr(self, name: str, kind: type[T], default: T) -> T:
-        """An attribute's value, checked to be of the kind; Unknown where a call decides it."""
+        """An attribute's value; Unknown for one of another kind, or that only a caller knows."""
         attr = self.node.attributes.get(name)
         if attr is None:
             return default
         if attr.is_ref():
             attr = self.shapes.bound(attr)
-            if attr is None:
-                raise Unknown
-        value: object = attr.value
-        if kind is float and isinstance(value, int):
-            value = float(value)
+        value: object = None if attr is None else attr.value
         if not isinstance(value, kind):
             raise Unknown
         return value
 
     def attr_ints(self, name: str) -> list[int] | None:
         """A list-of-integers attribute, None where absent."""
-        values = self.attr(name, tuple, ()) if name in self.node.attributes else None
-        return None if values is None else [number(v) for v in values]
+        if name not in self.node.attributes:
+            return None
+        values: tuple[object, ...] = self.attr(name, tuple, ())
+        return [number(v) for v in values]
 
     def fresh(self, axis: int, output: int = 0) -> DimLike:
         """An unknown size of an output's axis: the same symbol each time the node is inferred."""

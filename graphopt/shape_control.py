@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -239,7 +239,7 @@ def scan(call: Call) -> list[Fact]:
 
 
 @contextmanager
-def calling(shapes: Shapes, node: ir.Node) -> Iterator[ir.Function]:
+def calling(shapes: Shapes, node: ir.Node) -> Generator[ir.Function]:
     """Within the context, `shapes` tells of a function's body what holds in this call of it."""
     function = shapes.model.functions[node.op_identifier()]
     outer = shapes.facts, shapes.arguments, shapes.site

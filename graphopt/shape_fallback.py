@@ -30,7 +30,7 @@ def infer_with_onnx(call: Call) -> list[Fact]:
             types[name] = _element_type(fact, names)
             continue
         types[name] = _type_of(fact, names)
-        if fact.values is not None and fact.dtype is not None:
+        if fact.values is not None:
             tensor = _tensor(fact.dtype, fact.values, name)
             if tensor is not None:
                 data[name] = tensor
@@ -71,7 +71,7 @@ def _element_type(fact: Fact, names: dict[str, DimLike]) -> onnx.TypeProto:
 
 
 def _tensor(dtype: ir.DataType, values: Values, name: str) -> onnx.TensorProto | None:
-    if any(isinstance(value, Dim) for value in values.flat):
+    if any(isinstance(value, Dim) for value in values.ravel().tolist()):
         return None
     return onnx.numpy_helper.from_array(np.asarray(values, dtype.numpy()), name)
 

@@ -5,16 +5,16 @@ An operator without an entry is left to onnx's own inference (see `graphopt.shap
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
-from graphopt import ir, shape_ops_data, shape_ops_nn
-from graphopt.dims import DimLike, broadcast
+from graphopt import ir, shape_ops_data, shape_ops_nn, shape_ops_select, shape_ops_vendor
 from graphopt.shape_call import Call, Shape, ShapeRule, Unknown
+from graphopt.shape_ops_nn import join
 
 __all__ = ["SHAPES", "TYPES", "TypeRule"]
 
 TypeRule = (
-    int | ir.DataType | Sequence[int | ir.DataType] | Callable[[Call], list[ir.DataType | None]]
+    int | ir.DataType | tuple[int | ir.DataType, ...] | Callable[[Call], list[ir.DataType | None]]
 )
 """An output type: that of input n, a fixed one, one of these per output, or a function's."""
 
@@ -36,50 +36,9 @@ def broadcast_inputs(c: Call) -> list[Shape | None]:
     return [shape]
 
 
-def join(a: Shape, b: Shape) -> Shape:
-    """The shape of two operands under numpy's broadcasting."""
-    if len(a) < len(b):
-        a, b = b, a
-    extra = len(a) - len(b)
-    tail: list[DimLike] = []
-    for x, y in zip(a[extra:], b, strict=True):
-        tail.append(x if x == y else broadcast(x, y))
-    return (*a[:extra], *tail)
-
-
 def scalar(c: Call) -> list[Shape | None]:
     """A tensor without axes."""
     return [()] * len(c.node.outputs)
-
-
-def biased(c: Call) -> list[Shape | None]:
-    """com.microsoft BiasGelu and the like: the longer of the operands' shapes."""
-    return [join(c.shape(0), c.shape(1))]
-
-
-def qlinear_binary(c: Call) -> list[Shape | None]:
-    """com.microsoft QLinearAdd, QLinearMul: operands at inputs 0 and 3."""
-    return [join(c.shape(0), c.shape(3))]
-
-
-def rows(c: Call) -> list[Shape | None]:
-    """ai.onnx.ml: one row per sample, of a width that the attributes hide."""
-    shape = c.shape(0)
-    return [(shape[0] if len(shape) > 1 else 1, c.fresh(1))]
-
-
-def classes(c: Call) -> list[Shape | None]:
-    """ai.onnx.ml classifiers: a label per sample, and its scores."""
-    (scores,) = rows(c)
-    assert scores is not None
-    return [scores[:1], (scores[0], c.fresh(1, 1))]
-
-
-def picked(c: Call) -> list[Shape | None]:
-    """ai.onnx.ml ArrayFeatureExtractor: some of the last axis."""
-    indices = c.shape(1)
-    shape = c.shape(0)
-    return [(*(shape[:-1] if len(shape) > 1 else (1,)), indices[-1])]
 
 
 def _words(text: str) -> list[str]:
@@ -113,19 +72,16 @@ SHAPES: Mapping[str, Mapping[str, ShapeRule]] = {
         **dict.fromkeys(_BROADCAST, broadcast_inputs),
         **shape_ops_data.RULES,
         **shape_ops_nn.RULES,
+        **shape_ops_select.RULES,
         "Size": scalar,
     },
     "com.microsoft": {
         **dict.fromkeys(_MICROSOFT_SAME, same),
-        **dict.fromkeys(("BiasGelu", "BiasAdd"), biased),
-        **dict.fromkeys(("QLinearAdd", "QLinearMul"), qlinear_binary),
-        **shape_ops_nn.MICROSOFT,
+        **shape_ops_vendor.MICROSOFT,
     },
     "ai.onnx.ml": {
         **dict.fromkeys(_ML_SAME, same),
-        **dict.fromkeys(("LinearClassifier", "SVMClassifier", "TreeEnsembleClassifier"), classes),
-        **dict.fromkeys(("LinearRegressor", "SVMRegressor", "TreeEnsembleRegressor"), rows),
-        "ArrayFeatureExtractor": picked,
+        **shape_ops_vendor.ML,
     },
 }
 
@@ -178,11 +134,10 @@ def _classified(c: Call) -> list[ir.DataType | None]:
 
 def _labelled(c: Call) -> list[ir.DataType | None]:
     """LabelEncoder: the type of the table of results."""
-    for name in c.node.attributes:
-        for ending, kind in _LABELS.items():
-            if name == f"values_{ending}":
-                return [kind]
-    raise Unknown
+    for ending, kind in _LABELS.items():
+        if f"values_{ending}" in c.node.attributes:
+            return [kind]
+    return [c.node.attributes["values_tensor"].as_tensor().dtype]
 
 
 def _dropped(c: Call) -> list[ir.DataType | None]:

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from fractions import Fraction
-
-import numpy as np
-
 from graphopt.dims import (
     Dim,
     DimLike,
@@ -21,16 +16,13 @@ from graphopt.dims import (
 )
 from graphopt.shape_call import (
     Call,
-    Scalar,
     Shape,
     ShapeRule,
     Unknown,
     axis_of,
-    dim,
     number,
     static,
 )
-from graphopt.shape_values import nonzero_indices
 
 _HUGE = 2**31 - 1  # exporters write "to the end" as the largest int32 or int64
 
@@ -195,8 +187,8 @@ def slice_(c: Call) -> list[Shape | None]:
         except Unknown:
             return [_unknown(c, len(shape))]
         count = _count(c, 1) if axes is None else len(axes)
-        starts, ends = _bound(c, 1, count), _bound(c, 2, count)
-        steps = _bound(c, 4, count) if c.has(4) else [1] * count
+        starts, ends = bound(c, 1, count), bound(c, 2, count)
+        steps = bound(c, 4, count) if c.has(4) else [1] * count
     for i, axis in enumerate(range(len(starts)) if axes is None else axes):
         axis = axis_of(axis, len(shape))
         size = slice_size(c, shape[axis], starts[i], ends[i], steps[i])
@@ -204,7 +196,7 @@ def slice_(c: Call) -> list[Shape | None]:
     return [tuple(shape)]
 
 
-def _bound(c: Call, index: int, count: int) -> list[DimLike]:
+def bound(c: Call, index: int, count: int) -> list[DimLike]:
     """Starts, ends or steps; a value that nothing is known of where they are unknown."""
     try:
         return c.vector(index)
@@ -212,6 +204,13 @@ def _bound(c: Call, index: int, count: int) -> list[DimLike]:
         value = c.node.inputs[index]
         assert value is not None
         return [c.shapes.mint(value, "value", i) for i in range(count)]
+
+
+def _python(size: int, start: int, end: int, step: int) -> tuple[int, int | None, int]:
+    """ONNX's bounds as Python's: an end that stays negative means before the first element."""
+    if step < 0 and end < -size:
+        return start, None, step
+    return start, end, step
 
 
 def slice_size(
@@ -231,13 +230,6 @@ def slice_size(
     return None if length is None else ceil_div(length, step)
 
 
-def _python(size: int, start: int, end: int, step: int) -> tuple[int, int | None, int]:
-    """ONNX's bounds as Python's: an end that stays negative means before the first element."""
-    if step < 0 and end < -size:
-        return start, None, step
-    return start, end, step
-
-
 def _span(c: Call, size: DimLike, start: DimLike, end: DimLike) -> DimLike | None:
     """Length of start:end on an axis of which something is symbolic."""
     to_end = end == size or (not isinstance(end, Dim) and end >= _HUGE)
@@ -251,18 +243,18 @@ def _span(c: Call, size: DimLike, start: DimLike, end: DimLike) -> DimLike | Non
     if to_end:
         if begin_negative:
             return minimum(-start, size)
-        return _positive(c, size - start)
+        return positive(c, size - start)
     if end_negative:
-        end = _positive(c, size + end)
+        end = positive(c, size + end)
         if start == 0:
             return end
     else:
         end = end if less(size, end) is False else minimum(end, size)
-    start = _positive(c, size + start) if begin_negative else minimum(start, size)
-    return _positive(c, end - start)
+    start = positive(c, size + start) if begin_negative else minimum(start, size)
+    return positive(c, end - start)
 
 
-def _positive(c: Call, value: DimLike) -> DimLike:
+def positive(c: Call, value: DimLike) -> DimLike:
     return value if c.nonnegative(value) else maximum(value, 0)
 
 
@@ -296,7 +288,7 @@ def pad(c: Call) -> list[Shape | None]:
     if attribute is not None:
         amounts: list[DimLike] = list(attribute)
     else:
-        amounts = _bound(c, 1, 2 * len(axes))
+        amounts = bound(c, 1, 2 * len(axes))
     for i, axis in enumerate(axes):
         axis = axis_of(axis, len(shape))
         shape[axis] = shape[axis] + amounts[i] + amounts[i + len(axes)]
@@ -310,7 +302,7 @@ def tile(c: Call) -> list[Shape | None]:
         axis = c.ints(2)[0]
         shape[axis] = shape[axis] * c.ints(1)[0]
         return [tuple(shape)]
-    repeats = _bound(c, 1, len(shape))
+    repeats = bound(c, 1, len(shape))
     return [tuple([size * count for size, count in zip(shape, repeats, strict=True)])]
 
 
@@ -319,7 +311,7 @@ def expand(c: Call) -> list[Shape | None]:
     try:
         target = c.vector(1)
     except Unknown:
-        target = _bound(c, 1, _count(c, 1))
+        target = bound(c, 1, _count(c, 1))
     shape = c.shape(0)
     rank = max(len(shape), len(target))
     sizes = (1,) * (rank - len(shape)) + shape
@@ -353,175 +345,20 @@ def constant_of_shape(c: Call) -> list[Shape | None]:
         return [_unknown(c, _count(c, 0))]
 
 
-def range_(c: Call) -> list[Shape | None]:
-    """As many steps of `delta` as fit between start and limit."""
-    try:
-        return [(_steps(c, *[c.elements(i).item() for i in range(3)]),)]
-    except Unknown:
-        return [(c.fresh(0),)]
-
-
-def _steps(c: Call, start: Scalar, limit: Scalar, delta: Scalar) -> DimLike:
-    numbers = not isinstance(start, Dim) and not isinstance(limit, Dim)
-    if numbers and not isinstance(delta, Dim):
-        return max(math.ceil((limit - start) / delta), 0)
-    span, step = dim(limit) - dim(start), dim(delta)
-    if bounds(step)[0] > 0:
-        return _positive(c, ceil_div(span, step))
-    return _positive(c, ceil_div(-span, -number(step)))
-
-
-def nonzero(c: Call) -> list[Shape | None]:
-    """A column of indices per element that is not 0."""
-    rank = c.rank(0)
-    if rank == 0:
-        raise Unknown
-    try:
-        return [nonzero_indices(c).shape]
-    except Unknown:
-        return [(rank, c.fresh(1))]
-
-
-def one_hot(c: Call) -> list[Shape | None]:
-    """The indices' shape with an axis of size depth."""
-    shape = c.shape(0)
-    axis = axis_of(c.attr("axis", int, -1), len(shape) + 1)
-    try:
-        depth = c.elements(1).ravel()[0]
-        size = int(depth) if isinstance(depth, float) else dim(depth)
-    except Unknown:
-        size = c.fresh(axis)
-    return [(*shape[:axis], size, *shape[axis:])]
-
-
-def topk(c: Call) -> list[Shape | None]:
-    """k along the axis; k is an attribute in opset 1."""
-    shape = c.shape(0)
-    axis = axis_of(c.attr("axis", int, -1), len(shape))
-    attribute = c.attr("k", int, -1)
-    if attribute >= 0:
-        size: DimLike = attribute
-    else:
-        try:
-            size = c.vector(1)[0]
-        except Unknown:
-            size = c.fresh(axis)
-    return [(*shape[:axis], size, *shape[axis + 1 :])] * 2
-
-
-def unique(c: Call) -> list[Shape | None]:
-    """How many are distinct is not known; the inverse has an index per element."""
-    axis = c.attr("axis", int, _HUGE)
-    count = c.fresh(0)
-    if axis == _HUGE:
-        return [(count,), (count,), (product(c.shape(0)),), (count,)]
-    shape = c.shape(0)
-    axis = axis_of(axis, len(shape))
-    rows = (*shape[:axis], count, *shape[axis + 1 :])
-    return [rows, (count,), (shape[axis],), (count,)]
-
-
-def compress(c: Call) -> list[Shape | None]:
-    """What the condition keeps is not known."""
-    axis = c.attr("axis", int, _HUGE)
-    if axis == _HUGE:
-        return [(c.fresh(0),)]
-    shape = c.shape(0)
-    axis = axis_of(axis, len(shape))
-    return [(*shape[:axis], c.fresh(axis), *shape[axis + 1 :])]
-
-
-def stft(c: Call) -> list[Shape | None]:
-    """signal [N, length, 1 or 2] -> [N, frames, bins, 2]."""
-    batch, length = c.shape(0)[:2]
-    size = c.vector(3)[0] if c.has(3) else c.shape(2)[0]
-    bins = floor_div(size, 2) + 1 if c.attr("onesided", int, 1) else size
-    return [(batch, floor_div(length - size, c.vector(1)[0]) + 1, bins, 2)]
-
-
-def depth_to_space(c: Call) -> list[Shape | None]:
-    """Channels become blocks of pixels."""
-    n, channels, height, width = c.shape(0)
-    block = c.attr("blocksize", int, 0)
-    return [(n, floor_div(channels, block * block), height * block, width * block)]
-
-
-def space_to_depth(c: Call) -> list[Shape | None]:
-    """Blocks of pixels become channels."""
-    n, channels, height, width = c.shape(0)
-    block = c.attr("blocksize", int, 0)
-    return [(n, channels * block * block, floor_div(height, block), floor_div(width, block))]
-
-
-def _scaled(size: DimLike, scale: object) -> DimLike:
-    """floor(size * scale), in the float32 arithmetic of ONNX Runtime where the size is a number."""
-    if not isinstance(scale, float | int):
-        raise Unknown
-    if not isinstance(size, Dim):
-        return math.floor(np.float32(size) * np.float32(scale))
-    ratio = Fraction(scale)
-    if ratio.denominator > 64:
-        raise Unknown
-    return floor_div(size * ratio.numerator, ratio.denominator)
-
-
-def resize(c: Call) -> list[Shape | None]:
-    """By scales or to sizes, for all axes or for some."""
-    shape = list(c.shape(0))
-    attribute = c.attr("scales", tuple, ()) if c.opset < 9 else ()
-    axes = c.attr_ints("axes") or list(range(len(shape)))
-    stretches = c.attr("keep_aspect_ratio_policy", str, "stretch") == "stretch"
-    scales_at = 1 if c.opset < 11 else 2
-    for i, axis in enumerate(axes):
-        axis = axis_of(axis, len(shape))
-        try:
-            if not stretches:
-                raise Unknown
-            if c.has(3) and c.opset >= 11:
-                shape[axis] = c.vector(3)[i]
-            else:
-                factors = attribute or c.values(scales_at).ravel().tolist()
-                shape[axis] = _scaled(shape[axis], factors[i])
-        except Unknown:
-            shape[axis] = c.fresh(axis)
-    return [tuple(shape)]
-
-
-def center_crop_pad(c: Call) -> list[Shape | None]:
-    """The sizes asked for, on the axes that are named."""
-    shape = list(c.shape(0))
-    axes = c.attr_ints("axes") or list(range(len(shape)))
-    for axis, size in zip(axes, c.vector(1), strict=True):
-        shape[axis_of(axis, len(shape))] = size
-    return [tuple(shape)]
-
-
 RULES: dict[str, ShapeRule] = {
-    "CenterCropPad": center_crop_pad,
-    "Compress": compress,
     "Concat": concat,
     "ConstantOfShape": constant_of_shape,
-    "DepthToSpace": depth_to_space,
     "Expand": expand,
     "Flatten": flatten,
     "Gather": gather,
     "GatherElements": second,
     "GatherND": gather_nd,
-    "NonZero": nonzero,
-    "OneHot": one_hot,
     "Pad": pad,
-    "Range": range_,
     "Reshape": reshape,
-    "Resize": resize,
-    "STFT": stft,
     "Slice": slice_,
-    "SpaceToDepth": space_to_depth,
     "Split": split,
     "Squeeze": squeeze,
     "Tile": tile,
-    "TopK": topk,
     "Transpose": transpose,
-    "Unique": unique,
     "Unsqueeze": unsqueeze,
-    "Upsample": resize,
 }

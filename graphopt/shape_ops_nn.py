@@ -95,6 +95,21 @@ def pool(c: Call) -> list[Shape | None]:
     return [(*x[:2], *sizes)] * 2
 
 
+def max_unpool(c: Call) -> list[Shape | None]:
+    """The sizes that MaxPool was given, or those asked for."""
+    if c.has(2):
+        return [tuple(c.vector(2))]
+    x = c.shape(0)
+    rank = len(x) - 2
+    kernel = _spread(c, "kernel_shape", rank, 1)
+    strides, pads = _spread(c, "strides", rank, 1), _spread(c, "pads", 2 * rank, 0)
+    sizes = [
+        (size - 1) * strides[i] - pads[i] - pads[i + rank] + kernel[i]
+        for i, size in enumerate(x[2:])
+    ]
+    return [(*x[:2], *sizes)]
+
+
 def global_pool(c: Call) -> list[Shape | None]:
     """All spatial axes become 1."""
     x = c.shape(0)
@@ -121,18 +136,21 @@ def matrix_product(c: Call, a: Shape, b: Shape) -> Shape:
     """The shape of numpy's matmul."""
     if not a or not b:
         raise Unknown
-    c.require(a[-1], b[-2] if len(b) > 1 else b[0])
-    batch = _broadcast_all(a[:-2], b[:-2])
+    c.require(a[-1], b[-2:][0])
+    batch = join(a[:-2], b[:-2])
     rows, columns = a[-2:-1], b[-1:] if len(b) > 1 else ()
     return (*batch, *rows, *columns)
 
 
-def _broadcast_all(a: Shape, b: Shape) -> Shape:
-    if a == b:
-        return a
-    rank = max(len(a), len(b))
-    left, right = (1,) * (rank - len(a)) + a, (1,) * (rank - len(b)) + b
-    return tuple([broadcast(x, y) for x, y in zip(left, right, strict=True)])
+def join(a: Shape, b: Shape) -> Shape:
+    """The shape of two operands under numpy's broadcasting."""
+    if len(a) < len(b):
+        a, b = b, a
+    extra = len(a) - len(b)
+    tail: list[DimLike] = []
+    for x, y in zip(a[extra:], b, strict=True):
+        tail.append(x if x == y else broadcast(x, y))
+    return (*a[:extra], *tail)
 
 
 def matmul(c: Call) -> list[Shape | None]:
@@ -204,7 +222,7 @@ def einsum(c: Call) -> list[Shape | None]:
         count = len(shape) - len(before) - len(after)
         if count < 0 or (not dots and count):
             raise Unknown
-        rest = _broadcast_all(rest, shape[len(before) : len(before) + count])
+        rest = join(rest, shape[len(before) : len(before) + count])
         tail = shape[len(shape) - len(after) :]
         for letter, size in zip(before + after, shape[: len(before)] + tail, strict=True):
             sizes[letter] = broadcast(sizes[letter], size) if letter in sizes else size
@@ -230,53 +248,6 @@ def layer_norm(c: Call) -> list[Shape | None]:
     return [shape, reduced, reduced]
 
 
-def skip_layer_norm(c: Call) -> list[Shape | None]:
-    """com.microsoft: Y as X, mean and deviation, and the sum that was normalized."""
-    shape = c.shape(0)
-    reduced = (*shape[:-1], 1)
-    return [shape, reduced, reduced, shape]
-
-
-def fused_matmul(c: Call) -> list[Shape | None]:
-    """com.microsoft: MatMul with transposed factors."""
-    a, b = c.shape(0), c.shape(1)
-    if c.attr("transBatchA", int, 0) or c.attr("transBatchB", int, 0):
-        raise Unknown
-    if c.attr("transA", int, 0) and len(a) > 1:
-        a = (*a[:-2], a[-1], a[-2])
-    if c.attr("transB", int, 0) and len(b) > 1:
-        b = (*b[:-2], b[-1], b[-2])
-    return [matrix_product(c, a, b)]
-
-
-def matmul_nbits(c: Call) -> list[Shape | None]:
-    """com.microsoft: [..., K] times packed weights -> [..., N]."""
-    return [(*c.shape(0)[:-1], c.attr("N", int, 0))]
-
-
-def embed_layer_norm(c: Call) -> list[Shape | None]:
-    """com.microsoft: ids [N, T] -> [N, T, H], the mask's lengths [N], the sum."""
-    ids, table = c.shape(0), c.shape(2)
-    result = (*ids, table[-1])
-    return [result, ids[:1], result]
-
-
-def packed_attention(c: Call) -> list[Shape | None]:
-    """com.microsoft Attention: X [N, T, _], bias [3H] -> [N, T, H]; the present is not followed."""
-    x = c.shape(0)
-    if c.attr_ints("qkv_hidden_sizes"):
-        raise Unknown
-    return [(*x[:2], floor_div(c.shape(2)[0], 3)), None]
-
-
-def multi_head_attention(c: Call) -> list[Shape | None]:
-    """com.microsoft: query [N, T, H], value [N, S, V] -> [N, T, V]; the present is not followed."""
-    query = c.shape(0)
-    if len(query) != 3 or not c.has(2) or len(c.shape(2)) != 3:
-        raise Unknown
-    return [(*query[:2], c.shape(2)[2]), None, None]
-
-
 def det(c: Call) -> list[Shape | None]:
     """The matrices in the last two axes become numbers."""
     return [c.shape(0)[:-2]]
@@ -297,10 +268,13 @@ def reduce(c: Call) -> list[Shape | None]:
         try:
             axes = c.ints(1)
         except Unknown:
-            (count,) = static(c.shape(1))
-            if not keep and not count:
-                raise
-            return [tuple([c.fresh(axis) for axis in range(len(shape) - (not keep) * count)])]
+            rank = len(shape)
+            if not keep:
+                (count,) = static(c.shape(1))
+                if not count:  # none means all, or none
+                    raise
+                rank -= count
+            return [tuple([c.fresh(axis) for axis in range(rank)])]
     if not axes:
         if c.attr("noop_with_empty_axes", int, 0):
             return [shape]
@@ -353,23 +327,6 @@ def linear_quantized(c: Call) -> list[Shape | None]:
     return [c.shape(0), (), ()]
 
 
-def qlinear_global_pool(c: Call) -> list[Shape | None]:
-    """com.microsoft QLinearGlobalAveragePool: channels second or last."""
-    x = c.shape(0)
-    ones = (1,) * (len(x) - 2)
-    return [(x[0], *ones, x[-1]) if c.attr("channels_last", int, 0) else (*x[:2], *ones)]
-
-
-def qlinear_concat(c: Call) -> list[Shape | None]:
-    """com.microsoft QLinearConcat: tensors at every third input from the third on."""
-    shapes = [c.shape(i) for i in range(2, len(c.inputs), 3)]
-    axis = axis_of(c.attr("axis", int, 0), len(shapes[0]))
-    total: DimLike = 0
-    for shape in shapes:
-        total = total + shape[axis]
-    return [(*shapes[0][:axis], total, *shapes[0][axis + 1 :])]
-
-
 _REDUCTIONS = [
     f"Reduce{kind}"
     for kind in (
@@ -407,6 +364,7 @@ RULES: dict[str, ShapeRule] = {
     "MatMulInteger": matmul,
     "MaxPool": pool,
     "MaxRoiPool": max_roi_pool,
+    "MaxUnpool": max_unpool,
     "Multinomial": multinomial,
     "NonMaxSuppression": max_suppression,
     "QLinearConv": qlinear_conv,
@@ -417,20 +375,4 @@ RULES: dict[str, ShapeRule] = {
     "RoiAlign": roi_align,
     "Shape": shape_of,
     **dict.fromkeys(_REDUCTIONS, reduce),
-}
-
-MICROSOFT: dict[str, ShapeRule] = {
-    "Attention": packed_attention,
-    "DynamicQuantizeMatMul": matmul,
-    "EmbedLayerNormalization": embed_layer_norm,
-    "FusedConv": conv,
-    "FusedGemm": gemm,
-    "FusedMatMul": fused_matmul,
-    "MatMulIntegerToFloat": matmul,
-    "MatMulNBits": matmul_nbits,
-    "MultiHeadAttention": multi_head_attention,
-    "QLinearConcat": qlinear_concat,
-    "QLinearGlobalAveragePool": qlinear_global_pool,
-    "SkipLayerNormalization": skip_layer_norm,
-    "SkipSimplifiedLayerNormalization": skip_layer_norm,
 }

@@ -15,14 +15,9 @@ from typing import cast
 import numpy as np
 
 from graphopt import ir
+from graphopt import shape_scalars as scalar
 from graphopt.dims import (
     Dim,
-    DimLike,
-    equal,
-    floor_div,
-    less,
-    maximum,
-    minimum,
     product,
 )
 from graphopt.shape_call import (
@@ -36,9 +31,10 @@ from graphopt.shape_call import (
     Values,
     array_of,
     axis_of,
-    dim,
     number,
 )
+
+_MAX_SYMBOLIC = 64  # elements of a tensor that holds symbolic ones
 
 Binary = Callable[[Call, Scalar, Scalar], Scalar]
 Unary = Callable[[Call, Scalar], Scalar]
@@ -54,6 +50,8 @@ _RANGES = {
 def convert(values: Values, dtype: ir.DataType | None) -> Values:
     """The elements as that type holds them; Unknown where one does not fit."""
     flat = [_held(value, dtype) for value in values.ravel().tolist()]
+    if len(flat) > _MAX_SYMBOLIC and any(isinstance(value, Dim) for value in flat):
+        raise Unknown
     return array_of(flat, values.shape)
 
 
@@ -115,128 +113,6 @@ def _unary(function: Unary) -> ValueRule:
     return rule
 
 
-def _whole(value: Scalar) -> DimLike:
-    """Beside a symbolic operand a float counts as an int, if it is a whole number."""
-    if isinstance(value, float):
-        if not value.is_integer():
-            raise Unknown
-        return int(value)
-    return value
-
-
-def _add(c: Call, a: Scalar, b: Scalar) -> Scalar:
-    if isinstance(a, Dim) or isinstance(b, Dim):
-        return _whole(a) + _whole(b)
-    return a + b
-
-
-def _sub(c: Call, a: Scalar, b: Scalar) -> Scalar:
-    if isinstance(a, Dim) or isinstance(b, Dim):
-        return _whole(a) - _whole(b)
-    return a - b
-
-
-def _mul(c: Call, a: Scalar, b: Scalar) -> Scalar:
-    if isinstance(a, Dim) or isinstance(b, Dim):
-        return _whole(a) * _whole(b)
-    return a * b
-
-
-def _div(c: Call, a: Scalar, b: Scalar) -> Scalar:
-    """Integers are divided toward zero; a symbolic float only where nothing is left."""
-    if not isinstance(a, Dim) and not isinstance(b, Dim):
-        if c.dtype(0) in FLOATS:
-            return a / b
-        quotient = abs(number(a)) // abs(number(b))
-        return quotient if (a < 0) == (b < 0) else -quotient
-    x, y = _whole(a), _whole(b)
-    whole = floor_div(x, y)
-    if whole * y == x:
-        return whole
-    if c.dtype(0) not in FLOATS and c.nonnegative(x) and c.nonnegative(y):
-        return whole
-    raise Unknown
-
-
-def _mod(c: Call, a: Scalar, b: Scalar) -> Scalar:
-    x, y = dim(a), dim(b)
-    plain = not isinstance(x, Dim) and not isinstance(y, Dim) and not c.attr("fmod", int, 0)
-    if not plain and not (c.nonnegative(x) and c.nonnegative(y)):
-        raise Unknown
-    return x % y
-
-
-def _pow(c: Call, a: Scalar, b: Scalar) -> Scalar:
-    if isinstance(a, Dim) or isinstance(b, Dim):
-        raise Unknown
-    if abs(b) > 64 or (b < 0 and isinstance(a, int)):
-        raise Unknown
-    return cast("float", a**b)
-
-
-def _min(c: Call, a: Scalar, b: Scalar) -> Scalar:
-    if isinstance(a, Dim) or isinstance(b, Dim):
-        return minimum(_whole(a), _whole(b))
-    return min(a, b)
-
-
-def _max(c: Call, a: Scalar, b: Scalar) -> Scalar:
-    if isinstance(a, Dim) or isinstance(b, Dim):
-        x, y = _whole(a), _whole(b)
-        for one, other in ((x, y), (y, x)):
-            if not isinstance(other, Dim) and other <= 0 and c.nonnegative(one):
-                return one
-        return maximum(x, y)
-    return max(a, b)
-
-
-def _decided(answer: bool | None) -> bool:
-    if answer is None:
-        raise Unknown
-    return answer
-
-
-def _equal(c: Call, a: Scalar, b: Scalar) -> bool:
-    if not isinstance(a, Dim) and not isinstance(b, Dim):
-        return a == b
-    x, y = _whole(a), _whole(b)
-    for one, other in ((x, y), (y, x)):
-        if not isinstance(other, Dim) and other < 0 and c.nonnegative(one):
-            return False
-    return _decided(equal(x, y))
-
-
-def _less(c: Call, a: Scalar, b: Scalar) -> bool:
-    if not isinstance(a, Dim) and not isinstance(b, Dim):
-        return a < b
-    x, y = _whole(a), _whole(b)
-    if not isinstance(y, Dim) and y <= 0 and c.nonnegative(x):
-        return False
-    if not isinstance(x, Dim) and x < 0 and c.nonnegative(y):
-        return True
-    return _decided(less(x, y))
-
-
-def _not(value: Scalar) -> bool:
-    if not isinstance(value, bool):
-        raise Unknown
-    return not value
-
-
-def _truth(value: Scalar) -> bool:
-    if not isinstance(value, bool):
-        raise Unknown
-    return value
-
-
-def _abs(c: Call, value: Scalar) -> Scalar:
-    if isinstance(value, Dim):
-        if not c.nonnegative(value):
-            raise Unknown
-        return value
-    return abs(value)
-
-
 def _rounded(function: Callable[[float], float]) -> Unary:
     return lambda c, v: function(v) if isinstance(v, float) else v
 
@@ -254,7 +130,7 @@ def _cast(c: Call, sizes: Sizes) -> list[Values]:
     values = c.values(0)
     to = ir.DataType(c.attr("to", int, 0)) if c.node.op_type == "Cast" else c.dtype(1)
     if to == ir.DataType.BOOL:
-        return [_wrap(np.frompyfunc(lambda v: not _equal(c, v, 0), 1, 1)(values))]
+        return [_wrap(np.frompyfunc(lambda v: not scalar.is_equal(c, v, 0), 1, 1)(values))]
     return [convert(values, to)]
 
 
@@ -347,8 +223,10 @@ def _tile(c: Call, sizes: Sizes) -> list[Values]:
 
 
 def _where(c: Call, sizes: Sizes) -> list[Values]:
-    chosen = np.frompyfunc(lambda p, a, b: a if _truth(p) else b, 3, 1)
-    return [_wrap(chosen(c.values(0), c.elements(1), c.elements(2)))]
+    arrays = np.broadcast_arrays(c.values(0), c.elements(1), c.elements(2))
+    flags, first, second = (array.ravel().tolist() for array in arrays)
+    chosen = [a if scalar.truth(p) else b for p, a, b in zip(flags, first, second, strict=True)]
+    return [array_of(chosen, sizes[0])]
 
 
 def _reduce(function: Binary) -> ValueRule:
@@ -373,7 +251,7 @@ def _reduce(function: Binary) -> ValueRule:
 def _cumsum(c: Call, sizes: Sizes) -> list[Values]:
     if c.attr("exclusive", int, 0) or c.attr("reverse", int, 0):
         raise Unknown
-    total = np.frompyfunc(lambda a, b: _add(c, a, b), 2, 1)
+    total = np.frompyfunc(lambda a, b: scalar.add(c, a, b), 2, 1)
     return [_wrap(total.accumulate(c.values(0), axis=c.ints(1)[0]))]
 
 
@@ -383,14 +261,14 @@ def _nonzero(c: Call, sizes: Sizes) -> list[Values]:
 
 def nonzero_indices(c: Call) -> Values:
     """What NonZero finds in known elements, [rank, count]; Unknown where one is undecided."""
-    flags = np.frompyfunc(lambda v: not _equal(c, v, 0), 1, 1)(c.values(0))
+    flags = np.frompyfunc(lambda v: not scalar.is_equal(c, v, 0), 1, 1)(c.values(0))
     found = np.array(np.nonzero(np.asarray(flags, bool)), np.int64)
     return array_of(found.ravel().tolist(), found.shape)
 
 
 def _clip(c: Call, sizes: Sizes) -> list[Values]:
     values = c.values(0)
-    for index, limit in ((1, _max), (2, _min)):
+    for index, limit in ((1, scalar.higher), (2, scalar.lower)):
         if c.has(index):
             clip = np.frompyfunc(partial(limit, c), 2, 1)
             values = _wrap(clip(values, c.values(index).item()))
@@ -422,9 +300,9 @@ def _expand(c: Call, sizes: Sizes) -> list[Values]:
 
 
 RULES: dict[str, ValueRule] = {
-    "Abs": _unary(_abs),
-    "Add": _elementwise(_add),
-    "And": _elementwise(lambda c, a, b: _truth(a) and _truth(b)),
+    "Abs": _unary(scalar.absolute),
+    "Add": _elementwise(scalar.add),
+    "And": _elementwise(lambda c, a, b: scalar.truth(a) and scalar.truth(b)),
     "Cast": _cast,
     "CastLike": _cast,
     "Ceil": _unary(_rounded(lambda v: float(math.ceil(v)))),
@@ -432,34 +310,34 @@ RULES: dict[str, ValueRule] = {
     "Concat": _concat,
     "ConstantOfShape": _constant_of_shape,
     "CumSum": _cumsum,
-    "Div": _elementwise(_div),
-    "Equal": _elementwise(_equal),
+    "Div": _elementwise(scalar.div),
+    "Equal": _elementwise(scalar.is_equal),
     "Expand": _expand,
     "Flatten": _reshaped,
     "Floor": _unary(_rounded(lambda v: float(math.floor(v)))),
     "Gather": _gather,
     "GatherElements": _gather_elements,
-    "Greater": _elementwise(lambda c, a, b: _less(c, b, a)),
-    "GreaterOrEqual": _elementwise(lambda c, a, b: not _less(c, a, b)),
+    "Greater": _elementwise(lambda c, a, b: scalar.is_less(c, b, a)),
+    "GreaterOrEqual": _elementwise(lambda c, a, b: not scalar.is_less(c, a, b)),
     "Identity": _same,
-    "Less": _elementwise(_less),
-    "LessOrEqual": _elementwise(lambda c, a, b: not _less(c, b, a)),
-    "Max": _elementwise(_max),
-    "Min": _elementwise(_min),
-    "Mod": _elementwise(_mod),
-    "Mul": _elementwise(_mul),
+    "Less": _elementwise(scalar.is_less),
+    "LessOrEqual": _elementwise(lambda c, a, b: not scalar.is_less(c, b, a)),
+    "Max": _elementwise(scalar.higher),
+    "Min": _elementwise(scalar.lower),
+    "Mod": _elementwise(scalar.mod),
+    "Mul": _elementwise(scalar.mul),
     "Neg": _unary(lambda c, v: -v),
     "NonZero": _nonzero,
-    "Not": _unary(lambda c, v: _not(v)),
-    "Or": _elementwise(lambda c, a, b: _truth(a) or _truth(b)),
+    "Not": _unary(lambda c, v: scalar.negated(v)),
+    "Or": _elementwise(lambda c, a, b: scalar.truth(a) or scalar.truth(b)),
     "Pad": _pad,
-    "Pow": _elementwise(_pow),
+    "Pow": _elementwise(scalar.power),
     "Range": _range,
     "Reciprocal": _unary(_float_only(lambda v: 1 / v)),
-    "ReduceMax": _reduce(_max),
-    "ReduceMin": _reduce(_min),
-    "ReduceProd": _reduce(_mul),
-    "ReduceSum": _reduce(_add),
+    "ReduceMax": _reduce(scalar.higher),
+    "ReduceMin": _reduce(scalar.lower),
+    "ReduceProd": _reduce(scalar.mul),
+    "ReduceSum": _reduce(scalar.add),
     "Reshape": _reshaped,
     "Round": _unary(_rounded(lambda v: float(round(v)))),
     "ScatterND": _scatter_nd,
@@ -469,11 +347,11 @@ RULES: dict[str, ValueRule] = {
     "Split": _split,
     "Sqrt": _unary(_float_only(math.sqrt)),
     "Squeeze": _reshaped,
-    "Sub": _elementwise(_sub),
-    "Sum": _elementwise(_add),
+    "Sub": _elementwise(scalar.sub),
+    "Sum": _elementwise(scalar.add),
     "Tile": _tile,
     "Transpose": _transpose,
     "Unsqueeze": _reshaped,
     "Where": _where,
-    "Xor": _elementwise(lambda c, a, b: _truth(a) != _truth(b)),
+    "Xor": _elementwise(lambda c, a, b: scalar.truth(a) != scalar.truth(b)),
 }

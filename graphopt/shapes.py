@@ -8,7 +8,7 @@ Two symbols become one only where a node that always runs would fail unless they
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from itertools import count
 
 from graphopt import ir, shape_control
@@ -23,6 +23,7 @@ from graphopt.shape_call import (
     Shape,
     Unknown,
     Values,
+    array_of,
     static,
 )
 from graphopt.shape_fallback import infer_with_onnx
@@ -47,6 +48,8 @@ _UNDECIDED = (
 )
 
 
+_MAX_RANK = 64
+_MAX_SIZE = 1 << 63
 _BUDGET = 200_000  # nodes inferred in calls of functions and in repeated looks at a loop
 
 
@@ -98,7 +101,7 @@ class Shapes:
         values = self.fact(value).values
         if values is None:
             return None
-        for element in values.flat:
+        for element in values.ravel().tolist():
             if isinstance(element, Dim) and any(a.op == "value" for a in atoms(element)):
                 return None
         return values
@@ -122,6 +125,10 @@ class Shapes:
 
     def update(self, node: ir.Node, root: ir.Graph) -> None:
         """Infer the outputs of one node anew; `root` imports its opsets (see `ir.scopes`)."""
+        self._budget = _BUDGET
+        self._update(node, root)
+
+    def _update(self, node: ir.Node, root: ir.Graph) -> None:
         inputs = [None if value is None else self.fact(value) for value in node.inputs]
         call = Call(self, node, inputs, ir.opset(root, node.domain), root)
         facts = self._infer(call)
@@ -145,7 +152,7 @@ class Shapes:
     def infer_graph(self, graph: ir.Graph, root: ir.Graph) -> None:
         """Infer every node of a graph, in order."""
         for node in graph:
-            self.update(node, root)
+            self._update(node, root)
 
     def fact(self, value: ir.Value) -> Fact:
         """What is known of a value, merged symbols replaced."""
@@ -213,8 +220,12 @@ class Shapes:
                 self.sizes.add(best[2])
 
     def _resolve(self, value: DimLike) -> DimLike:
+        first = value
         while isinstance(value, Dim) and any(atom in self._merged for atom in atoms(value)):
             value = substitute(value, self._merged)
+        atom = first.atom() if isinstance(first, Dim) and value is not first else None
+        if atom is not None and atom in self._merged:
+            self._merged[atom] = value  # the next one takes a single step
         return value
 
     def _refresh(self, fact: Fact) -> None:
@@ -223,9 +234,9 @@ class Shapes:
             if fact.shape is not None and any(isinstance(size, Dim) for size in fact.shape):
                 fact.shape = tuple([self._resolve(size) for size in fact.shape])
             if fact.read and fact.values is not None:
-                for index, element in enumerate(fact.values.flat):
-                    if isinstance(element, Dim):
-                        fact.values.flat[index] = self._resolve(element)
+                flat = fact.values.ravel().tolist()
+                flat = [self._resolve(e) if isinstance(e, Dim) else e for e in flat]
+                fact.values = array_of(flat, fact.values.shape)
         except _UNDECIDED:  # what was known still holds
             return
 
@@ -239,8 +250,13 @@ class Shapes:
                 raise InputError(
                     f"input {name!r} has {len(value.shape)} axes, the shape given {len(sizes)}"
                 )
+            if any(isinstance(size, int) and size < 0 for size in sizes):
+                raise InputError(f"the shape given for input {name!r} has a negative size")
             shape = tuple([s if isinstance(s, int) else Dim.symbol(s) for s in sizes])
             self.facts[value] = Fact(value.dtype, shape)
+            for axis, size in enumerate(value.shape or ()):
+                if isinstance(size, ir.SymbolicDim) and size.value:
+                    self.merge(Dim.symbol(size.value), shape[axis])
 
     def _source(self, value: ir.Value) -> Fact:
         """What is known of a value that no inferred node makes: input, constant or unknown."""
@@ -265,7 +281,7 @@ class Shapes:
             return Fact(None, None, element=shape_control.element_of(kind))
         dtype = fact.dtype or value.dtype
         shape = fact.shape
-        if shape is None and value.shape is not None and kind is not None:
+        if shape is None and value.shape is not None:
             shape = tuple([self._declared(value, i, s) for i, s in enumerate(value.shape)])
         if dtype is fact.dtype and shape is fact.shape:
             return fact
@@ -285,11 +301,14 @@ class Shapes:
         shape = fact.shape
         if shape is None:
             return
+        if len(shape) > _MAX_RANK:
+            fact.shape, fact.values = None, None
+            return
         for size in shape:
             if isinstance(size, Dim):
                 if not self.conditional and bounds(size)[0] < 0:
                     self.sizes.add(size)
-            elif size < 0:
+            elif not 0 <= size < _MAX_SIZE:
                 fact.shape, fact.values = None, None
                 return
 
@@ -311,10 +330,9 @@ class Shapes:
             types = _types(call, TYPES[domain].get(node.op_type, 0))
         except _UNDECIDED:
             return []
-        try:
+        shapes: Sequence[Shape | None] = ()
+        with suppress(*_UNDECIDED):
             shapes = rule(call)
-        except _UNDECIDED:
-            shapes = []
         facts = [
             Fact(types[i] if i < len(types) else None, shapes[i] if i < len(shapes) else None)
             for i in range(len(node.outputs))
@@ -329,9 +347,9 @@ def _types(call: Call, rule: TypeRule) -> Sequence[ir.DataType | None]:
         return [rule] * len(call.node.outputs)
     if isinstance(rule, int):
         return [call.dtype(rule)] * len(call.node.outputs)
-    if isinstance(rule, Sequence):
-        return [r if isinstance(r, ir.DataType) else call.dtype(r) for r in rule]
-    return rule(call)
+    if callable(rule):
+        return rule(call)
+    return [r if isinstance(r, ir.DataType) else call.dtype(r) for r in rule]
 
 
 def _follow(call: Call, facts: list[Fact]) -> None:
