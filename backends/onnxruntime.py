@@ -8,7 +8,6 @@ import importlib
 import json
 import math
 import re
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -201,6 +200,8 @@ class OnnxRuntimeExecutable:
 
     def profile(self, feeds: Mapping[str, Array], runs: int = 10) -> tuple[OpTime, ...]:
         """From ONNX Runtime's own profile of a second session; its file is deleted."""
+        import tempfile  # not needed to load and run
+
         with tempfile.TemporaryDirectory(prefix="graphopt-profile-") as folder:
             settings = _settings(self._options)
             settings.enable_profiling = True

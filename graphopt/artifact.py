@@ -11,8 +11,6 @@ import hashlib
 import json
 import os
 import re
-import secrets
-import shutil
 import stat
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
@@ -117,7 +115,7 @@ def publish(folder: Path, *, overwrite: bool) -> Generator[Path]:
     """
     folder = folder.absolute()
     _check_replaceable(folder, overwrite)
-    new = folder.with_name(f".{folder.name}.{secrets.token_hex(6)}")
+    new = folder.with_name(f".{folder.name}.{os.urandom(6).hex()}")
     try:
         new.mkdir()
     except OSError as error:
@@ -131,7 +129,7 @@ def publish(folder: Path, *, overwrite: bool) -> Generator[Path]:
     except OSError as error:
         raise GraphoptError(f"{folder}: {error.strerror or error}") from error
     finally:
-        shutil.rmtree(new, ignore_errors=True)
+        _remove(new)
 
 
 def sha256(path: Path) -> str:
@@ -204,7 +202,13 @@ def _replace(new: Path, folder: Path) -> None:
         if old.exists():
             old.rename(folder)
         raise
-    shutil.rmtree(old, ignore_errors=True)
+    _remove(old)
+
+
+def _remove(folder: Path) -> None:
+    import shutil  # it takes as long to import as a small artifact to load
+
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _flush(path: Path) -> None:

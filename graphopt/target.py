@@ -11,7 +11,6 @@ import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -135,12 +134,12 @@ class Target:
 
     def foreign(self) -> str | None:
         """Why code built for this target's CPU does not run on this machine, or None if it does."""
-        here = host()
         if self.device != "cpu":
             return None
-        if self.arch != here.arch:
-            return f"it is for {self.arch} and this machine is {here.arch}"
-        lacking = sorted(feature for feature in self.isa if feature not in here.isa)
+        arch, isa = _host_cpu()
+        if self.arch != arch:
+            return f"it is for {self.arch} and this machine is {arch}"
+        lacking = sorted(feature for feature in self.isa if feature not in isa)
         return f"this machine's CPU lacks {', '.join(lacking)}" if lacking else None
 
     def to_dict(self) -> dict[str, Any]:
@@ -169,13 +168,7 @@ class Target:
 @cache
 def host() -> Target:
     """This machine's CPU; its features come from /proc/cpuinfo (none are known elsewhere)."""
-    machine = platform.machine().lower()
-    arch = {"amd64": "x86_64", "arm64": "aarch64"}.get(machine, machine)
-    flags = (cpuinfo().get("flags") or cpuinfo().get("Features") or "").split()
-    isa = frozenset(_CPU_FEATURES[flag] for flag in flags if flag in _CPU_FEATURES)
-    if not isa and arch == "aarch64":
-        isa = frozenset({"neon"})  # part of every ARMv8-A core
-    return _cpu("cpu", arch, isa)
+    return _cpu("cpu", *_host_cpu())
 
 
 @cache
@@ -188,6 +181,18 @@ def cpuinfo() -> dict[str, str]:
     first = text.split("\n\n", 1)[0]
     pairs = (line.partition(":") for line in first.splitlines())
     return {key.strip(): value.strip() for key, _, value in pairs}
+
+
+@cache
+def _host_cpu() -> tuple[str, frozenset[str]]:
+    """Architecture and features."""
+    machine = platform.machine().lower()
+    arch = {"amd64": "x86_64", "arm64": "aarch64"}.get(machine, machine)
+    flags = (cpuinfo().get("flags") or cpuinfo().get("Features") or "").split()
+    isa = frozenset(_CPU_FEATURES[flag] for flag in flags if flag in _CPU_FEATURES)
+    if not isa and arch == "aarch64":
+        isa = frozenset({"neon"})  # part of every ARMv8-A core
+    return arch, isa
 
 
 def _cpu(name: str, arch: str, isa: frozenset[str]) -> Target:
@@ -229,6 +234,8 @@ def _cuda(model: str) -> Target:
 @cache
 def _runtime_opset() -> int:
     """Newest opset that the installed ONNX Runtime takes; the oldest supported one's if none is."""
+    from importlib import metadata  # 15 ms that loading an artifact does without
+
     for package in ("onnxruntime", "onnxruntime-gpu"):
         try:
             major, minor = map(int, metadata.version(package).split(".")[:2])
