@@ -32,6 +32,7 @@ def main() -> None:
     console.print(Text(shown.rstrip()))
     svg = console.export_svg(title="graphopt")
     svg = re.sub(r"@font-face \{.*?\}\s*", "", svg, flags=re.DOTALL)
+    svg = svg.replace("Fira Code, monospace", "ui-monospace, Menlo, Consolas, monospace")
     (ROOT / ".github" / "optimize.svg").write_text(svg, encoding="utf-8")
 
 
