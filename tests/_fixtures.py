@@ -42,11 +42,11 @@ from typing import Any
 import numpy as np
 
 from graphopt import ir
+from tests._text import proto
 
 onnx: Any = importlib.import_module("onnx")
 
 FOLDER = Path(__file__).resolve().parent / "passes"
-_HEADER = '<ir_version: 10, opset_import: ["" : 20]>\n'
 _SINGLE = {"title", "options", "target", "numerics", "unchanged"}
 _FILLED = ("random", "value", "feed", "computed")
 
@@ -105,8 +105,7 @@ class Case:
 
     def model(self, text: str) -> Any:
         """The ModelProto of `before` or `after`, with the initializers of the headers."""
-        full = text if text.startswith("<") else _HEADER + text
-        model = onnx.parser.parse_model(full)
+        model = proto(text)
         words = set(re.findall(r"[\w./:]+", text))
         for fill in self.filled:
             if fill.kind != "feed" and fill.name in words:
