@@ -108,6 +108,8 @@ def optimize(
         def final(candidate: ir.Model) -> Comparison:
             if progress is not None:
                 progress("verification")
+            if not any(record.rewrites for record in report.passes):
+                return check(original, candidate)  # what did not change need not run
             return compare(original, candidate, feeds=feeds, seed=seed, memory_limit=memory_limit)
 
         verdict = final(result)

@@ -12,7 +12,7 @@ import numpy as np
 
 from graphopt import ir
 from graphopt.dims import Dim, DimLike, atoms, evaluate
-from graphopt.errors import GraphoptError, InputError
+from graphopt.errors import GraphoptError, InputError, TimeLimitError
 from graphopt.input_uses import Known, Tracer, Uses
 from graphopt.ir import Array
 from graphopt.runner import Runner
@@ -95,6 +95,8 @@ def workable_feeds(
         tried.add(key)
         try:
             runner.run(feeds)
+        except TimeLimitError:
+            raise  # other sizes would not end either
         except GraphoptError as error:
             first = first or error
         else:

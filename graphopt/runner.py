@@ -6,9 +6,11 @@ builds on. Nothing is printed: ONNX Runtime's own log is off, its exceptions bec
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
@@ -17,7 +19,7 @@ import numpy as np
 import onnx
 
 from graphopt import files, ir
-from graphopt.errors import GraphoptError, InputError
+from graphopt.errors import GraphoptError, InputError, TimeLimitError
 from graphopt.ir import Array
 
 __all__ = [
@@ -128,17 +130,48 @@ NUMPY_TYPES = frozenset(
 _RAW_OUTPUTS = ("bfloat16", "float8", "int4", "int2", "float4")
 
 
-def run_session(running: Any, names: Sequence[str], feeds: Mapping[str, object]) -> list[Any]:
+RUN_SECONDS = 10.0
+"""How long a run may take unless told otherwise: models from anywhere may loop for years."""
+
+
+@contextlib.contextmanager
+def _deadline(seconds: float) -> Iterator[Any]:
+    """Run options that end a run after some time, between two nodes.
+
+    Raises TimeLimitError in place of the exception by which ONNX Runtime then ends.
+    """
+    options = onnxruntime().RunOptions()
+    timer = threading.Timer(seconds, lambda: setattr(options, "terminate", True))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield options
+    except Exception as error:
+        if options.terminate:
+            raise TimeLimitError(f"a run takes more than {seconds:g} s") from error
+        raise
+    finally:
+        timer.cancel()
+
+
+def run_session(
+    running: Any,
+    names: Sequence[str],
+    feeds: Mapping[str, object],
+    *,
+    seconds: float = RUN_SECONDS,
+) -> list[Any]:
     """Run a session and convert its outputs: arrays, lists (sequences), dicts (maps) or None.
 
-    Raises ONNX Runtime's own exceptions, and TypeError where strings or sequences go in and
+    Raises TimeLimitError past `seconds`, ONNX Runtime's own exceptions, and TypeError where strings or sequences go in and
     types that numpy does not know come out, which its Python interface cannot do at once.
     """
     ort = onnxruntime()
 
     types: dict[str, str] = {o.name: o.type for o in running.get_outputs()}
     if not any(raw in types[name] for name in names for raw in _RAW_OUTPUTS):
-        return list(running.run(list(names), dict(feeds)))
+        with _deadline(seconds) as options:
+            return list(running.run(list(names), dict(feeds), options))
     values: dict[str, Any] = {}
     for name, feed in feeds.items():
         if isinstance(feed, np.ndarray) and cast(Array, feed).dtype.char != "O":
@@ -146,7 +179,9 @@ def run_session(running: Any, names: Sequence[str], feeds: Mapping[str, object])
         elif not isinstance(feed, ort.OrtValue):
             raise TypeError(f"input {name!r} cannot be fed beside an output without a numpy type")
         values[name] = feed
-    return [from_ort(v) for v in running.run_with_ort_values(list(names), values)]
+    with _deadline(seconds) as options:
+        results = running.run_with_ort_values(list(names), values, options)
+    return [from_ort(v) for v in results]
 
 
 class Runner:
@@ -178,7 +213,7 @@ class Runner:
 
         Returns the graph's outputs by name: arrays, lists of them, lists of dicts for maps, or
         None for an optional without a value. Raises InputError for names that the model does not
-        have, GraphoptError where the run fails.
+        have, TimeLimitError beyond `RUN_SECONDS`, GraphoptError where the run fails.
         """
         unknown = sorted(set(feeds) - set(self.inputs))
         if unknown:
@@ -186,6 +221,8 @@ class Runner:
         try:
             values = {name: to_ort(value) for name, value in feeds.items()}
             results = run_session(self._session, self.outputs, {**values, **self._fed})
+        except TimeLimitError:
+            raise
         except Exception as error:
             raise GraphoptError(f"ONNX Runtime cannot run the model: {one_line(error)}") from error
         return dict(zip(self.outputs, results, strict=True))

@@ -8,6 +8,7 @@ what is done about models that are unsteady themselves.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from functools import cached_property
@@ -23,6 +24,8 @@ from graphopt.regions import BUDGET, Mode, Options, compare_regions, named_sizes
 from graphopt.report import Comparison, OutputComparison
 from graphopt.shapes import Shapes
 
+_BASE_BYTES = 256 << 20
+_BYTES_PER_WEIGHT = 200
 _MOST_SHARE = 0.5  # of a model's nodes, beyond which running it whole is cheaper than by regions
 
 
@@ -67,7 +70,9 @@ def compare(
     Args:
         feeds: inputs by name, or several such; random ones from `seed` where None.
         tolerance: replaces the limit that follows from the outputs' types (`closeness.Tolerance`).
-        memory_limit: bytes; where a whole run would need more, only changed regions are run.
+        memory_limit: bytes; where a whole run would need more, only changed regions are run. By
+            default 256 MiB and 200 times the weights, at most half of what the machine has free:
+            a file of 250 bytes may ask for terabytes.
         threads: of ONNX Runtime, within one operator.
 
     Neither model is changed. Nothing is raised for a model that cannot be run: what could not be
@@ -126,14 +131,12 @@ class _Pair:
     ) -> None:
         self._a, self._b = a, b
         self._seed, self._tolerance, self._threads = seed, tolerance, threads
-        self._limit = memory_limit
+        self._limit = memory_limit if memory_limit is not None else _default_limit(a)
         self._signature = signature_breaks(a, b)
 
     @cached_property
     def fits(self) -> bool:
         """Whether the weights and activations of a whole run are within the memory limit."""
-        if self._limit is None:
-            return True
         try:
             sizes = dict(named_sizes(self._a, random_feeds(self._a, self._shapes)))
         except GraphoptError:
@@ -200,7 +203,7 @@ class _Pair:
         except GraphoptError as error:
             modes = tuple(mode for mode in modes if mode == "random")
             notes = [f"no inputs could be made: {error}"]
-        budget = BUDGET if self._limit is None else self._limit // 2
+        budget = min(BUDGET, self._limit // 2)
         options = Options(given, self._seed, self._tolerance, self._threads, budget, modes)
         result = compare_regions(self.cut, options, self._shapes)
         result.signature = self._signature
@@ -240,6 +243,20 @@ class _Pair:
             return random_feeds(self._a, self._shapes, seed=self._seed + 1, bindings=bindings)
         except GraphoptError:
             return None
+
+
+def _default_limit(model: ir.Model) -> int:
+    weights = sum(
+        value.const_value.nbytes
+        for graph in ir.graphs(model)
+        for value in graph.initializers.values()
+        if value.const_value is not None and value.const_value.dtype != ir.DataType.STRING
+    )
+    limit = _BASE_BYTES + _BYTES_PER_WEIGHT * weights
+    try:
+        return min(limit, os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2)
+    except (ValueError, OSError, AttributeError):
+        return limit
 
 
 def signature_breaks(a: ir.Model, b: ir.Model) -> list[str]:
