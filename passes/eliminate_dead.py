@@ -146,7 +146,7 @@ def _drop_imports(context: Context) -> None:
         if root is context.model.graph:
             used |= shared
         for domain in [domain for domain in root.opset_imports if domain not in used]:
-            if not context.exhausted:
+            if not context.exhausted and len(root.opset_imports) > 1:  # a model must import one
                 del root.opset_imports[domain]
                 context.changed("dead_import", [domain])
 
