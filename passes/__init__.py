@@ -42,6 +42,8 @@ _FUSE = (
     "fuse-activation",
     "merge-constants",
     "eliminate-common",
+    "merge-matmuls",
+    "sink-splits",
     "dedupe-initializers",
     "eliminate-dead",
 )

@@ -81,3 +81,11 @@ def sliced(op: Op, value: ir.Value, taken: Mapping[int, Span]) -> ir.Value:
     if all(step == 1 for step in steps):
         return op.Slice(value, starts, ends, axes)
     return op.Slice(value, starts, ends, axes, steps)
+
+
+def split(op: Op, value: ir.Value, axis: int, lengths: list[int]) -> list[ir.Value]:
+    """A Split into parts of these lengths."""
+    if op.opset < 13:
+        attributes = {"axis": axis, "split": lengths}
+        return list(op.build("Split", [value], attributes, outputs=len(lengths)))
+    return list(op.build("Split", [value, lengths], {"axis": axis}, outputs=len(lengths)))

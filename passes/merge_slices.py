@@ -8,7 +8,7 @@ Needs: constant bounds; for a Split, slices that follow each other over a whole 
 from __future__ import annotations
 
 from graphopt import ir
-from graphopt.passes._slices import Span, sliced, spans
+from graphopt.passes._slices import Span, sliced, spans, split
 from graphopt.rewriting import Op, rewrite
 
 
@@ -57,14 +57,6 @@ def slices_to_split(op: Op, node: ir.Node) -> dict[ir.Value, ir.Value] | None:
     lengths = [end - start for start, end in chain]
     outputs = split(op, value, axis, lengths)
     return {parts[part].outputs[0]: output for part, output in zip(chain, outputs, strict=True)}
-
-
-def split(op: Op, value: ir.Value, axis: int, lengths: list[int]) -> list[ir.Value]:
-    """A Split into parts of these lengths."""
-    if op.opset < 13:
-        attributes = {"axis": axis, "split": lengths}
-        return list(op.build("Split", [value], attributes, outputs=len(lengths)))
-    return list(op.build("Split", [value, lengths], {"axis": axis}, outputs=len(lengths)))
 
 
 def _place(op: Op, node: ir.Node) -> tuple[int, int, int] | None:
