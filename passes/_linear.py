@@ -181,6 +181,8 @@ def prescaled(op: Op, node: ir.Node, source: ir.Value, scale: Floats, shift: Flo
     if weights is None:
         raise Refuse("its weights are not constant")
     shifts = bool(np.any(shift != 0))
+    if shifts and node.op_type == "MatMul":
+        raise Refuse("MatMul has no bias")
     if shifts and node.op_type in ("Conv", "ConvTranspose") and not _unpadded(op, node):
         raise Refuse("its padding would have to be shifted too")
     groups = op.attr(node, "group", 1)
@@ -197,11 +199,10 @@ def prescaled(op: Op, node: ir.Node, source: ir.Value, scale: Floats, shift: Flo
     else:
         rows = not op.attr(node, "transB", 0)
         new = weights * (scale.reshape(-1, 1) if rows else scale)
-        added = np.tensordot(shift, weights, (0, 0 if rows else 1)) * op.attr(node, "alpha", 1.0)
+        summed = np.tensordot(shift, weights, (0, 0 if rows else 1)) if shifts else np.zeros(1)
+        added = summed * op.attr(node, "alpha", 1.0)
     inputs: list[Any] = [source, op.initializer(narrowed(new, dtype), "weight"), *node.inputs[2:]]
     if shifts:
-        if node.op_type == "MatMul":
-            raise Refuse("MatMul has no bias")
         beta = op.attr(node, "beta", 1.0)
         bias = _bias(op, node, 2, np.asarray([beta], np.float64), added)
         attributes.pop("beta", None)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from graphopt import ir
+from graphopt.passes._chains import chain_above, replayed
 from graphopt.passes._layout import (
     REDUCTIONS,
     Perm,
@@ -161,32 +162,45 @@ def push_transposes_down(op: Op, node: ir.Node) -> ir.Value | None:
     indices = None if rank is None else layout_inputs(op, node, rank)
     if indices is None:
         return None
+    sources: dict[int, ir.Value] = {}
     perms: list[Perm] = []
+    back: Perm = []
     for index in indices:
         value = node.inputs[index]
-        producer = None if value is None else value.producer()
         if value is None or ir.constant(value) is not None:
             continue
-        perm = (
-            permutation(op, producer) if producer is not None and _is_transpose(producer) else None
-        )
-        if perm is None or op.uses(value) > sum(v is value for v in node.inputs):
+        found = _permuted(op, value, sum(v is value for v in node.inputs))
+        if found is None:
             return None
+        nodes, source, perm = found
         perms.append(perm)
-    if len(perms) < 2 or any(perm != perms[0] for perm in perms):
+        if perm != perms[0]:
+            return None
+        sources[index] = replayed(op, nodes, source)
+        back = inverted(perm)
+    if len(perms) < 2:
         return None
-    back = inverted(perms[0])
     inputs = list(node.inputs)
     for index in indices:
         value = node.inputs[index]
         assert value is not None
-        constant = moved_constant(op, value, back)
-        producer = value.producer()
-        if constant is not None:
-            inputs[index] = constant
-        elif producer is not None:
-            inputs[index] = producer.inputs[0]
+        inputs[index] = sources.get(index) or moved_constant(op, value, back)
     return op.Transpose(moved(op, node, back, inputs), perm=perms[0])
+
+
+def _permuted(op: Op, value: ir.Value, uses: int) -> tuple[list[ir.Node], ir.Value, Perm] | None:
+    """(element-wise operators, x, perm) where a value is these operators on a Transpose of x."""
+    found = chain_above(op, value)
+    if found is None:
+        return None
+    nodes, moved_value = found
+    producer = moved_value.producer()
+    if producer is None or not _is_transpose(producer):
+        return None
+    perm, source = permutation(op, producer), producer.inputs[0]
+    if perm is None or source is None or op.uses(moved_value) > (1 if nodes else uses):
+        return None
+    return nodes, source, perm
 
 
 @rewrite.on(*sorted(REDUCTIONS), "ArgMax", "ArgMin")
