@@ -47,7 +47,12 @@ def check_value_info(info: ValueInfoProto) -> int | None:
     if not info.HasField("type"):
         return None
     check_type(info.type)
-    return info.type.tensor_type.elem_type or None if info.type.HasField("tensor_type") else None
+    if not info.type.HasField("tensor_type"):
+        return None
+    element = info.type.tensor_type.elem_type
+    if element == TensorProto.UNDEFINED:
+        info.ClearField("type")  # a shape alone could not be written again
+    return element or None
 
 
 def check_type(proto: TypeProto) -> None:

@@ -127,6 +127,8 @@ class Validator:
             raise Flaw("it holds training_info, which would be lost: export it for inference")
         check_texts(model.producer_name, model.producer_version, model.domain, model.doc_string)
         check_metadata(model.metadata_props)
+        for configuration in model.configuration:
+            check_texts(configuration.name, *configuration.device)
         if model.ir_version < 3 and not model.opset_import:
             model.opset_import.add(domain="", version=1)
 
@@ -249,6 +251,8 @@ class Validator:
         check_texts(node.doc_string)
         if node.metadata_props:
             check_metadata(node.metadata_props)
+        if node.device_configurations:
+            _check_devices(node)
         types: list[int | None] = []
         for name in inputs:
             found = scope.find(name) if name else None
@@ -334,10 +338,23 @@ def _imports(imports: Iterable[onnx.OperatorSetIdProto]) -> dict[str, int]:
     for entry in imports:
         check_texts(entry.domain)
         domain = "" if entry.domain == "ai.onnx" else entry.domain
-        if entry.version < 1 or domains.setdefault(domain, entry.version) != entry.version:
+        if (
+            not 1 <= entry.version < 2**31
+            or domains.setdefault(domain, entry.version) != entry.version
+        ):
             raise Flaw(f"opset import of {quote(domain or 'ai.onnx')} is invalid")
     newest = _operators.newest_opset()
     if domains.get("", 1) > newest:
         known = f"onnx {onnx.__version__} knows ({newest})"
         raise Flaw(f"opset {domains['']} of ai.onnx is newer than {known}")
     return domains
+
+
+def _check_devices(node: NodeProto) -> None:
+    """Raise Flaw for a device configuration that cannot be written again."""
+    for configuration in node.device_configurations:
+        check_texts(configuration.configuration_id)
+        names = [spec.tensor_name for spec in configuration.sharding_spec]
+        check_texts(*names)
+        if not configuration.configuration_id or not all(names):
+            raise Flaw("its device configuration is incomplete")

@@ -31,6 +31,7 @@ ModelLike = str | os.PathLike[str] | bytes | onnx.ModelProto | ir.Model
 
 EXTERNAL_BYTES = 1_800_000_000
 """Total bytes of weights from which they are saved beside the model, not in it."""
+_TENSORS = (ir.AttributeType.TENSOR, ir.AttributeType.TENSORS)
 
 
 def load(source: ModelLike, *, keep_signature: bool = False) -> ir.Model:
@@ -152,22 +153,37 @@ def _deserialize(
         if not value.is_graph_input():
             value.type = ir.TensorType(tensor.dtype)
             value.shape = ir.Shape(tensor.shape.numpy())
-    for node in ir.all_nodes(model):
-        for key, attr in node.attributes.items():
-            if attr.type == ir.AttributeType.TENSOR and not attr.is_ref():
-                node.attributes[key] = ir.Attr(
-                    key, attr.type, _detached(attr.as_tensor()), doc_string=attr.doc_string
-                )
+    for graph in ir.graphs(model):
+        if graph is not model.graph:
+            for value in graph.initializers.values():
+                if value.const_value is not None:
+                    value.const_value = _detached(value.const_value)
+        for node in graph:
+            for key, attr in node.attributes.items():
+                if not attr.is_ref() and attr.type in _TENSORS:
+                    node.attributes[key] = _detached_attribute(attr)
     return model
+
+
+def _detached_attribute(attr: ir.Attr) -> ir.Attr:
+    if attr.type == ir.AttributeType.TENSOR:
+        tensor = _detached(attr.as_tensor())
+        return ir.Attr(attr.name, attr.type, tensor, doc_string=attr.doc_string)
+    tensors = [_detached(tensor) for tensor in attr.as_tensors()]
+    return ir.Attr(attr.name, attr.type, tensors, doc_string=attr.doc_string)
 
 
 def _detached(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
     """A tensor that no longer holds on to the protobuf message, nor decodes it at each use."""
+    detached: ir.TensorProtocol
     if isinstance(tensor, ir.onnx_ir.StringTensor):
-        array = np.array(list(tensor.string_data()), object).reshape(tensor.shape.numpy())
-        return ir.onnx_ir.StringTensor(array, name=tensor.name)
-    array = tensor.numpy()
-    return ir.Tensor(array, dtype=tensor.dtype, name=tensor.name, doc_string=tensor.doc_string)
+        array = np.array(list(tensor.string_data()), object)
+        detached = ir.onnx_ir.StringTensor(array.reshape(tensor.shape.numpy()))
+    else:
+        detached = ir.Tensor(tensor.numpy(), dtype=tensor.dtype)
+    detached.name, detached.doc_string = tensor.name, tensor.doc_string
+    detached.metadata_props.update(tensor.metadata_props)
+    return detached
 
 
 def _sort(model: ir.Model, name: str) -> None:

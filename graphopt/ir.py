@@ -11,6 +11,7 @@ import gc
 import importlib.abc
 import importlib.machinery
 import importlib.util
+import logging
 import sys
 from collections.abc import Generator, Iterator, Sequence
 from types import ModuleType
@@ -42,6 +43,8 @@ try:
     import onnx_ir
 finally:
     sys.meta_path.remove(_finder)
+# Without a handler of its own its warnings would go to the standard error output.
+logging.getLogger("onnx_ir").addHandler(logging.NullHandler())
 
 from onnx_ir import (  # noqa: E402
     Attr,
