@@ -31,6 +31,7 @@ _FUSE = (
     "merge-clips",
     "merge-quantize",
     "sink-transposes",
+    "sink-views",
     "fuse-conv-batchnorm",
     "fuse-conv-affine",
     "fuse-pad",
