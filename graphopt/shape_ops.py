@@ -64,11 +64,13 @@ _MICROSOFT_SAME = _words(
     "FastGelu Gelu QLinearLeakyRelu QLinearSigmoid QLinearSoftmax QuickGelu "
     "RotaryEmbedding QuantizeLinear DequantizeLinear"
 )
+# Experiments of ONNX's first releases that ONNX Runtime still runs.
+_EARLY_SAME = _words("Affine ImageScaler ParametricSoftplus Scale ScaledTanh")
 _ML_SAME = ("Binarizer", "CategoryMapper", "Imputer", "LabelEncoder", "Normalizer", "Scaler")
 
 SHAPES: Mapping[str, Mapping[str, ShapeRule]] = {
     "": {
-        **dict.fromkeys(_SAME, same),
+        **dict.fromkeys((*_SAME, *_EARLY_SAME), same),
         **dict.fromkeys(_BROADCAST, broadcast_inputs),
         **shape_ops_data.RULES,
         **shape_ops_nn.RULES,

@@ -255,6 +255,7 @@ def _span(c: Call, size: DimLike, start: DimLike, end: DimLike) -> DimLike | Non
 
 
 def positive(c: Call, value: DimLike) -> DimLike:
+    """The number, or 0 where it is negative."""
     return value if c.nonnegative(value) else maximum(value, 0)
 
 

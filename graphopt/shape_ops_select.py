@@ -158,6 +158,16 @@ def resize(c: Call) -> list[Shape | None]:
     return [tuple(shape)]
 
 
+def crop(c: Call) -> list[Shape | None]:
+    """Crop, of ONNX's first releases: borders of the last two axes go, or a size is given."""
+    shape = c.shape(0)
+    left, top, right, bottom = c.attr_ints("border") or (0, 0, 0, 0)
+    scale = c.attr_ints("scale")
+    if scale:
+        return [(*shape[:-2], *scale)]
+    return [(*shape[:-2], shape[-2] - top - bottom, shape[-1] - left - right)]
+
+
 def center_crop_pad(c: Call) -> list[Shape | None]:
     """The sizes asked for, on the axes that are named."""
     shape = list(c.shape(0))
@@ -170,6 +180,7 @@ def center_crop_pad(c: Call) -> list[Shape | None]:
 RULES: dict[str, ShapeRule] = {
     "CenterCropPad": center_crop_pad,
     "Compress": compress,
+    "Crop": crop,
     "DepthToSpace": depth_to_space,
     "NonZero": nonzero,
     "OneHot": one_hot,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from graphopt.dims import DimLike, floor_div
+from graphopt.dims import DimLike, floor_div, product
 from graphopt.shape_call import Call, Shape, ShapeRule, Unknown, axis_of
 from graphopt.shape_ops_nn import conv, gemm, join, matmul, matrix_product
 
@@ -95,10 +95,10 @@ def classes(c: Call) -> list[Shape | None]:
 
 
 def picked(c: Call) -> list[Shape | None]:
-    """ai.onnx.ml ArrayFeatureExtractor: some of the last axis."""
-    indices = c.shape(1)
+    """ai.onnx.ml ArrayFeatureExtractor: elements of the last axis, as many as there are indices."""
     shape = c.shape(0)
-    return [(*(shape[:-1] if len(shape) > 1 else (1,)), indices[-1])]
+    rows = shape[:-1] if len(shape) > 1 else (1,)
+    return [(*rows, product(c.shape(1)))]
 
 
 MICROSOFT: dict[str, ShapeRule] = {
