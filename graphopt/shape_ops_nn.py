@@ -55,7 +55,11 @@ def _conv(c: Call, x: Shape, w: Shape) -> list[Shape | None]:
 
 def conv(c: Call) -> list[Shape | None]:
     """X [N, C, ...], W [M, C/group, ...] -> [N, M, ...]."""
-    return _conv(c, c.shape(0), c.shape(1))
+    w = c.shape(1)
+    x = c.fact(0).shape
+    if x is None:  # of W's rank
+        return [tuple([w[0] if axis == 1 else c.fresh(axis) for axis in range(len(w))])]
+    return _conv(c, x, w)
 
 
 def qlinear_conv(c: Call) -> list[Shape | None]:
@@ -173,15 +177,15 @@ def gemm(c: Call) -> list[Shape | None]:
 
 def recurrent(c: Call) -> list[Shape | None]:
     """RNN, GRU, LSTM: Y [T, D, N, H], Y_h and Y_c [D, N, H]; batch first with layout 1."""
-    steps, batch = c.shape(0)[:2]
+    x = c.fact(0).shape
+    first, second = (c.fresh(0), c.fresh(2)) if x is None else x[:2]
     hidden: DimLike = c.attr("hidden_size", int, 0) or c.shape(2)[-1]
     directions = 2 if c.attr("direction", str, "forward") == "bidirectional" else 1
     if c.attr("layout", int, 0):
-        batch, steps = steps, batch
-        state: Shape = (batch, directions, hidden)
-        return [(batch, steps, directions, hidden), state, state]
-    state = (directions, batch, hidden)
-    return [(steps, directions, batch, hidden), state, state]
+        state: Shape = (first, directions, hidden)
+        return [(first, second, directions, hidden), state, state]
+    state = (directions, second, hidden)
+    return [(first, directions, second, hidden), state, state]
 
 
 def attention(c: Call) -> list[Shape | None]:
@@ -297,7 +301,9 @@ def arg_reduce(c: Call) -> list[Shape | None]:
 
 def shape_of(c: Call) -> list[Shape | None]:
     """The number of axes between start and end."""
-    rank = len(c.shape(0))
+    if c.fact(0).shape is None:
+        return [(c.fresh(0),)]
+    rank = c.rank(0)
     end = c.attr("end", int, rank)
     return [(len(range(rank)[c.attr("start", int, 0) : end]),)]
 
