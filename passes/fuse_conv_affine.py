@@ -69,6 +69,8 @@ def fuse_affine_conv(op: Op, node: ir.Node) -> ir.Value | None:
             continue
         if _is_curve(source):
             raise Refuse("it is the last factor of a GELU, which runtimes fuse as it stands")
+        if values.size > 1 and _is_normalized(source):
+            raise Refuse("it is the scale of a normalization, which runtimes fuse as it stands")
         factors = _factors(before.op_type, values, swapped=index == 1)
         if factors is None or (node.op_type == "MatMul" and factors[1] is not None):
             return None
@@ -92,6 +94,15 @@ def _is_curve(value: ir.Value) -> bool:
         and any(v is not None and _made_by(v, "Erf", "Tanh") for v in n.inputs)
         for n in sums
     )
+
+
+def _is_normalized(value: ir.Value) -> bool:
+    """Whether a value is x / sqrt(...)."""
+    quotient = value.producer()
+    if quotient is None or quotient.op_type != "Div":
+        return False
+    divisor = quotient.inputs[1]
+    return divisor is not None and _made_by(divisor, "Sqrt")
 
 
 def _made_by(value: ir.Value, *op_types: str) -> bool:
