@@ -92,7 +92,7 @@ def optimize(
 
     def run(each: bool) -> ir.Model:
         context = Context(
-            files.copy(original),
+            original if verify == "off" else files.copy(original),
             target=aim,
             fold_bytes=fold_bytes,
             rewrites_left=bisect_limit,

@@ -32,8 +32,8 @@ def _is_zero(op: Op, value: ir.Value) -> bool:
         if node is None or node.domain:
             return False
         if node.op_type == "ConstantOfShape":
-            fill = op.attr(node, "value")
-            return not isinstance(fill, ir.TensorProtocol) or not np.any(fill.numpy())
+            fill = node.attributes.get("value")
+            return fill is None or (not fill.is_ref() and not np.any(fill.as_tensor().numpy()))
         if node.op_type == "Concat":
             return all(v is not None and _is_zero(op, v) for v in node.inputs)
         first = node.inputs[0] if node.op_type in _SHAPING else None
