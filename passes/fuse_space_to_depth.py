@@ -1,0 +1,78 @@
+"""Fuse strided slices that are put side by side into SpaceToDepth.
+
+Why: the first layer of some detectors picks every second pixel four times and concatenates; one
+operator does it, and the order of its channels goes into the weights of the Conv after it.
+Numerics: rounding, as the Conv sums in another order.
+Needs: a Conv with constant weights after the Concat, and nothing else there.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from graphopt import ir
+from graphopt.passes._linear import floats
+from graphopt.passes._slices import Span, spans
+from graphopt.rewriting import Op, rewrite
+
+
+@rewrite.on("Conv", benefit=5)
+def fuse_space_to_depth(op: Op, node: ir.Node) -> ir.Value | None:
+    """Slices with step b at all b x b offsets, concatenated along the channels, before a Conv."""
+    value = node.inputs[0]
+    concat = None if value is None else value.producer()
+    if value is None or concat is None or concat.op_type != "Concat" or concat.domain:
+        return None
+    weights = ir.array(node.inputs[1])
+    if op.uses(value) != 1 or op.attr(concat, "axis") != 1 or op.attr(node, "group", 1) != 1:
+        return None
+    found = _offsets(op, concat)
+    if found is None or weights is None or floats(op, node.inputs[1]) is None:
+        return None
+    source, block, offsets = found
+    shape = op.shape(source)
+    if shape is None or not isinstance(shape[1], int) or not _divisible(shape[2:], block):
+        return None
+    channels = shape[1]
+    # SpaceToDepth's channel (i * block + j) * channels + c is what the Concat has at offset (i, j).
+    order = [
+        offsets.index((i, j)) * channels + c
+        for i in range(block)
+        for j in range(block)
+        for c in range(channels)
+    ]
+    moved = op.initializer(np.ascontiguousarray(weights[:, order]), "weight")
+    packed = op.SpaceToDepth(source, blocksize=block)
+    return op.build("Conv", [packed, moved, *node.inputs[2:]], node.attributes)[0]
+
+
+def _divisible(sizes: tuple[object, ...], block: int) -> bool:
+    return len(sizes) == 2 and all(isinstance(s, int) and s % block == 0 for s in sizes)
+
+
+def _start(span: Span, block: int) -> int | None:
+    """Where a span that takes every block-th element to the end starts, or None."""
+    whole = span.end >= 2**31 - 1 and span.step == block and 0 <= span.start < block
+    return span.start if whole else None
+
+
+def _offsets(op: Op, concat: ir.Node) -> tuple[ir.Value, int, list[tuple[int, int]]] | None:
+    """(x, block, (row, column) of each operand) where all are strided slices of x."""
+    block = {4: 2, 9: 3, 16: 4}.get(len(concat.inputs))
+    offsets: list[tuple[int, int]] = []
+    source: ir.Value | None = None
+    for value in concat.inputs:
+        part = None if value is None else value.producer()
+        taken = None if part is None else spans(op, part)
+        if block is None or part is None or taken is None or set(taken) != {2, 3}:
+            return None
+        if source is not None and part.inputs[0] is not source:
+            return None
+        source = part.inputs[0]
+        starts = [_start(taken[axis], block) for axis in (2, 3)]
+        if None in starts:
+            return None
+        offsets.append((starts[0] or 0, starts[1] or 0))
+    if block is None or source is None or len(set(offsets)) != block * block:
+        return None
+    return source, block, offsets
