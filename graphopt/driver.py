@@ -85,7 +85,7 @@ class Driver:
 
     def _drop_constants(self, op: Op) -> None:
         for value in op.constants:
-            if not value.uses() and not value.is_graph_output():
+            if not ir.use_count(value) and not value.is_graph_output():
                 drop_initializer(self._context, value)
 
     def _commit(self, rule: Rule, op: Op, mapping: dict[ir.Value, ir.Value]) -> bool:
@@ -212,7 +212,7 @@ def is_dead(node: ir.Node) -> bool:
 
 def is_used(value: ir.Value) -> bool:
     """Whether a node or graph output takes the value."""
-    return bool(value.uses()) or value.is_graph_output()
+    return ir.use_count(value) > 0 or value.is_graph_output()
 
 
 def can_be_output(old: ir.Value, new: ir.Value) -> bool:

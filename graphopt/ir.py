@@ -12,6 +12,7 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import logging
+import operator
 import sys
 from collections.abc import Generator, Iterator, Sequence
 from types import ModuleType
@@ -111,6 +112,7 @@ __all__ = [
     "subgraphs",
     "tensor",
     "to_proto",
+    "use_count",
     "val",
 ]
 
@@ -161,6 +163,17 @@ def all_nodes(model: Model) -> Iterator[Node]:
     """Every node of `graphs(model)`, in graph order."""
     for graph in graphs(model):
         yield from graph
+
+
+_uses_of = operator.attrgetter("_uses")
+
+
+def use_count(value: Value) -> int:
+    """How many node inputs take a value, in constant time.
+
+    `Value.uses()` copies them all, which a constant that thousands of nodes share cannot afford.
+    """
+    return len(_uses_of(value))
 
 
 def constant(value: Value | None) -> TensorProtocol | None:

@@ -147,7 +147,7 @@ class Op:
 
     def uses(self, value: ir.Value) -> int:
         """How many node inputs and graph outputs take the value."""
-        return len(value.uses()) + value.is_graph_output()
+        return ir.use_count(value) + value.is_graph_output()
 
     @property
     def opset(self) -> int:

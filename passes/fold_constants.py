@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 from graphopt import execute, ir
 from graphopt.context import FOLD_BYTES, Context
@@ -147,9 +147,9 @@ class _Folder:
             tensor.nbytes
             for value in dict.fromkeys(node.inputs)
             if value is not None
-            and (tensor := ir.constant(value)) is not None
+            and ir.use_count(value) == node.inputs.count(value)
             and not value.is_graph_output()
-            and set(value.consumers()) == {node}
+            and (tensor := ir.constant(value)) is not None
         )
 
     def _affordable(self, node: ir.Node, growth: int) -> bool:
@@ -205,6 +205,7 @@ class _Folder:
 
 
 def _tensor(array: Array) -> ir.TensorProtocol:
+    data: Any = array
     if array.dtype.char == "O":
-        return ir.onnx_ir.StringTensor(cast(Any, array))
-    return ir.tensor(cast(Any, array))
+        return ir.onnx_ir.StringTensor(data)
+    return ir.Tensor(data, dtype=ir.DataType.from_numpy(array.dtype))
