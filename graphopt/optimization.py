@@ -7,7 +7,7 @@ import time
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from graphopt import files, ir
 from graphopt.context import FOLD_BYTES, Context
@@ -139,27 +139,33 @@ def select(
     Raises:
         InputError: a level, pass or option that does not exist.
     """
+    asked: list[str] = []
     if isinstance(passes, Path) or (isinstance(passes, str) and passes.endswith(".toml")):
-        level, chosen, switched_on, switched_off = read_pipeline(Path(passes), level)
+        chosen, switched_on, switched_off = read_pipeline(Path(passes), level)
         enable, disable = [*switched_on, *enable], [*switched_off, *disable]
+    elif passes is None:
+        chosen = _of_level(level)
     else:
-        chosen = parse_pipeline(passes) if isinstance(passes, str) else passes
-    asked = [] if chosen is None else [p.name for p in chosen]
-    if chosen is None:
-        if not 0 <= level < len(PIPELINES):
-            raise InputError(f"no level {level}: there are 0 to {len(PIPELINES) - 1}")
-        chosen = [load_pass(name) for name in PIPELINES[level]]
-    names = {p.name for p in chosen}
-    added = [p for text in enable for p in parse_pipeline(text)]
-    asked += [p.name for p in added]
+        chosen = parse_pipeline(passes) if isinstance(passes, str) else list(passes)
+        asked = [p.name for p in chosen]
+    added = {p.name: p for text in enable for p in parse_pipeline(text)}
     unwanted = {load_pass(name).name for name in disable}
-    first = [load_pass("convert-opset", {"version": opset})] if opset is not None else []
-    selected = [*first, *chosen, *(p for p in added if p.name not in names or p.name in asked)]
-    return [p for p in selected if p.name not in unwanted], asked
+    if opset is not None:
+        unwanted.add("convert-opset")
+    selected = [added.pop(p.name, p) for p in chosen] + list(added.values())
+    asked += [p.name for text in enable for p in parse_pipeline(text)]
+    first = [] if opset is None else [load_pass("convert-opset", {"version": opset})]
+    return first + [p for p in selected if p.name not in unwanted], asked
 
 
-def read_pipeline(path: Path, level: int) -> tuple[int, list[Pass] | None, list[str], list[str]]:
-    """A pipeline from a TOML file: (level, passes, enable, disable).
+def _of_level(level: int) -> list[Pass]:
+    if not 0 <= level < len(PIPELINES):
+        raise InputError(f"no level {level}: there are 0 to {len(PIPELINES) - 1}")
+    return parse_pipeline(",".join(PIPELINES[level]))
+
+
+def read_pipeline(path: Path, level: int) -> tuple[list[Pass], list[str], list[str]]:
+    """A pipeline from a TOML file: (passes, enable, disable).
 
     `level`, `enable` and `disable` are as on the command line; `passes` is a list of names in
     order; a table of a pass's name holds its options.
@@ -171,21 +177,24 @@ def read_pipeline(path: Path, level: int) -> tuple[int, list[Pass] | None, list[
         data = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise InputError(f"{path}: {error}") from error
-    level = int(data.pop("level", level))
-    enable, disable = list(data.pop("enable", [])), list(data.pop("disable", []))
-    names = data.pop("passes", None)
-    options: dict[str, Any] = {key.replace("_", "-"): value for key, value in data.items()}
-    listed = list(PIPELINES[level]) if names is None else [n.replace("_", "-") for n in names]
-    for name, value in options.items():
-        if not isinstance(value, dict):
-            raise InputError(
-                f"{path}: {name!r} is neither a setting nor a table of a pass's options"
-            )
-        if name not in listed:
+    lists: dict[str, list[str]] = {}
+    for key in ("passes", "enable", "disable"):
+        lists[key] = data.pop(key, [])
+        if not isinstance(lists[key], list) or not all(isinstance(n, str) for n in lists[key]):
+            raise InputError(f"{path}: {key!r} is a list of names of passes")
+    level = data.pop("level", level)
+    if type(level) is not int:
+        raise InputError(f"{path}: 'level' is a number, not {level!r}")
+    chosen = parse_pipeline(",".join(lists["passes"])) if lists["passes"] else _of_level(level)
+    names = [p.name for p in chosen]
+    for name, options in data.items():
+        dashed = name.replace("_", "-")
+        if not isinstance(options, dict):
+            raise InputError(f"{path}: {name!r} is no setting and no table of a pass's options")
+        if dashed not in names:
             raise InputError(f"{path}: options for {name!r}, which is not among the passes")
-    if names is None and not options:
-        return level, None, enable, disable
-    return level, [load_pass(name, options.get(name)) for name in listed], enable, disable
+        chosen[names.index(dashed)] = load_pass(dashed, options)
+    return chosen, lists["enable"], lists["disable"]
 
 
 def set_shapes(model: ir.Model, shapes: Mapping[str, Sequence[int | str]]) -> None:

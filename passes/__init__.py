@@ -51,5 +51,8 @@ _FUSE = (
     "eliminate-dead",
 )
 
-PIPELINES: tuple[tuple[str, ...], ...] = ((), _CLEAN, _FUSE, _FUSE)
-"""Names of passes by level, 0 to 3."""
+_RAISE = "convert-opset{version=23,at_least=true}"
+"""From 20 there is Gelu, from 23 RMSNormalization."""
+
+PIPELINES: tuple[tuple[str, ...], ...] = ((), _CLEAN, _FUSE, (_RAISE, *_FUSE))
+"""Passes by level, 0 to 3, as pipeline text."""

@@ -37,6 +37,8 @@ class ConvertOpset(Pass):
 
     version: int = 0
     """The version of the default domain to convert to; 0 leaves the model as it is."""
+    at_least: bool = False
+    """Leave alone what follows that version or a newer one."""
 
     def run(self, context: Context) -> None:
         newest = onnx.defs.onnx_opset_version()
@@ -45,11 +47,14 @@ class ConvertOpset(Pass):
         if not _OLDEST <= self.version <= newest:
             raise InputError(f"no opset {self.version}: there are {_OLDEST} to {newest}")
         before = {ir.opset(root) for root in _roots(context.model)} - {0, self.version}
+        if self.at_least:
+            before = {version for version in before if version < self.version}
         if not before or context.exhausted:
             return
         work = Context(files.copy(context.model), deadline=context.deadline)
         work.record = context.record
-        converted = [_Conversion(work, root).to(self.version) for root in _roots(work.model)]
+        roots = [root for root in _roots(work.model) if ir.opset(root) in before]
+        converted = [_Conversion(work, root).to(self.version) for root in roots]
         if not all(converted):
             return
         imports = [onnx.helper.make_opsetid("", self.version)]

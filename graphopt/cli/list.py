@@ -53,7 +53,11 @@ def _describe(name: str) -> dict[str, Any]:
         "name": name,
         "summary": text.partition("\n")[0],
         "documentation": text,
-        "levels": [level for level, names in enumerate(PIPELINES) if name in names],
+        "levels": [
+            level
+            for level, texts in enumerate(PIPELINES)
+            if name in (text.partition("{")[0] for text in texts)
+        ],
         "options": [
             {"name": f.name, "type": str(f.type), "default": f.default}
             for f in dataclasses.fields(load_pass(name))
