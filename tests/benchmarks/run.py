@@ -177,10 +177,12 @@ def beyond(setting: Setting) -> Iterator[Line]:
         large.write(path)
     tiny = setting.folder / "tiny.onnx"
     large.write(tiny, layers=1)
-    costs = [
-        process(graphopt("optimize", each, "-o", out, "--overwrite", "-q", "--verify", "off"))
-        for each in (tiny, path)
-    ]
+    costs: list[Cost] = []
+    for each in (tiny, path):
+        command = graphopt("optimize", each, "-o", out, "--overwrite", "-q", "--verify", "off")
+        process(command)  # byte code and page cache
+        runs = sorted((process(command) for _ in range(3)), key=lambda cost: cost.cpu)
+        costs.append(runs[1])
     for file in setting.folder.glob("large_out.onnx*"):
         file.unlink()
     yield Line("2.5 GB model, whole process", costs[1].cpu, "CPU-s", 2.5)
