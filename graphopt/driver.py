@@ -202,7 +202,8 @@ class Driver:
                 stack.append(producer)
             self._push(p for p in producers if p is not None and p.graph is not None)
             for value in inputs:
-                self._push(value.consumers())
+                if not value.is_initializer():  # a constant may have any number of users
+                    self._push(value.consumers())
 
 
 def is_dead(node: ir.Node) -> bool:

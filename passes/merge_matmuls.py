@@ -18,6 +18,8 @@ from graphopt.rewriting import Op, Refuse, rewrite
 
 _MOST_BYTES = 64 << 20  # a merged matrix is a copy in memory, whatever file the parts are in
 
+_MOST_USES = 64  # each product looks at all others
+
 
 @dataclass(frozen=True)
 class _Branch:
@@ -39,7 +41,7 @@ def merge_matmuls(op: Op, node: ir.Node) -> dict[ir.Value, ir.Value] | None:
     x = node.inputs[0]
     own = None if x is None else _branch(op, node)
     rank = None if x is None else op.rank(x)
-    if x is None or own is None or rank is None:
+    if x is None or own is None or rank is None or op.uses(x) > _MOST_USES:
         return None
     users = [u for u in dict.fromkeys(x.consumers()) if u.graph is node.graph]
     branches = [b for u in users if (b := _branch(op, u)) is not None and _alike(own, b)]

@@ -11,6 +11,8 @@ from graphopt import ir
 from graphopt.passes._slices import Span, sliced, spans, split
 from graphopt.rewriting import Op, rewrite
 
+_MOST_USES = 256  # each slice looks at all others
+
 
 @rewrite.on("Slice", benefit=2)
 def merge_slices(op: Op, node: ir.Node) -> ir.Value | None:
@@ -40,7 +42,7 @@ def slices_to_split(op: Op, node: ir.Node) -> dict[ir.Value, ir.Value] | None:
     """Slices of one tensor that together are all of it, each once, are a Split."""
     value = node.inputs[0]
     place = None if value is None else _place(op, node)
-    if value is None or place is None:
+    if value is None or place is None or op.uses(value) > _MOST_USES:
         return None
     axis = place[0]
     size = (op.shape(value) or ())[axis]
