@@ -79,6 +79,20 @@ def _member(a: Fact, b: Fact) -> Fact:
     return Fact(dtype, a.shape if a.shape == b.shape else None, element=element)
 
 
+def infer_bodies(call: Call) -> None:
+    """The bodies of an operator that no rule covers, their inputs unknown."""
+    shapes = call.shapes
+    outer = shapes.body
+    shapes.conditional += 1
+    try:
+        for body in ir.subgraphs(call.node):
+            shapes.body = body
+            shapes.infer_graph(body, call.root)
+    finally:
+        shapes.body = outer
+        shapes.conditional -= 1
+
+
 def _iterate(call: Call, body: ir.Graph, start: int, state: list[Fact], given: list[Fact]) -> None:
     """Infer a body whose carried values keep their facts from one iteration to the next.
 
@@ -206,6 +220,7 @@ def _trips(call: Call, body: ir.Graph) -> DimLike | None:
 def scan(call: Call) -> list[Fact]:
     """Scanned inputs lose an axis inside, scanned outputs gain it (opset 9 and later)."""
     if call.opset < 9:
+        infer_bodies(call)
         raise Unknown
     body = _graph(call, "body")
     scanned = call.attr("num_scan_inputs", int, 0)

@@ -31,8 +31,12 @@ def broadcast_inputs(c: Call) -> list[Shape | None]:
         return [shape]
     for index in range(1, len(c.inputs)):
         other = c.shape(index)
-        if other and other != shape:
+        if not other or other == shape:
+            continue
+        try:
             shape = join(shape, other)
+        except OverflowError:  # too many symbols meet on an axis
+            shape = tuple([c.fresh(axis) for axis in range(max(len(shape), len(other)))])
     return [shape]
 
 

@@ -145,6 +145,8 @@ class Shapes:
 
     def calling(self, node: ir.Node) -> AbstractContextManager[ir.Function]:
         """Within it, this object tells of the called function's body what holds in that call."""
+        if not self.site:
+            self._budget = _BUDGET
         return shape_control.calling(self, node)
 
     # What follows is for the rules.
@@ -326,6 +328,7 @@ class Shapes:
                     return [self._source(value) for value in node.outputs]
             rule = SHAPES.get(domain, {}).get(node.op_type)
             if rule is None:
+                shape_control.infer_bodies(call)
                 return infer_with_onnx(call)
             types = _types(call, TYPES[domain].get(node.op_type, 0))
         except _UNDECIDED:

@@ -171,6 +171,13 @@ def test_a_known_condition_takes_its_branch() -> None:
     assert shown(text) == "b, 2*s"
 
 
+def test_bodies_of_unknown_operators_are_inferred() -> None:
+    text = """g (float[b,s] x) => (float y) {
+        y = com.microsoft.NoSuchOp(x) <body = a (float u) => (float p) { p = Shape(x) }>
+    }"""
+    assert shown(text, output="p") == "2"
+
+
 LOOP = """g (float[b,s] x, float[b,2] z, int64 n) => (float y, float kept, float stacked) {
     go = Constant<value = bool {1}>()
     y, kept, stacked = Loop(n, go, x, z) <body = h (int64 i, bool c, float u, float v)
