@@ -63,9 +63,11 @@ class Driver:
         if is_dead(node):
             self._remove_dead(node)
             return False
+        op: Op | None = None
         for rule, record in self._rules.get((node.domain, node.op_type), ()):
             self._context.record = record
-            op = Op(self._context, node)
+            if op is None or op.created or op.constants:
+                op = Op(self._context, node)
             try:
                 mapping = _as_mapping(node, rule.apply(op, node))
                 done = bool(mapping) and self._commit(rule, op, mapping)
