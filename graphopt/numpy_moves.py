@@ -107,7 +107,9 @@ def _transpose(node: ir.Node, inputs: Inputs, _opset: int) -> Result:
 
 def _squeeze(node: ir.Node, inputs: Inputs, opset: int) -> Result:
     x, axes = required(inputs, 0), axes_of(node, inputs, opset >= 13)
-    return np.squeeze(x) if axes is None else np.squeeze(x, tuple(axes))
+    if axes is not None and not axes:
+        return None  # all of them to ONNX Runtime, none to the specification
+    return np.squeeze(x, None if axes is None else tuple(axes))
 
 
 def _unsqueeze(node: ir.Node, inputs: Inputs, opset: int) -> Result:
@@ -157,7 +159,12 @@ def _slice(node: ir.Node, inputs: Inputs, opset: int) -> Result:
     for axis, start, end, step in zip(axes, starts, ends, steps, strict=True):
         if step == 0 or not -x.ndim <= axis < x.ndim:
             return None
-        # A Python slice clamps like ONNX's, for both signs of the step.
+        if step < 0:
+            size = x.shape[axis]
+            if not size or end > size:
+                return None
+            # Where Python finds nothing before the first element, ONNX starts at it.
+            start = min(max(start + size * (start < 0), 0), size - 1)
         index[axis] = slice(start, end, step)
     return x[tuple(index)]
 
@@ -197,6 +204,8 @@ def _range(_node: ir.Node, inputs: Inputs, _opset: int) -> Result:
 def _pad(node: ir.Node, inputs: Inputs, opset: int) -> Result:
     x = required(inputs, 0)
     if str(ir.attribute(node, "mode", "constant")) != "constant" or x.dtype.char == "O":
+        return None
+    if not x.ndim:
         return None
     given = optional(inputs, 3) if opset >= 18 else None
     axes = list(range(x.ndim)) if given is None else listed(given)

@@ -128,8 +128,8 @@ def _pow(_node: ir.Node, inputs: Inputs, _opset: int) -> Result:
 
 def _clip(node: ir.Node, inputs: Inputs, opset: int) -> Result:
     x = required(inputs, 0)
-    if x.dtype.char not in _NUMBERS or (x.dtype.char in _FLOATS and bool(np.isnan(x).any())):
-        return None
+    if x.dtype.char not in _NUMBERS or not bool(np.isfinite(x).all()):
+        return None  # ONNX Runtime clips infinities even without a bound
     if opset < 11:
         bounds: list[Any] = [ir.attribute(node, "min"), ir.attribute(node, "max")]
     else:
@@ -185,6 +185,11 @@ def _reduce(function: Callable[..., Any], *, accumulates: bool, since: int = 18)
             return None
         if not axes and integer(node, "noop_with_empty_axes", 0):
             return None
+        if accumulates and x.dtype.char in _INTS:
+            # ONNX Runtime computes in double and saturates: the same where that is exact.
+            size = np.maximum(np.abs(x.astype(np.float64)), 1)
+            if not function(size) < min(2.0**53, float(np.iinfo(x.dtype).max)):
+                return None
         options: dict[str, Any] = {"dtype": x.dtype} if accumulates else {}
         keep = bool(integer(node, "keepdims", 1))
         return np.asarray(function(x, axis=tuple(axes) if axes else None, keepdims=keep, **options))
