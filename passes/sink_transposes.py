@@ -158,6 +158,9 @@ def pull_transpose_up(op: Op, node: ir.Node) -> ir.Value | None:
 @rewrite.on("Concat", "Add", "Sub", "Mul", "Div", "Max", "Min", "Where", "Sum", "Pow")
 def push_transposes_down(op: Op, node: ir.Node) -> ir.Value | None:
     """Several operands permuted alike: permute the result instead."""
+    first = next((v for v in node.inputs if v is not None and ir.constant(v) is None), None)
+    if first is None or _permuted(op, first, len(node.inputs)) is None:
+        return None
     rank = op.rank(node.outputs[0])
     indices = None if rank is None else layout_inputs(op, node, rank)
     if indices is None:
