@@ -188,7 +188,7 @@ def _reduce(function: Callable[..., Any], *, accumulates: bool, since: int = 18)
         if accumulates and x.dtype.char in _INTS:
             # ONNX Runtime computes in double and saturates: the same where that is exact.
             size = np.maximum(np.abs(x.astype(np.float64)), 1)
-            if not function(size) < min(2.0**53, float(np.iinfo(x.dtype).max)):
+            if not function(size) < min(2.0**53, float(np.iinfo(cast(Any, x.dtype)).max)):
                 return None
         options: dict[str, Any] = {"dtype": x.dtype} if accumulates else {}
         keep = bool(integer(node, "keepdims", 1))
