@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 from onnx import StringStringEntryProto, TensorProto, TypeProto, ValueInfoProto
@@ -10,12 +11,20 @@ from graphopt.errors import Flaw
 
 _ELEMENT_TYPES = frozenset(TensorProto.DataType.values())
 _MAX_SIZE = 2**63 - 1
+MAX_RANK = 64
+"""Dimensions that a numpy array may have."""
 
 
 def quote(text: str | bytes) -> str:
     """A name in quotes, on one line and of bounded length."""
     shown = repr(text.decode("utf-8", "backslashreplace") if isinstance(text, bytes) else text)
     return shown if len(shown) <= 120 else f"{shown[:100]}…{shown[-1]}"
+
+
+def show(path: str | os.PathLike[str]) -> str:
+    """A path as messages name it: on one line, whatever it holds."""
+    text = os.fspath(path)
+    return text if text.isprintable() else repr(text)
 
 
 def check_texts(*texts: str) -> None:
@@ -69,6 +78,8 @@ def check_type(proto: TypeProto) -> None:
         return
     if tensor.elem_type not in _ELEMENT_TYPES:
         raise Flaw(f"element type {tensor.elem_type} is unknown")
+    if len(tensor.shape.dim) > MAX_RANK:
+        raise Flaw(f"it has {len(tensor.shape.dim)} dimensions")
     size = 1
     for dim in tensor.shape.dim:
         check_texts(dim.dim_param, dim.denotation)

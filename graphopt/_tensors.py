@@ -9,6 +9,7 @@ import numpy as np
 from onnx import AttributeProto, SparseTensorProto, TensorProto
 
 from graphopt import ir
+from graphopt._checks import MAX_RANK
 from graphopt._external import FileTensor, Folder, nbytes, tensor_from_bytes
 from graphopt.errors import Flaw
 
@@ -180,7 +181,9 @@ def check_element_type(number: int) -> None:
 
 
 def check_dims(shape: list[int]) -> None:
-    """Raise Flaw for a tensor's negative dimension."""
+    """Raise Flaw for a tensor's negative dimension, or too many dimensions."""
+    if len(shape) > MAX_RANK:
+        raise Flaw(f"it has {len(shape)} dimensions")
     if any(dim < 0 for dim in shape):
         raise Flaw(f"shape {shape} has a negative dimension")
 

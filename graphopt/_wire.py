@@ -17,7 +17,7 @@ import onnx
 from google.protobuf.message import Message
 
 PAYLOAD = 1024  # bytes from which a weight is taken out of the skeleton
-MAX_ITEMS = 2_000_000  # nodes, initializers and value infos of a graph: 20 times the largest known
+MAX_NODES = 1_000_000  # nodes of a file: ten times the largest models known
 MAX_FILE = 2**31 - 1  # bytes that a protobuf message may have
 
 Bytes = npt.NDArray[np.uint8]
@@ -49,7 +49,7 @@ class _Reader:
         self.stream = stream
         self.size = size
         self.position = 0
-        self.items = 0
+        self.nodes = 0
         self.initializers = 0
         self.payloads: dict[int, Bytes] = {}
 
@@ -109,16 +109,13 @@ class _Reader:
         body = self.message(self.position + length, nested)
         return tag + varint(len(body)) + body
 
-    def item(self, tag: bytes, length: int) -> bytes:
-        self.items += 1
-        if self.items > MAX_ITEMS:
-            raise WireError(f"its graph has more than {MAX_ITEMS:,} entries")
-        return tag + varint(length) + self.take(length, self.position + length)
-
     def node(self, tag: bytes, length: int) -> bytes:
+        self.nodes += 1
         if length == 0:
             raise WireError("it has an empty node")
-        return self.item(tag, length)
+        if self.nodes > MAX_NODES:
+            raise WireError(f"it has more than {MAX_NODES:,} nodes")
+        return tag + varint(length) + self.take(length, self.position + length)
 
     def initializer(self, tag: bytes, length: int) -> bytes:
         index, self.initializers = self.initializers, self.initializers + 1

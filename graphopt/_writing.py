@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 
 from graphopt import _wire, ir
+from graphopt._checks import show
 from graphopt._external import DataFile, FileTensor, copy_range
 from graphopt.errors import InputError
 
@@ -155,12 +156,12 @@ def _check_target(path: Path, *, overwrite: bool) -> None:
         status = path.stat()
     except FileNotFoundError:
         if not path.parent.is_dir():
-            raise InputError(f"{path}: the folder {str(path.parent)!r} does not exist") from None
+            raise InputError(f"{show(path)}: its folder does not exist") from None
         return
     if not stat.S_ISREG(status.st_mode):
-        raise InputError(f"{path}: exists and is not a file")
+        raise InputError(f"{show(path)}: exists and is not a file")
     if not overwrite:
-        raise InputError(f"{path}: exists; overwriting has to be allowed")
+        raise InputError(f"{show(path)}: exists; overwriting has to be allowed")
 
 
 def _layout(tensors: Initializers) -> dict[int, int]:
@@ -290,17 +291,16 @@ class _Files:
 
     def model(self, target: Path, proto: onnx.ModelProto, tensors: Initializers) -> Path:
         """Write a model file for a target."""
-        size = 0
+        chunks = list(_wire.model_chunks(proto, tensors))
+        size = sum(len(c) if isinstance(c, bytes) else c.nbytes for c in chunks)
+        if size > _wire.MAX_FILE:
+            raise InputError(f"{show(target)}: more than 2 GB in one file: use external data")
         with self._new(target) as stream:
-            for chunk in _wire.model_chunks(proto, tensors):
+            for chunk in chunks:
                 if isinstance(chunk, bytes):
                     stream.write(chunk)
-                    size += len(chunk)
                 else:
                     _write_tensor(chunk, stream)
-                    size += chunk.nbytes
-            if size > _wire.MAX_FILE:
-                raise InputError(f"{target}: more than 2 GB in one file: use external data")
             return self._finish(stream, target)
 
     def data(self, target: Path, tensors: Initializers, places: dict[int, int]) -> Path:
@@ -325,7 +325,7 @@ class _Files:
     def _finish(self, stream: BinaryIO, target: Path) -> Path:
         stream.flush()
         if target.exists():
-            os.fchmod(stream.fileno(), stat.S_IMODE(target.stat().st_mode))
+            self._written[-1].chmod(stat.S_IMODE(target.stat().st_mode))
         os.fsync(stream.fileno())
         return self._written[-1]
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections import Counter
 from collections.abc import Iterable
 
-import numpy as np
-from graphopt.shapes import Shapes
-
 from graphopt import ir
 from graphopt.errors import TimeLimitError
 from graphopt.report import PassRecord, Rewrite
+from graphopt.shapes import Shapes
 from graphopt.target import Target
 
 FOLD_BYTES = 1 << 20
@@ -132,19 +131,9 @@ def _named(tensor: ir.TensorProtocol, name: str) -> ir.TensorProtocol:
     """The tensor under a name of its own: tensors are shared between values, names are not."""
     if tensor.name == name:
         return tensor
-    if isinstance(tensor, ir.ExternalTensor):
-        return ir.ExternalTensor(
-            tensor.location,
-            tensor.offset,
-            tensor.length,
-            tensor.dtype,
-            shape=ir.Shape(tensor.shape.numpy()),
-            name=name,
-            base_dir=tensor.base_dir,
-        )
-    if tensor.dtype == ir.DataType.STRING:
-        return ir.onnx_ir.StringTensor(np.asarray(tensor.numpy(), object), name=name)
-    return ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=name)
+    twin = copy.copy(tensor)
+    twin.name = name
+    return twin
 
 
 def _take(hint: str, names: Counter[str]) -> str:

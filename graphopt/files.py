@@ -20,7 +20,7 @@ from google.protobuf.message import DecodeError
 from onnx import ValueInfoProto
 
 from graphopt import _wire, _writing, ir
-from graphopt._checks import quote
+from graphopt._checks import quote, show
 from graphopt._external import FileTensor, Folder
 from graphopt._tensors import DATA_FIELDS, TensorReader
 from graphopt._validate import Validator
@@ -54,11 +54,11 @@ def load(source: ModelLike, *, keep_signature: bool = False) -> ir.Model:
     try:
         with _open_regular(path) as stream:
             size = os.fstat(stream.fileno()).st_size
-            return _read(stream, size, str(path), path, keep_signature)
+            return _read(stream, size, show(path), path, keep_signature)
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+        raise InputError(f"{show(path)}: cannot be read ({error.strerror})") from None
     except ValueError as error:  # a null character in the name
-        raise InputError(f"{str(path)!r}: {error}") from None
+        raise InputError(f"{show(path)}: {error}") from None
 
 
 def _open_regular(path: Path) -> io.BufferedReader:
@@ -69,7 +69,7 @@ def _open_regular(path: Path) -> io.BufferedReader:
     stream = os.fdopen(os.open(path, flags), "rb")
     if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
         stream.close()
-        raise InputError(f"{path}: not a file")
+        raise InputError(f"{show(path)}: not a file")
     return stream
 
 
@@ -258,6 +258,6 @@ def save(
     try:
         _writing.write(model, target, overwrite=overwrite, external=external)
     except OSError as error:
-        raise InputError(f"{target}: cannot be written ({error.strerror})") from None
+        raise InputError(f"{show(target)}: cannot be written ({error.strerror})") from None
     except ValueError as error:  # a null character in the name
-        raise InputError(f"{str(target)!r}: {error}") from None
+        raise InputError(f"{show(target)}: {error}") from None

@@ -194,6 +194,7 @@ EDITS: dict[str, tuple[Callable[[onnx.ModelProto], object], str]] = {
     ),
     "negative size": (lambda m: w(m).dims.__setitem__(0, -2), "negative dimension"),
     "enormous size": (lambda m: w(m).dims.extend([2**62, 2**62]), "too large"),
+    "many dimensions": (lambda m: w(m).dims.extend([1] * 100_000), "100002 dimensions"),
     "unknown type": (lambda m: setattr(w(m), "data_type", 99), "element type 99 is unknown"),
     "undefined type": (lambda m: setattr(w(m), "data_type", 0), "element type 0 is unknown"),
     "no name": (lambda m: w(m).ClearField("name"), "no name"),
@@ -229,6 +230,12 @@ EDITS: dict[str, tuple[Callable[[onnx.ModelProto], object], str]] = {
             )
         ),
         "outside its shape",
+    ),
+    "many dimensions of an input": (
+        lambda m: m.graph.output[0].type.tensor_type.shape.dim.extend(
+            [onnx.TensorShapeProto.Dimension()] * 100_000
+        ),
+        "100002 dimensions",
     ),
     "dimension in an output": (
         lambda m: setattr(m.graph.output[0].type.tensor_type.shape.dim[0], "dim_value", -(2**63)),
@@ -512,3 +519,13 @@ def test_output_equal_to_input(tmp_path: Path) -> None:
         files.save(model, tmp_path / "." / "m.onnx")
     files.save(model, path, overwrite=True)
     assert path.read_bytes() == before
+
+
+def test_paths_with_odd_names(tmp_path: Path) -> None:
+    path = tmp_path / "new\nline.onnx"
+    path.write_bytes(b"")
+    with pytest.raises(InputError, match=r"new\\nline\.onnx': not an ONNX model") as caught:
+        files.load(path)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(InputError, match=r"new\\nline\.onnx': exists"):
+        files.save(files.load(small()), path)

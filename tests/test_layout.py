@@ -35,7 +35,8 @@ FLOORS = [
     "context _match rewriting driver pass_manager numbering cutting regions judging verification",
     "passes",
     "backends timing accuracy",
-    "optimization compilation machine measurement bisection differences inspection _foreign graphsurgeon "
+    "optimization compilation machine measurement bisection differences inspection _foreign "
+    "graphsurgeon "
     "onnxscript cli __init__ __main__",
 ]
 PUBLIC = {
