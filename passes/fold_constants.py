@@ -83,6 +83,8 @@ class _Folder:
             return self._lift(node)
         if node.op_type not in SUPPORTED or not self._ready(node):
             return []
+        if node.op_type == "Identity":
+            return self._pass_on(node)
         inputs = [ir.array(v) for v in node.inputs]
         size = output_bytes(node, inputs, self._root.opset_imports)
         if size is None:
@@ -99,6 +101,14 @@ class _Folder:
         if tensor is None or is_dead(node) or not self._context.holds_initializers(self._root):
             return []
         return self._put(node, [(old, tensor)])
+
+    def _pass_on(self, node: ir.Node) -> list[ir.Value]:
+        """Fold an Identity without a look at the weights, which may be far away in a file."""
+        tensor = ir.constant(node.inputs[0])
+        if tensor is None or not self._affordable(node, self._growth(node, tensor.nbytes)):
+            return []
+        self._left -= self._growth(node, tensor.nbytes)
+        return self._put(node, [(node.outputs[0], tensor)])
 
     def _hard(self, nodes: Iterable[ir.Node]) -> list[ir.Node]:
         """What only ONNX Runtime can compute, and nodes that wait for nothing but its results."""
