@@ -37,8 +37,8 @@ class Context:
         self.record = PassRecord("")
         self.shapes = Shapes(model)
         self._roots: dict[ir.Graph, ir.Graph] = {}
-        self._names: Counter[str] = Counter()
-        self._node_names: Counter[str] = Counter()
+        self._names = _Names()
+        self._node_names = _Names()
         self.refresh()
 
     def refresh(self) -> None:
@@ -72,29 +72,29 @@ class Context:
 
     def unique(self, hint: str) -> str:
         """A name, close to the hint, that no value of the model bears; it is taken."""
-        return _take(hint, self._names)
+        return self._names.take(hint)
 
     def unique_node(self, hint: str) -> str:
         """A name, close to the hint, that no node of the model bears; it is taken."""
-        return _take(hint, self._node_names)
+        return self._node_names.take(hint)
 
     def free(self, name: str) -> None:
         """Give a value's name back, since the value is gone.
 
         Branches of an If may bear the same names: it is free when the last of them is gone.
         """
-        self._names[name] -= 1
+        self._names.uses[name] -= 1
 
     def free_node(self, name: str) -> None:
         """Give a node's name back, since the node is gone."""
-        self._node_names[name] -= 1
+        self._node_names.uses[name] -= 1
 
     def rename(self, value: ir.Value, hint: str | None = None) -> None:
         """Give a value that moved to another scope, or stood in no graph yet, a unique name.
 
         It keeps its own where nothing else of the model bears it.
         """
-        if value.name and self._names[value.name] > 0:
+        if value.name and self._names.uses[value.name] > 0:
             self.free(value.name)
         value.name = self.unique(hint or value.name or "value")
 
@@ -136,24 +136,30 @@ def _named(tensor: ir.TensorProtocol, name: str) -> ir.TensorProtocol:
     return twin
 
 
-def _take(hint: str, names: Counter[str]) -> str:
-    name, count = hint, 0
-    while names[name] > 0:
-        count += 1
-        name = f"{hint}_{count}"
-    names[name] = 1
-    return name
+class _Names:
+    """How often each name is in use; remembers which numbers a hint has had."""
+
+    def __init__(self) -> None:
+        self.uses: Counter[str] = Counter()
+        self._numbers: Counter[str] = Counter()
+
+    def take(self, hint: str) -> str:
+        name = hint
+        while self.uses[name] > 0:
+            self._numbers[hint] += 1
+            name = f"{hint}_{self._numbers[hint]}"
+        self.uses[name] = 1
+        return name
 
 
-def _all_names(model: ir.Model) -> tuple[Counter[str], Counter[str]]:
-    """How often each name of a value and of a node occurs."""
-    values: Counter[str] = Counter()
-    nodes: Counter[str] = Counter()
+def _all_names(model: ir.Model) -> tuple[_Names, _Names]:
+    """The names of all values and of all nodes."""
+    values, nodes = _Names(), _Names()
     for graph in ir.graphs(model):
-        values.update(v.name for v in graph.inputs if v.name)
-        values.update(list(graph.initializers))
+        values.uses.update(v.name for v in graph.inputs if v.name)
+        values.uses.update(list(graph.initializers))
         for node in graph:
-            values.update(v.name for v in node.outputs if v.name)
+            values.uses.update(v.name for v in node.outputs if v.name)
             if node.name:
-                nodes[node.name] += 1
+                nodes.uses[node.name] += 1
     return values, nodes
