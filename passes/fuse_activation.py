@@ -1,10 +1,10 @@
 """Fuse activation functions from their parts.
 
-Sigmoid, Softplus, Mish, Swish, LeakyRelu, PRelu, Elu, HardSigmoid and HardSwish.
+Sigmoid, Softplus, Mish, LeakyRelu, PRelu, Elu, HardSigmoid and HardSwish.
 
 Why: exporters without the operator write it as three to six kernels over the same tensor.
 Numerics: rounding.
-Needs: opset 14 for HardSwish, 18 for Mish, 24 for Swish; float32 for HardSigmoid and HardSwish.
+Needs: opset 14 for HardSwish, 18 for Mish; float32 for HardSigmoid and HardSwish.
 """
 
 from __future__ import annotations
@@ -46,7 +46,13 @@ def fuse_softplus(op: Op, x: ir.Value) -> ir.Value:
 
 @fuse_softplus.replace
 def _(op: Op, x: ir.Value) -> ir.Value:
+    _not_double(op, x)
     return op.Softplus(x)
+
+
+def _not_double(op: Op, x: ir.Value) -> None:
+    if op.dtype(x) == ir.DataType.DOUBLE:
+        raise Refuse("ONNX Runtime does not have it in double precision")
 
 
 @rewrite
@@ -60,35 +66,6 @@ def _(op: Op, x: ir.Value) -> ir.Value:
     if op.opset < 18:
         raise Refuse("needs opset 18")
     return op.Mish(x)
-
-
-@rewrite
-def fuse_swish(op: Op, x: ir.Value) -> ir.Value:
-    """x sigmoid(x)"""
-    return op.Mul(x, op.Sigmoid(x))
-
-
-@fuse_swish.replace
-def _(op: Op, x: ir.Value) -> ir.Value:
-    if op.opset < 24:
-        raise Refuse("needs opset 24")
-    return op.Swish(x)
-
-
-@rewrite
-def fuse_quick_gelu(op: Op, x: ir.Value, slope: Const) -> ir.Value:
-    """x sigmoid(slope x)"""
-    return op.Mul(x, op.Sigmoid(op.Mul(x, slope)))
-
-
-@fuse_quick_gelu.replace
-def _(op: Op, x: ir.Value, slope: Const) -> ir.Value | None:
-    alpha = op.scalar(slope)
-    if alpha is None:
-        return None
-    if op.opset < 24:
-        raise Refuse("needs opset 24")
-    return op.Swish(x, alpha=float(alpha))
 
 
 @rewrite
@@ -153,7 +130,10 @@ def fuse_elu(op: Op, x: ir.Value, alpha: Const) -> ir.Value:
 @fuse_elu.replace
 def _(op: Op, x: ir.Value, alpha: Const) -> ir.Value | None:
     number = op.scalar(alpha)
-    return None if number is None else op.Elu(x, alpha=float(number))
+    if number is None:
+        return None
+    _not_double(op, x)
+    return op.Elu(x, alpha=float(number))
 
 
 @rewrite

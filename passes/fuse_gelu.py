@@ -36,6 +36,8 @@ def fuse_gelu(op: Op, node: ir.Node) -> ir.Value | None:
             raise Refuse(f"{outside!r} is used elsewhere")
         if op.opset < 20:
             raise Refuse("needs opset 20")
+        if op.dtype(x) == ir.DataType.DOUBLE:
+            raise Refuse("ONNX Runtime does not have it in double precision")
         return op.Gelu(x, approximate=bell[1])
     return None
 
