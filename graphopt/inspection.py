@@ -5,19 +5,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import cast
 
-import numpy as np
 import onnx
 
 from graphopt import ir
 from graphopt._external import FileTensor
 from graphopt._writing import TYPES, remembered
 from graphopt.cost import model_cost, node_cost
-from graphopt.dims import Dim, atoms
+from graphopt.dims import atoms
 from graphopt.errors import GraphoptError
 from graphopt.feeds import random_feeds
 from graphopt.files import ModelLike, load
+from graphopt.regions import named_sizes
 from graphopt.shapes import Shapes
 
 
@@ -184,15 +183,7 @@ def _sizes(model: ir.Model, shapes: Shapes, given: Mapping[str, int]) -> dict[st
         feeds = random_feeds(model, shapes, bindings=sizes)
     except GraphoptError:
         return sizes
-    for value, shape in zip(model.graph.inputs, known, strict=True):
-        fed = feeds.get(value.name or "")
-        if shape is not None and isinstance(fed, np.ndarray):
-            array = cast(ir.Array, fed)
-            for size, number in zip(shape, array.shape, strict=True):
-                atom = size.atom() if isinstance(size, Dim) else None
-                if atom is not None:
-                    sizes.setdefault(atom.name, number)
-    return sizes
+    return {**named_sizes(model, shapes, feeds), **sizes}
 
 
 def _port(value: ir.Value, model: ir.Model, shapes: Shapes) -> Port:

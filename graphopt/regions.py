@@ -24,7 +24,7 @@ import numpy as np
 
 from graphopt import ir
 from graphopt.cutting import Claim, Cut, Part, close, extract, whole
-from graphopt.dims import evaluate
+from graphopt.dims import Dim, evaluate
 from graphopt.errors import GraphoptError
 from graphopt.feeds import random_feeds
 from graphopt.judging import Feeds, Outputs, Trial, Verdict, computed_types, judge
@@ -92,7 +92,7 @@ class _Checks:
         self._cut, self._options = cut, options
         self._ran: Counter[str] = Counter()
         self._shapes = shapes
-        self._sizes = dict(named_sizes(cut.a, options.feeds))
+        self._sizes = named_sizes(cut.a, shapes, options.feeds)
         self._computed = computed_types(cut.a) | computed_types(cut.b)
 
     def run(self) -> None:
@@ -285,14 +285,17 @@ class _Checks:
         return tuple(max(0, evaluate(dim, self._sizes, _UNNAMED_SIZE)) for dim in shape)
 
 
-def named_sizes(model: ir.Model, feeds: Feeds) -> Iterator[tuple[str, int]]:
-    """Sizes of the named dimensions, as the inputs have them."""
+def named_sizes(model: ir.Model, shapes: Shapes, feeds: Feeds) -> dict[str, int]:
+    """Numbers of the symbolic sizes of a model's inputs, by name, as the feeds have them."""
+    sizes: dict[str, int] = {}
     for value in model.graph.inputs:
-        array = feeds.get(value.name or "")
-        if isinstance(array, np.ndarray) and value.shape is not None:
-            for dim, size in zip(value.shape, array.shape, strict=False):
-                if isinstance(dim, ir.SymbolicDim) and dim.value is not None:
-                    yield dim.value, size
+        fed, shape = feeds.get(value.name or ""), shapes.shape(value)
+        if isinstance(fed, np.ndarray) and shape is not None:
+            for size, number in zip(shape, fed.shape, strict=False):
+                atom = size.atom() if isinstance(size, Dim) else None
+                if atom is not None:
+                    sizes.setdefault(atom.name, number)
+    return sizes
 
 
 def _type_of(value: object) -> ir.TypeProtocol | None:

@@ -14,18 +14,21 @@ from collections.abc import Sequence
 from functools import cached_property
 
 from graphopt import ir
-from graphopt.cost import model_cost
+from graphopt.cost import ModelCost, model_cost
 from graphopt.cutting import Cut
-from graphopt.errors import GraphoptError
+from graphopt.dims import atoms
+from graphopt.errors import GraphoptError, TimeLimitError
 from graphopt.feeds import random_feeds, workable_feeds
 from graphopt.files import ModelLike, load
-from graphopt.judging import Feeds, Trial, computed_types, judge
+from graphopt.judging import Feeds, Outputs, Trial, computed_types, judge
 from graphopt.regions import BUDGET, Mode, Options, compare_regions, named_sizes
 from graphopt.report import Comparison, OutputComparison
+from graphopt.runner import Runner
 from graphopt.shapes import Shapes
 
 _BASE_BYTES = 256 << 20
 _BYTES_PER_WEIGHT = 200
+_MOST_FLOPS = 10**10  # about a second: beyond it runs are few and small
 _MOST_SHARE = 0.5  # of a model's nodes, beyond which running it whole is cheaper than by regions
 
 
@@ -135,14 +138,23 @@ class _Pair:
         self._signature = signature_breaks(a, b)
 
     @cached_property
-    def fits(self) -> bool:
-        """Whether the weights and activations of a whole run are within the memory limit."""
+    def _cost(self) -> ModelCost:
+        """Of the original, at the sizes of random inputs."""
         try:
-            sizes = dict(named_sizes(self._a, random_feeds(self._a, self._shapes)))
+            sizes = named_sizes(self._a, self._shapes, random_feeds(self._a, self._shapes))
         except GraphoptError:
             sizes = {}
-        cost = model_cost(self._a, self._shapes, sizes)
-        return cost.weight_bytes + cost.peak_bytes <= self._limit
+        return model_cost(self._a, self._shapes, sizes)
+
+    @cached_property
+    def fits(self) -> bool:
+        """Whether the weights and activations of a whole run are within the memory limit."""
+        return self._cost.weight_bytes + self._cost.peak_bytes <= self._limit
+
+    @cached_property
+    def _quick(self) -> bool:
+        """Whether a run is short enough to be done at a second size."""
+        return self._cost.flops <= _MOST_FLOPS
 
     @cached_property
     def cut(self) -> Cut:
@@ -163,7 +175,8 @@ class _Pair:
         try:
             result = self._whole(feeds)
         except GraphoptError as error:
-            result = self.regions(one, ("real", "random"))
+            slow = isinstance(error, TimeLimitError)
+            result = self.regions(one, ("random",) if slow else ("real", "random"))
             result.notes.insert(0, f"the original was not run whole: {error}")
             return result
         if result.unchecked and not result.different:
@@ -176,10 +189,14 @@ class _Pair:
     def _whole(self, feeds: Feeds | Sequence[Feeds] | None) -> Comparison:
         """Both models, from inputs to outputs. Raises GraphoptError if the original cannot run."""
         result = Comparison("whole", signature=self._signature)
-        given = self._tried() if feeds is None else feeds
-        runs = given if isinstance(given, Sequence) else [given]
+        runs: Sequence[Feeds]
+        expected: Sequence[Outputs]
+        if feeds is None:
+            runs, expected = self._random()
+        else:
+            runs = feeds if isinstance(feeds, Sequence) else [feeds]
+            expected = Trial(self._a, runs, self._threads).run()
         trial = Trial(self._a, runs, self._threads)
-        expected = trial.run()
         try:
             got = Trial(self._b, runs, self._threads).run()
         except GraphoptError as error:
@@ -217,29 +234,50 @@ class _Pair:
     @cached_property
     def _workable(self) -> Feeds:
         make = workable_feeds if self.fits else random_feeds
-        return make(self._a, self._shapes, seed=self._seed)
+        return make(self._a, self._shapes, seed=self._seed, bindings=self._small)
 
-    def _tried(self) -> list[Feeds]:
-        """Random inputs of one size, and of another one where sizes are free and that works."""
-        larger = self.larger()
-        if larger is not None:
-            try:
-                Trial(self._a, [larger], self._threads).run()
-            except GraphoptError:
-                larger = None
-        feeds = self._feeds(None)
-        return [feeds] if larger is None else [feeds, larger]
+    @cached_property
+    def _small(self) -> dict[str, int]:
+        """Batches of one, for a model that takes long."""
+        if self._quick:
+            return {}
+        leading = (self._shapes.shape(value) for value in self._a.graph.inputs)
+        return {atom.name: 1 for shape in leading if shape for atom in atoms(shape[0])}
 
-    def larger(self) -> Feeds | None:
-        """Random inputs with every free size one more than usual; None without free sizes.
+    def _random(self) -> tuple[Sequence[Feeds], Sequence[Outputs]]:
+        """Inputs of one size, and of another where sizes are free and that works; what comes out.
+
+        Raises GraphoptError where the original does not run on any.
+        """
+        runner = Runner(self._a, threads=self._threads)
+        feeds: Feeds = random_feeds(self._a, self._shapes, seed=self._seed, bindings=self._small)
+        try:
+            outputs = [runner.run(feeds)]
+        except TimeLimitError:
+            raise
+        except GraphoptError:
+            feeds = self._workable
+            outputs = [runner.run(feeds)]
+        larger = self.larger(feeds)
+        if larger is None:
+            return [feeds], outputs
+        try:
+            return [feeds, larger], [*outputs, runner.run(larger)]
+        except GraphoptError:
+            return [feeds], outputs
+
+    def larger(self, feeds: Feeds | None = None) -> Feeds | None:
+        """Random inputs with every free size one more than in `feeds`; None without free sizes.
 
         What a pass took for fixed although it is not shows at the second size.
         """
+        if not self._quick:
+            return None
         try:
-            sizes = dict(named_sizes(self._a, self._feeds(None)))
-            bindings = {name: size + 1 for name, size in sizes.items()}
-            if not bindings:
+            sizes = named_sizes(self._a, self._shapes, self._feeds(feeds))
+            if not sizes:
                 return None
+            bindings = {name: size + 1 for name, size in sizes.items()}
             return random_feeds(self._a, self._shapes, seed=self._seed + 1, bindings=bindings)
         except GraphoptError:
             return None
