@@ -130,7 +130,7 @@ _CONSTANT_ATTRIBUTES = {
 
 def subgraphs(node: Node) -> Iterator[Graph]:
     """The graphs that a node's attributes hold (bodies of If, Loop, Scan), in attribute order."""
-    for attr in node.attributes.values():
+    for attr in node.attributes.data.values():  # a plain dict: this runs for every node
         if attr.is_ref():
             continue
         if attr.type == AttributeType.GRAPH:
