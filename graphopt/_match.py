@@ -6,7 +6,7 @@ import functools
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import onnx
@@ -243,7 +243,7 @@ def _defaults(op_type: str, domain: str, opset: int) -> dict[str, Any]:
     for name, attribute in schema.attributes.items():
         proto = attribute.default_value
         if proto.type:
-            value = cast(Any, onnx.helper.get_attribute_value(proto))
+            value: Any = onnx.helper.get_attribute_value(proto)
             defaults[name] = value.decode() if isinstance(value, bytes) else value
     return defaults
 

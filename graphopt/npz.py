@@ -28,7 +28,7 @@ def read(path: Path) -> dict[str, Array]:
         with zipfile.ZipFile(path) as archive:
             if sum(info.file_size for info in archive.infolist()) > _MOST_BYTES:
                 raise InputError(f"{path}: unpacks to more than {_MOST_BYTES >> 30} GiB")
-        with cast("Any", np.load(path, allow_pickle=False)) as data:
+        with np.load(path, allow_pickle=False) as data:
             arrays: dict[str, Array] = {name: data[name] for name in data.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, KeyError) as error:
         reason = " ".join(str(error).split())

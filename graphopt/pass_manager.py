@@ -12,7 +12,7 @@ import time
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from graphopt import files, ir
 from graphopt.context import Context
@@ -113,7 +113,7 @@ def _checked(name: str, kind: type[Pass], options: Mapping[str, Any]) -> dict[st
         if wanted is float and type(value) is int:
             value = float(value)
         if origin is tuple and isinstance(value, list | str):
-            value = (value,) if isinstance(value, str) else tuple(value)
+            value = (value,) if isinstance(value, str) else tuple(cast(Sequence[Any], value))
         if isinstance(origin, type) and (
             not isinstance(value, origin) or (isinstance(value, bool) and origin is not bool)
         ):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from graphopt import ir
 
@@ -194,11 +195,11 @@ class Report:
 def finite(data: Any) -> Any:
     """Plain data for standard JSON: infinities and NaN become None, sets sorted lists."""
     if isinstance(data, dict):
-        return {key: finite(value) for key, value in data.items()}
+        return {key: finite(value) for key, value in cast(dict[str, Any], data).items()}
     if isinstance(data, list | tuple):
-        return [finite(value) for value in data]
+        return [finite(value) for value in cast(Iterable[Any], data)]
     if isinstance(data, set):
-        return sorted(data)
+        return sorted(cast(set[str], data))
     if isinstance(data, float) and (data != data or data in (float("inf"), float("-inf"))):
         return None
     return data

@@ -10,7 +10,7 @@ import contextlib
 import ctypes
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
@@ -135,7 +135,7 @@ RUN_SECONDS = 10.0
 
 
 @contextlib.contextmanager
-def _deadline(seconds: float) -> Iterator[Any]:
+def _deadline(seconds: float) -> Generator[Any]:
     """Run options that end a run after some time, between two nodes.
 
     Raises TimeLimitError in place of the exception by which ONNX Runtime then ends.
@@ -163,8 +163,9 @@ def run_session(
 ) -> list[Any]:
     """Run a session and convert its outputs: arrays, lists (sequences), dicts (maps) or None.
 
-    Raises TimeLimitError past `seconds`, ONNX Runtime's own exceptions, and TypeError where strings or sequences go in and
-    types that numpy does not know come out, which its Python interface cannot do at once.
+    Raises TimeLimitError past `seconds`, ONNX Runtime's own exceptions, and TypeError where strings
+    or sequences go in and types that numpy does not know come out, which its Python interface
+    cannot do at once.
     """
     ort = onnxruntime()
 

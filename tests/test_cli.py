@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 from click.testing import CliRunner, Result
 
 from graphopt import models
 from graphopt.cli import main
+
+onnx: Any = importlib.import_module("onnx")
 
 CNN = str(models.path("digits_cnn"))
 SAMPLES = str(models.path("digits_cnn").with_name("digits_test.npz"))

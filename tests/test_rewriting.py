@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from graphopt import ir
 from graphopt.context import Context
 from graphopt.driver import Driver
@@ -127,7 +129,7 @@ def _(op: Op, x: ir.Value, w: Const, s: Const) -> ir.Value:
         raise Refuse("the factor is no scalar")
     weight = op.const(w)
     assert weight is not None
-    return op.MatMul(x, op.initializer(weight * weight.dtype.type(factor)))
+    return op.MatMul(x, op.initializer(np.multiply(weight, factor, dtype=weight.dtype)))
 
 
 def test_constants_are_captured_and_new_ones_replace_them() -> None:
@@ -179,7 +181,8 @@ def test_lineage_names_and_metadata_go_on_to_what_comes() -> None:
 
 def test_the_number_of_rewrites_can_be_limited() -> None:
     source = model(
-        "g (float[4] x) => (float[4] y) { a = Neg(x) b = Identity(a) c = Abs(b) d = Identity(c) y = Neg(d) }"
+        "g (float[4] x) => (float[4] y) "
+        "{ a = Neg(x) b = Identity(a) c = Abs(b) d = Identity(c) y = Neg(d) }"
     )
     context = Context(source, rewrites_left=1)
     Driver(context, [(identity, PassRecord("test"))]).run()

@@ -8,9 +8,9 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
@@ -84,7 +84,7 @@ def write_json(data: Any, destination: str) -> None:
 
 
 @contextlib.contextmanager
-def progress(quiet: bool) -> Iterator[Callable[[str], None]]:
+def progress(quiet: bool) -> Generator[Callable[[str], None]]:
     """A function that shows what is being done, on terminals only."""
     if quiet or not sys.stderr.isatty():
         yield lambda text: None
@@ -94,7 +94,7 @@ def progress(quiet: bool) -> Iterator[Callable[[str], None]]:
 
 
 @contextlib.contextmanager
-def limits(seconds: float | None, memory: int | None) -> Iterator[None]:
+def limits(seconds: float | None, memory: int | None) -> Generator[None]:
     """Bound the process: an alarm for the time, an address-space limit for the memory.
 
     Raises:
@@ -141,7 +141,7 @@ class NamedShape(click.ParamType[tuple[str, list[int | str]]]):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if isinstance(value, tuple):
-            return value
+            return cast(Any, value)
         name, colon, text = str(value).rpartition(":")
         if not colon or not name:
             self.fail(f"{value!r}: write NAME:1x3x224x224", param, ctx)
