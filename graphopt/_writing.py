@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import stat
 from collections.abc import Iterator, Sequence
@@ -172,7 +173,9 @@ def _layout(tensors: Initializers) -> dict[int, int]:
     for index, (_, tensor) in enumerate(tensors):
         if tensor is None or tensor.nbytes < EXTERNAL_TENSOR_BYTES:
             continue
-        key: object = tensor.place if isinstance(tensor, FileTensor) else id(tensor)
+        key: object = (id(getattr(tensor, "raw", tensor)), tensor.dtype)
+        if isinstance(tensor, FileTensor):
+            key = tensor.place
         if key not in known:
             known[key] = end
             end = _aligned(end + tensor.nbytes)
@@ -210,7 +213,10 @@ def _write_both(
             files.publish(between, target)
             files.publish(new_data, data)
             files.publish(new_model, target)
-            spare.unlink()
+            # Nothing refers to other names any more, nor to those of a process that was killed.
+            for path in target.parent.iterdir():
+                if re.fullmatch(re.escape(target.name) + r"\.[0-9a-f]{8}\.data", path.name):
+                    path.unlink(missing_ok=True)
         else:
             files.publish(new_data, data)
             files.publish(new_model, target)
