@@ -12,7 +12,14 @@ from graphopt.errors import InputError
 from graphopt.ir import Array
 from graphopt.random_inputs import random_feeds, required_inputs, workable_feeds
 
-__all__ = ["load_feeds", "load_samples", "random_feeds", "required_inputs", "workable_feeds"]
+__all__ = [
+    "check_feeds",
+    "load_feeds",
+    "load_samples",
+    "random_feeds",
+    "required_inputs",
+    "workable_feeds",
+]
 
 
 def load_feeds(path: Path, model: ir.Model, notes: list[str] | None = None) -> dict[str, Array]:
@@ -24,16 +31,25 @@ def load_feeds(path: Path, model: ir.Model, notes: list[str] | None = None) -> d
     Raises InputError, naming file, input and cause: a file that cannot be read, missing or unknown
     names, dtypes and shapes that do not fit, a symbolic dimension with two sizes.
     """
-    path = Path(path)
-    arrays = npz.read(path)
-    _check_names(path, arrays, model)
+    return check_feeds(npz.read(path), model, where=str(path), notes=notes)
+
+
+def check_feeds(
+    arrays: Mapping[str, Array],
+    model: ir.Model,
+    *,
+    where: str = "inputs",
+    notes: list[str] | None = None,
+) -> dict[str, Array]:
+    """Arrays by input name, checked and converted as `load_feeds` does; `where` names them."""
+    _check_names(where, arrays, model)
     sizes: dict[str, tuple[int, str]] = {}
     feeds: dict[str, Array] = {}
     for value in model.graph.inputs:
         name = value.name or ""
         if name in arrays:
-            array = _converted(path, value, arrays[name], notes)
-            _check_shape(path, value, array.shape, sizes)
+            array = _converted(where, value, arrays[name], notes)
+            _check_shape(where, value, array.shape, sizes)
             feeds[name] = array
     return feeds
 
@@ -45,42 +61,42 @@ def load_samples(path: Path, model: ir.Model) -> tuple[dict[str, Array], Array |
     batch 1, as calibration data often is. Raises InputError like `load_feeds`, and where the
     numbers of samples differ.
     """
-    path = Path(path)
-    arrays = npz.read(path)
+    where = str(path)
+    arrays = npz.read(Path(path))
     declared = {v.name for v in model.graph.inputs}
     labels = arrays.pop("labels", None) if "labels" not in declared else None
-    _check_names(path, arrays, model)
+    _check_names(where, arrays, model)
     feeds: dict[str, Array] = {}
     for value in model.graph.inputs:
         name = value.name or ""
         if name not in arrays:
             continue
-        array = _converted(path, value, arrays[name], None)
+        array = _converted(where, value, arrays[name], None)
         if value.shape is not None and array.ndim == len(value.shape) + 1 and array.shape[1] == 1:
             array = array.reshape(array.shape[0], *array.shape[2:])
-        _check_shape(path, value, array.shape, {}, skip=1)
+        _check_shape(where, value, array.shape, {}, skip=1)
         feeds[name] = array
     counts = {name: array.shape[0] for name, array in feeds.items() if array.ndim}
     if labels is not None:
         counts["labels"] = len(labels)
     if len(set(counts.values())) > 1:
-        raise InputError(f"{path}: numbers of samples differ: {counts}")
+        raise InputError(f"{where}: numbers of samples differ: {counts}")
     return feeds, labels
 
 
-def _check_names(path: Path, arrays: Mapping[str, Array], model: ir.Model) -> None:
+def _check_names(where: str, arrays: Mapping[str, Array], model: ir.Model) -> None:
     names = [v.name or "" for v in model.graph.inputs]
     unknown = sorted(set(arrays) - set(names))
     if unknown:
-        raise InputError(f"{path}: {unknown[0]!r} is no input of the model, which takes {names}")
+        raise InputError(f"{where}: {unknown[0]!r} is no input of the model, which takes {names}")
     for value in required_inputs(model):
         if isinstance(value.type, ir.SequenceType) or value.type is None:
-            raise InputError(f"{path}: input {value.name!r} is no tensor; .npz holds arrays only")
+            raise InputError(f"{where}: input {value.name!r} is no tensor; .npz holds arrays only")
         if value.name not in arrays and not isinstance(value.type, ir.OptionalType):
-            raise InputError(f"{path}: no array for input {value.name!r}, it has {sorted(arrays)}")
+            raise InputError(f"{where}: no array for input {value.name!r}, it has {sorted(arrays)}")
 
 
-def _converted(path: Path, value: ir.Value, array: Array, notes: list[str] | None) -> Array:
+def _converted(where: str, value: ir.Value, array: Array, notes: list[str] | None) -> Array:
     """The array in the dtype that an input declares, if no value changes."""
     kind = value.type
     if isinstance(kind, ir.OptionalType):
@@ -99,15 +115,17 @@ def _converted(path: Path, value: ir.Value, array: Array, notes: list[str] | Non
             back = result.astype(given)
         if np.array_equal(back, array, equal_nan=given.kind == "f"):
             if notes is not None:
-                notes.append(f"{path}: {value.name!r} converted from {given} to {wanted}")
+                notes.append(f"{where}: {value.name!r} converted from {given} to {wanted}")
             return result
     wanted_name = "text" if kind.dtype == ir.DataType.STRING else str(wanted)
     given_name = "text" if given.kind == "O" else str(given)
-    raise InputError(f"{path}: input {value.name!r} is {given_name}, the model takes {wanted_name}")
+    raise InputError(
+        f"{where}: input {value.name!r} is {given_name}, the model takes {wanted_name}"
+    )
 
 
 def _check_shape(
-    path: Path,
+    where: str,
     value: ir.Value,
     shape: tuple[int, ...],
     sizes: dict[str, tuple[int, str]],
@@ -118,7 +136,7 @@ def _check_shape(
         return
     declared = "[" + ", ".join(_dim_text(d) for d in value.shape) + "]"
     wrong = InputError(
-        f"{path}: input {value.name!r} has shape {list(shape)}, the model takes {declared}"
+        f"{where}: input {value.name!r} has shape {list(shape)}, the model takes {declared}"
     )
     if len(shape) != len(value.shape):
         raise wrong
@@ -129,7 +147,7 @@ def _check_shape(
         elif sizes.setdefault(dim, (size, value.name or ""))[0] != size:
             before, other = sizes[dim]
             raise InputError(
-                f"{path}: dimension {dim!r} is {before} in input {other!r} "
+                f"{where}: dimension {dim!r} is {before} in input {other!r} "
                 f"and {size} in input {value.name!r}"
             )
 

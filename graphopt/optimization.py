@@ -7,9 +7,9 @@ import time
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, cast
 
-from graphopt import files, ir
+from graphopt import feeds, files, ir
 from graphopt.context import FOLD_BYTES, Context
 from graphopt.errors import InputError, VerificationError
 from graphopt.pass_manager import Pass, PassManager, load_pass, parse_pipeline
@@ -37,6 +37,7 @@ def optimize(
     shapes: Mapping[str, Sequence[int | str]] | None = None,
     opset: int | None = None,
     keep_signature: bool = False,
+    freeze_initializers: bool = False,
     lineage: bool = False,
     fold_bytes: int = FOLD_BYTES,
     bisect_limit: int | None = None,
@@ -61,6 +62,8 @@ def optimize(
         shapes: new shapes of graph inputs: ints, or names of symbolic dimensions.
         opset: the ai.onnx version to convert to first.
         keep_signature: list initializers as inputs again where a file of IR 3 did.
+        freeze_initializers: make constants of initializers that a newer file lists as inputs too,
+            which a caller could otherwise override; most are weights that an exporter listed.
         lineage: note in each node's metadata which nodes of the source it came from.
         fold_bytes: how much larger than what it frees a folded constant may be, in bytes.
         bisect_limit: apply only this many rewrites.
@@ -80,6 +83,8 @@ def optimize(
     original = files.load(model, keep_signature=keep_signature)
     if shapes:
         set_shapes(original, shapes)
+    given = None if inputs is None else [feeds.check_feeds(inputs, original)]
+    _overridable(original, freeze_initializers, report)
     aim = Target.parse(target)
     pipeline, asked = select(level, passes, enable, disable, opset)
     report.source = str(model) if isinstance(model, str | Path) else original.graph.name or ""
@@ -103,14 +108,13 @@ def optimize(
 
     result = run(each=verify == "each")
     if verify != "off":
-        feeds = None if inputs is None else [inputs]
 
         def final(candidate: ir.Model) -> Comparison:
             if progress is not None:
                 progress("verification")
             if not any(record.rewrites for record in report.passes):
                 return check(original, candidate)  # what did not change need not run
-            return compare(original, candidate, feeds=feeds, seed=seed, memory_limit=memory_limit)
+            return compare(original, candidate, feeds=given, seed=seed, memory_limit=memory_limit)
 
         verdict = final(result)
         if verdict.different and verify == "end":
@@ -179,21 +183,22 @@ def read_pipeline(path: Path, level: int) -> tuple[list[Pass], list[str], list[s
         raise InputError(f"{path}: {error}") from error
     lists: dict[str, list[str]] = {}
     for key in ("passes", "enable", "disable"):
-        lists[key] = data.pop(key, [])
-        if not isinstance(lists[key], list) or not all(isinstance(n, str) for n in lists[key]):
+        names: Any = data.pop(key, [])
+        if not isinstance(names, list) or not all(isinstance(n, str) for n in cast(Any, names)):
             raise InputError(f"{path}: {key!r} is a list of names of passes")
+        lists[key] = cast(list[str], names)
     level = data.pop("level", level)
     if type(level) is not int:
         raise InputError(f"{path}: 'level' is a number, not {level!r}")
     chosen = parse_pipeline(",".join(lists["passes"])) if lists["passes"] else _of_level(level)
-    names = [p.name for p in chosen]
+    order = [p.name for p in chosen]
     for name, options in data.items():
         dashed = name.replace("_", "-")
         if not isinstance(options, dict):
             raise InputError(f"{path}: {name!r} is no setting and no table of a pass's options")
-        if dashed not in names:
+        if dashed not in order:
             raise InputError(f"{path}: options for {name!r}, which is not among the passes")
-        chosen[names.index(dashed)] = load_pass(dashed, options)
+        chosen[order.index(dashed)] = load_pass(dashed, cast(dict[str, Any], options))
     return chosen, lists["enable"], lists["disable"]
 
 
@@ -225,6 +230,20 @@ def set_shapes(model: ir.Model, shapes: Mapping[str, Sequence[int | str]]) -> No
             for value in node.outputs:
                 if not value.is_graph_output():
                     value.shape = None
+
+
+def _overridable(model: ir.Model, freeze: bool, report: Report) -> None:
+    """Make constants of initializers that are inputs too, or say that they hold passes back."""
+    graph = model.graph
+    listed = [value for value in graph.inputs if value.is_initializer()]
+    if freeze:
+        for value in listed:
+            graph.inputs.remove(value)
+    elif listed:
+        report.notes.append(
+            f"{len(listed)} initializers are also inputs, which callers may override, so they are "
+            "no constants; freezing them (--freeze-initializers) lets more passes apply"
+        )
 
 
 def _write_lineage(model: ir.Model) -> None:

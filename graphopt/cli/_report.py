@@ -117,10 +117,9 @@ def evaluate(
     Raises:
         InputError: samples without `labels`, or that do not fit the model.
     """
-    from graphopt import measurement, npz
+    from graphopt import feeds, measurement
 
-    arrays = npz.read(samples)
-    labels = arrays.pop("labels", None)
+    arrays, labels = feeds.load_samples(samples, source)
     if labels is None:
         raise InputError(f"{samples}: no array is named 'labels'")
     measured = measurement.measure(

@@ -72,6 +72,11 @@ if TYPE_CHECKING:
     is_flag=True,
     help="List weights as inputs again where an old (IR 3) file did.",
 )
+@click.option(
+    "--freeze-initializers",
+    is_flag=True,
+    help="Make constants of weights that a file also lists as inputs (callers could override).",
+)
 @click.option("--lineage", is_flag=True, help="Note in each node which source nodes it came from.")
 @click.option(
     "--evaluate",
@@ -156,6 +161,7 @@ def _optimize(path: Path, options: dict[str, Any], report: Report) -> tuple[ir.M
             shapes=dict(options["shapes"]),
             opset=options["opset"],
             keep_signature=options["keep_initializer_inputs"],
+            freeze_initializers=options["freeze_initializers"],
             lineage=options["lineage"],
             bisect_limit=options["bisect_limit"],
             time_limit=options["time_limit"],

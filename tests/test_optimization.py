@@ -1,0 +1,131 @@
+"""`graphopt.optimize` and the public API: pure, quiet, verified."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+import graphopt
+from graphopt import ir, models
+from graphopt.context import Context
+from graphopt.errors import InputError
+from graphopt.optimization import optimize
+from graphopt.pass_manager import load_pass
+from graphopt.report import Report
+from tests.test_pass_manager import BreakIt
+
+CNN = models.path("digits_cnn")
+
+OVERRIDABLE = """<ir_version: 8, opset_import: ["" : 17]>
+g (float[N,4] x, float[4,4] w) => (float[N,4] y)
+<float[4,4] w = {1,0,0,0, 0,1,0,0, 0,0,1,0, 0,0,0,1}, float s = {2.0}>
+{ m = MatMul(x, w) y = Mul(m, s) }"""
+
+CHAIN = """<ir_version: 8, opset_import: ["" : 17]>
+g (float[N,4] x) => (float[N,4] y) { a = Neg(x) b = Identity(a) y = Abs(b) }"""
+
+
+def ops(model: ir.Model) -> list[str]:
+    return [node.op_type for node in ir.all_nodes(model)]
+
+
+def test_the_public_api_is_complete_and_nothing_else() -> None:
+    assert graphopt.__all__ == [
+        "GraphoptError", "Model", "PassManager", "Refuse", "Report", "Target", "compile", "load",
+        "measure", "optimize", "rewrite", "save", "verify",
+    ]  # fmt: skip
+    for name in graphopt.__all__:
+        assert getattr(graphopt, name) is not None
+
+
+def test_a_path_a_proto_and_an_ir_model_give_the_same_and_are_left_alone(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    proto, model = onnx.load(CNN), graphopt.load(CNN)
+    before = proto.SerializeToString(), onnx.printer.to_text(ir.to_proto(model))
+    results = [graphopt.optimize(source) for source in (CNN, str(CNN), proto, model)]
+    assert (proto.SerializeToString(), onnx.printer.to_text(ir.to_proto(model))) == before
+    files: list[bytes] = []
+    for number, result in enumerate(results):
+        graphopt.save(result, tmp_path / f"{number}.onnx")
+        files.append((tmp_path / f"{number}.onnx").read_bytes())
+    assert len(set(files)) == 1
+    assert capfd.readouterr() == ("", "")
+    assert graphopt.verify(CNN, results[0]).ok
+
+
+def test_levels_are_ordered_and_others_are_refused() -> None:
+    counts = [len(ops(optimize(CNN, level=level))) for level in range(4)]
+    assert counts[0] >= counts[1] > counts[2] >= counts[3]
+    with pytest.raises(InputError, match="no level 4"):
+        optimize(CNN, level=4)
+
+
+def test_a_pass_that_breaks_the_model_is_undone_and_the_rest_stays() -> None:
+    for verify in ("end", "each"):
+        report = Report()
+        model = ir.onnx_ir.from_onnx_text(CHAIN.replace("Abs(b)", "Exp(b)"))
+        passes = [load_pass("eliminate-identity"), BreakIt()]
+        result = optimize(model, passes=passes, verify=verify, report=report)  # pyright: ignore[reportArgumentType]
+        assert report.rolled_back == ["break-it"]
+        assert ops(result) == ["Neg", "Exp"]
+        assert report.verification is not None and report.verification.ok
+
+
+def test_initializers_that_callers_may_override_stay_inputs_unless_frozen() -> None:
+    model = ir.onnx_ir.from_onnx_text(OVERRIDABLE)
+    report = Report()
+    kept = optimize(model, report=report)
+    assert [v.name for v in kept.graph.inputs] == ["x", "w"]
+    assert any("--freeze-initializers" in note for note in report.notes)
+    frozen = optimize(model, freeze_initializers=True)
+    assert [v.name for v in frozen.graph.inputs] == ["x"]
+    assert ops(frozen) == ["MatMul"]
+
+
+def test_shapes_of_inputs_can_be_set() -> None:
+    result = optimize(CNN, shapes={"image": [3, 1, 8, 8]})
+    shape = result.graph.inputs[0].shape
+    assert shape is not None and list(shape) == [3, 1, 8, 8]
+    for wrong, message in (
+        ({"image": [1, 8, 8]}, "4 dimensions"),
+        ({"image": [1, 2, 8, 8]}, "fixed dimension 1"),
+        ({"picture": [1]}, "no input is named 'picture'"),
+    ):
+        with pytest.raises(InputError, match=message):
+            optimize(CNN, shapes=wrong)  # pyright: ignore[reportArgumentType]
+
+
+def test_lineage_is_written_on_request() -> None:
+    text = CHAIN.replace("b = Identity(a) y = Abs(b)", "s = Softmax(a) y = Log(s)")
+    model = ir.onnx_ir.from_onnx_text(text)
+    for number, node in enumerate(model.graph):
+        node.name = f"n{number}"
+    plain, traced = optimize(model), optimize(model, lineage=True)
+    assert not any(node.metadata_props for node in ir.all_nodes(plain))
+    sources = {n.op_type: json.loads(n.metadata_props[ir.SOURCES]) for n in ir.all_nodes(traced)}
+    assert sources == {"Neg": ["n0"], "LogSoftmax": ["n2", "n1"]}
+
+
+def test_the_opset_is_kept_unless_another_is_asked_for() -> None:
+    assert ir.opset(optimize(CNN).graph) == ir.opset(graphopt.load(CNN).graph)
+    assert ir.opset(optimize(CNN, opset=20).graph) == 20
+
+
+def test_random_and_given_inputs_verify() -> None:
+    report = Report()
+    image = models.samples()["image"][:8]
+    optimize(CNN, inputs={"image": image}, report=report)
+    assert report.verification is not None and report.verification.ok
+    with pytest.raises(InputError):
+        optimize(CNN, inputs={"picture": np.zeros(1)})
+
+
+def test_a_context_knows_its_opsets_and_names() -> None:
+    context = Context(ir.onnx_ir.from_onnx_text(CHAIN))
+    assert context.opset(next(ir.all_nodes(context.model))) == 17
+    assert context.unique("a") == "a_1"
