@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from graphopt import ir
 from graphopt.context import Context
-from graphopt.driver import is_used, remove, replace_value
+from graphopt.driver import is_dead, is_used, remove, replace_value
 from graphopt.execute import captured
 
 
@@ -73,6 +73,8 @@ class _Iteration:
     def simplify(self, context: Context) -> bool:
         """Take invariant states out, then drop the states and outputs that nothing needs."""
         changed = self._release_invariants(context)
+        if is_dead(self.node):
+            return True
         node, body = self.node, self.body
         states, scanned, needed = self._live()
         outputs = states + [
