@@ -28,7 +28,7 @@ def fuse_matmul_scale(op: Op, node: ir.Node) -> ir.Value | None:
     for index in (0, 1)[: 2 if node.op_type == "Mul" else 1]:
         value, factor = node.inputs[index], node.inputs[1 - index]
         number = op.scalar(factor)
-        if value is None or factor is None or not isinstance(number, float) or number == 0:
+        if value is None or factor is None or not isinstance(number, float) or not number:
             continue
         if not np.isfinite(number) or op.rank(value) != op.rank(node.outputs[0]):
             continue
