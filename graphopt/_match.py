@@ -17,7 +17,12 @@ from graphopt.dims import DimLike
 COMMUTATIVE = frozenset(["Add", "Mul", "And", "Or", "Xor", "Equal", "Max", "Min", "Sum", "Mean"])
 """Operators of ai.onnx whose two operands may be exchanged."""
 
-_RTOL = 1e-3  # 0.7071 for 1/sqrt(2), fp16 constants
+_RTOL = {ir.DataType.FLOAT16: 1e-3, ir.DataType.BFLOAT16: 8e-3}
+
+
+def rtol(dtype: ir.DataType | None) -> float:
+    """How exactly models write a number: 0.7071 for 1/sqrt(2), what a short type has room for."""
+    return 2e-5 if dtype is None else _RTOL.get(dtype, 2e-5)
 
 
 class _Arithmetic:
@@ -261,7 +266,7 @@ def _equals(value: ir.Value | None, number: float, consumer: ir.Node, shape_of: 
     array = tensor.numpy().astype(np.float64)
     if array.ndim and not _fits(array.shape, value, consumer, shape_of):
         return False
-    return bool(np.all(np.abs(array - number) <= _RTOL * abs(number)))
+    return bool(np.all(np.abs(array - number) <= rtol(tensor.dtype) * abs(number)))
 
 
 def _fits(

@@ -104,7 +104,8 @@ def optimize(
             deadline=None if time_limit is None else start + time_limit,
         )
         manager = PassManager(pipeline, check if each else None, after, progress)
-        return manager.run(context, report)
+        with ir.paused_gc():
+            return manager.run(context, report)
 
     result = run(each=verify == "each")
     if verify != "off":

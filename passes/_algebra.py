@@ -6,14 +6,13 @@ import math
 from collections.abc import Mapping
 
 from graphopt import ir
+from graphopt._match import rtol
 from graphopt.rewriting import Op
 
 Polynomial = dict[int, float]
 """Coefficients by power."""
 
 _DEGREE = 4
-_TOLERANCE = {ir.DataType.FLOAT16: 1e-3, ir.DataType.BFLOAT16: 8e-3}
-_EXACT = 2e-5  # 0.7071 and 1.4142 for what they stand for
 
 
 class Reader:
@@ -58,8 +57,7 @@ class Reader:
 
     def near(self, found: float, wanted: float, dtype: ir.DataType | None) -> bool:
         """Whether a number is another one up to how exactly models write it."""
-        tolerance = _EXACT if dtype is None else _TOLERANCE.get(dtype, _EXACT)
-        return math.isclose(found, wanted, rel_tol=tolerance)
+        return math.isclose(found, wanted, rel_tol=rtol(dtype))
 
     def factors(self, value: ir.Value | None) -> tuple[float, list[ir.Value]]:
         """A product as a number and the tensors that are multiplied."""
