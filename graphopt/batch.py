@@ -267,8 +267,6 @@ class _Program:
             self._graph.input.append(info)
             self.feeds[name] = np.ascontiguousarray(tensor.numpy()).reshape(shape)
         else:
-            if isinstance(tensor, ir.ExternalTensor):
-                tensor = ir.Tensor(tensor.numpy(), dtype=tensor.dtype)
             proto = ir.serde.serialize_tensor(tensor)
             proto.name = name
             self._graph.initializer.append(proto)
