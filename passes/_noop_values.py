@@ -145,7 +145,7 @@ def known_choice(op: Op, node: ir.Node) -> ir.Value | None:
 def no_bounds(op: Op, node: ir.Node) -> ir.Value | None:
     """Clip without bounds, LeakyRelu of slope 1.
 
-    Before opset 11 a bound that is left out is the largest finite number, which infinity exceeds.
+    Before opset 11 the schema gives a bound that is left out a number of its own.
     """
     if node.op_type == "LeakyRelu":
         return node.inputs[0] if op.attr(node, "alpha", 0.01) == 1 else None

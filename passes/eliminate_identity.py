@@ -2,7 +2,8 @@
 
 Why: exporters leave them by the hundred: casts, reshapes and slices that change nothing, dropouts,
 scalings by one, reductions over axes of size one.
-Numerics: exact, up to the sign of a zero (-0.0 + 0 is 0) and what NaN makes of Relu.
+Numerics: exact, up to the sign of a zero (-0.0 + 0 is 0), to what Relu makes of NaN, and to
+infinity, which a Clip without bounds would make the largest finite number.
 Needs: shapes, where the operator could have changed them.
 """
 
