@@ -26,6 +26,7 @@ __all__ = [
     "NUMPY_TYPES",
     "Runner",
     "from_ort",
+    "memory_guard",
     "one_line",
     "onnxruntime",
     "run_session",
@@ -72,6 +73,9 @@ def session(
     options.log_severity_level = 4
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
+    # Its arena doubles with each growth, and keeps what it has.
+    options.enable_cpu_mem_arena = shared_arena
+    options.enable_mem_pattern = False
     # Threads that spin take the processor from everything else on a small machine.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     level = ort.GraphOptimizationLevel
@@ -152,6 +156,33 @@ def _deadline(seconds: float) -> Generator[Any]:
         raise
     finally:
         timer.cancel()
+
+
+_SLACK_BYTES = 32 << 20  # address space for stacks and libraries
+
+
+@contextlib.contextmanager
+def memory_guard(limit: int) -> Generator[None]:
+    """Inside, allocations fail once this process has about `limit` bytes more than now.
+
+    For models whose need nobody can know before they run. It holds for all threads of the process,
+    and only where the system can limit address space (not on Windows).
+    """
+    try:
+        resource = import_module("resource")
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+    except (ImportError, OSError):
+        yield
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    wanted = pages * os.sysconf("SC_PAGE_SIZE") + limit + _SLACK_BYTES
+    if soft != resource.RLIM_INFINITY:
+        wanted = min(wanted, soft)
+    resource.setrlimit(resource.RLIMIT_AS, (wanted, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 def run_session(

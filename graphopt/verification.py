@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 
 from graphopt import ir
@@ -23,7 +23,7 @@ from graphopt.files import ModelLike, load
 from graphopt.judging import Feeds, Outputs, Trial, computed_types, judge
 from graphopt.regions import BUDGET, Mode, Options, compare_regions, named_sizes
 from graphopt.report import Comparison, OutputComparison
-from graphopt.runner import Runner
+from graphopt.runner import Runner, memory_guard
 from graphopt.shapes import Shapes
 
 _BASE_BYTES = 256 << 20
@@ -83,7 +83,7 @@ def compare(
     """
     start = time.perf_counter()
     pair = _Pair(a, b, seed, tolerance, memory_limit, threads)
-    result = pair.compare(feeds)
+    result = pair.guarded(lambda: pair.compare(feeds))
     result.seconds = time.perf_counter() - start
     return result
 
@@ -105,17 +105,7 @@ def verify_changes(
     """
     start = time.perf_counter()
     pair = _Pair(before, after, seed, tolerance, memory_limit, threads)
-    if pair.fits and pair.cut.share() > _MOST_SHARE:
-        result = pair.compare(feeds)
-    else:
-        modes: tuple[Mode, ...] = ("random", "real") if pair.fits else ("random",)
-        result = pair.regions(feeds, modes)
-        larger = pair.larger() if feeds is None and result.ok else None
-        if larger is not None:
-            other = pair.regions(larger, modes)
-            result = other if other.different else result
-        if result.unchecked and pair.fits:
-            result = pair.compare(feeds)
+    result = pair.guarded(lambda: pair.changes(feeds))
     result.seconds = time.perf_counter() - start
     return result
 
@@ -134,7 +124,7 @@ class _Pair:
     ) -> None:
         self._a, self._b = a, b
         self._seed, self._tolerance, self._threads = seed, tolerance, threads
-        self._limit = memory_limit if memory_limit is not None else _default_limit(a)
+        self.limit = memory_limit if memory_limit is not None else _default_limit(a)
         self._signature = signature_breaks(a, b)
 
     @cached_property
@@ -149,7 +139,7 @@ class _Pair:
     @cached_property
     def fits(self) -> bool:
         """Whether the weights and activations of a whole run are within the memory limit."""
-        return self._cost.weight_bytes + self._cost.peak_bytes <= self._limit
+        return self._cost.weight_bytes + self._cost.peak_bytes <= self.limit
 
     @cached_property
     def _quick(self) -> bool:
@@ -164,6 +154,17 @@ class _Pair:
     @cached_property
     def _shapes(self) -> Shapes:
         return Shapes(self._a)
+
+    def guarded(self, run: Callable[[], Comparison]) -> Comparison:
+        """What `run` finds, unless it needs more memory than the limit."""
+        try:
+            with memory_guard(self.limit):
+                return run()
+        except MemoryError:
+            result = Comparison("not run: it needs more memory than the limit")
+            result.signature = self._signature
+            result.settle()
+            return result
 
     def compare(self, feeds: Feeds | Sequence[Feeds] | None) -> Comparison:
         """Whole where that is possible, by regions otherwise."""
@@ -185,6 +186,18 @@ class _Pair:
                 regional.notes += [f"of the whole models: {reason}" for reason in result.unchecked]
                 return regional
         return result
+
+    def changes(self, feeds: Feeds | None) -> Comparison:
+        """By regions where these are small and leave no doubt, whole otherwise."""
+        if self.fits and self.cut.share() > _MOST_SHARE:
+            return self.compare(feeds)
+        modes: tuple[Mode, ...] = ("random", "real") if self.fits else ("random",)
+        result = self.regions(feeds, modes)
+        larger = self.larger() if feeds is None and result.ok else None
+        if larger is not None:
+            other = self.regions(larger, modes)
+            result = other if other.different else result
+        return self.compare(feeds) if result.unchecked and self.fits else result
 
     def _whole(self, feeds: Feeds | Sequence[Feeds] | None) -> Comparison:
         """Both models, from inputs to outputs. Raises GraphoptError if the original cannot run."""
@@ -220,7 +233,7 @@ class _Pair:
         except GraphoptError as error:
             modes = tuple(mode for mode in modes if mode == "random")
             notes = [f"no inputs could be made: {error}"]
-        budget = min(BUDGET, self._limit // 2)
+        budget = min(BUDGET, self.limit // 2)
         options = Options(given, self._seed, self._tolerance, self._threads, budget, modes)
         result = compare_regions(self.cut, options, self._shapes)
         result.signature = self._signature

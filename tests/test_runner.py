@@ -11,7 +11,7 @@ import pytest
 
 from graphopt import ir
 from graphopt.errors import GraphoptError, InputError
-from graphopt.runner import Runner
+from graphopt.runner import Runner, memory_guard
 from tests._models import parse
 
 ml_dtypes: Any = importlib.import_module("ml_dtypes")
@@ -69,3 +69,15 @@ def test_runner_leaves_large_weights_where_they_are(
     assert runner.inputs == ["x"]
     np.testing.assert_allclose(runner.run({"x": x})["y"], x @ weight, rtol=1e-5)
     assert model.graph.initializers["w"].const_value is not None
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the system tells no sizes")
+def test_memory_guard() -> None:
+    """Within it neither numpy nor ONNX Runtime gets more than it allows."""
+    bomb = parse("g () => (float[N] y) <int64[1] s = {400000000}> { y = ConstantOfShape (s) }")
+    with memory_guard(1 << 28):
+        with pytest.raises(MemoryError):
+            np.ones(1 << 30, np.uint8)
+        with pytest.raises(GraphoptError, match="cannot run"):
+            Runner(bomb).run({})
+    assert np.ones(1 << 30, np.uint8).size
