@@ -3,11 +3,17 @@
 Differences are measured against the *scale* of an output, so that a softmax over 50,000 words and
 a heat map in the thousands are judged alike. For elements a (expected) and b (got):
 
-    max_rel = max |a - b| / (s + |a|),   s = max(floor, root mean square of a)
+    max_rel = max |a - b| / (s + |a|)
 
-where values more than 1,000 times the median magnitude are left out of the mean square: one masked
-score of -3e38 would otherwise excuse everything beside it. `floor` is the scale below which a
-difference is rounding of values near one, eight units in the last place (see `Tolerance.of`).
+where `s` is the root mean square
+
+* of the element's channel, without values beyond 10,000 (masks): detectors put boxes in pixels
+  beside probabilities. Channels are on the shorter of a tensor's second and last axis;
+* of the whole tensor where channels have fewer than 16 elements, without values of more than 1,000
+  times the median magnitude: one masked score would otherwise excuse everything beside it.
+
+It is at least `floor`, and `floor` times the whole tensor's, below which a difference is rounding
+of what stands beside it (see `Tolerance.of`).
 """
 
 from __future__ import annotations
@@ -43,6 +49,8 @@ _EPSILON = {
     ir.DataType.BFLOAT16: 2.0**-7,
 }
 _OUTLIER = 1e3  # times the median magnitude
+_LARGE = 1e4  # masks are at least so large
+_LEAST_PER_CHANNEL = 16  # elements, from which their mean square tells a scale
 _MOST_CLASSES = 1_000_000
 
 
@@ -177,7 +185,7 @@ class Gauge:
             tolerance = Tolerance.of({dtype, *self.computed}, self.relative, self.share)
             result.tolerance = max(result.tolerance, tolerance.relative)
             if a.size:
-                self._floats(_reals(a), _reals(b), tolerance.floor, where)
+                self._floats(_reals(a), _reals(b), _scales(a, tolerance.floor), where)
                 self._top1(a, b)
         elif a.size:
             self._exact(a, b)
@@ -189,7 +197,7 @@ class Gauge:
             gap = np.abs(a.astype(np.float64) - b.astype(np.float64))
             self.result.max_abs = max(self.result.max_abs, float(gap.max()))
 
-    def _floats(self, a: Floats, b: Floats, floor: float, where: str) -> None:
+    def _floats(self, a: Floats, b: Floats, scale: Floats, where: str) -> None:
         finite = np.isfinite(a)
         if not finite.all() or not np.isfinite(b).all():
             odd = ~finite | ~np.isfinite(b)
@@ -198,12 +206,11 @@ class Gauge:
             if wrong:
                 self._fail(where, f"{wrong} of {a.size} elements differ in being NaN or infinite")
             finite &= ~odd
-            a, b = a[finite], b[finite]
+            a, b, scale = a[finite], b[finite], scale[finite]
             self._odd += int(odd.sum())
         if not a.size:
             return
         magnitude, gap = np.abs(a), np.abs(a - b)
-        scale = max(floor, _scale(magnitude))
         self.result.max_abs = max(self.result.max_abs, float(gap.max()))
         self.result.max_rel = max(self.result.max_rel, float((gap / (scale + magnitude)).max()))
         with np.errstate(over="ignore", invalid="ignore"):  # float64 beyond 1e154
@@ -236,9 +243,25 @@ def _table(rows: Sequence[_Map]) -> _Table | None:
     return keys, np.asarray([[row[key] for key in keys] for row in rows])
 
 
+def _scales(a: ir.Array, floor: float) -> Floats:
+    """For each real number of a tensor the scale that its difference is compared with."""
+    reals = np.abs(_reals(a))
+    whole = _scale(reals)
+    axis = -1 if a.ndim < 3 or a.shape[-1] <= a.shape[1] else 1
+    if a.dtype.kind == "c" or a.ndim < 2 or a.size < _LEAST_PER_CHANNEL * a.shape[axis]:
+        return np.full(reals.shape, max(floor, whole))
+    values = np.moveaxis(reals.reshape(a.shape), axis, 0).reshape(a.shape[axis], -1)
+    squares = np.where(values < _LARGE, values, 0) ** 2  # a NaN is not below either
+    channels = np.maximum(np.sqrt(squares.mean(axis=1)), floor * max(1.0, whole))
+    shape = [1] * a.ndim
+    shape[axis] = -1
+    scales: Floats = np.broadcast_to(channels.reshape(shape), a.shape)
+    return scales.ravel()
+
+
 def _scale(magnitude: Floats) -> float:
     """Root mean square without the elements beyond 1,000 times the median of those not zero."""
-    some = magnitude[magnitude > 0]
+    some = magnitude[(magnitude > 0) & np.isfinite(magnitude)]
     if not some.size:
         return 0.0
     usual = magnitude[magnitude <= _OUTLIER * float(np.median(some))]

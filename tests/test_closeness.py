@@ -59,6 +59,22 @@ def test_a_mask_does_not_excuse_what_is_beside_it() -> None:
     assert not gauge(expected, got).ok
 
 
+@pytest.mark.parametrize("axis", [1, 2])
+def test_channels_have_scales_of_their_own(axis: int) -> None:
+    """Detections: boxes in pixels beside probabilities."""
+    boxes = np.random.default_rng(0).random((1, 200, 4)).astype(np.float32) * 600
+    scores = np.full((1, 200, 1), 0.5, np.float32)
+    boxes[0, 0, 0] = 1e-4  # at the margin
+    moved = boxes.copy()
+    moved[0, 0, 0] += 1e-2
+
+    def output(*parts: ir.Array) -> ir.Array:
+        return np.ascontiguousarray(np.moveaxis(np.concatenate(parts, axis=2), 2, axis))
+
+    assert gauge(output(boxes, scores), output(moved, scores)).ok
+    assert not gauge(output(boxes, scores), output(moved, scores + np.float32(2e-3))).ok
+
+
 def test_sqnr_and_cosine() -> None:
     expected = floats(3, 4)
     assert gauge(expected, floats(3, 4.5)).sqnr_db == pytest.approx(20)
