@@ -26,7 +26,8 @@ def show(
 ) -> None:
     """Print the passes that changed something, then the model before and after."""
     for record in report.passes:
-        if record.rewrites or record.rolled_back or record.name in report.requested or verbose:
+        asked = record.name in report.requested or (verbose and record.refusals)
+        if record.rewrites or record.rolled_back or asked:
             _show_pass(out, record, verbose)
     _show_table(out, report, path, written, evaluation)
     if report.verification is not None:
