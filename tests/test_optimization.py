@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 
 import graphopt
@@ -17,6 +18,8 @@ from graphopt.optimization import optimize
 from graphopt.pass_manager import load_pass
 from graphopt.report import Report
 from tests.test_pass_manager import BreakIt
+
+onnx: Any = importlib.import_module("onnx")
 
 CNN = models.path("digits_cnn")
 
