@@ -82,6 +82,8 @@ class Setting:
 
     folder: Path
     torch: str
+    names: Sequence[str] = ()
+    """Of the models that repeat and latency take; all where there are none."""
 
 
 def process(command: Sequence[str]) -> Cost:
@@ -198,7 +200,7 @@ def models(setting: Setting) -> list[Path]:
         paths += sorted(shared("corpus").glob("models/*/model.onnx"))
     except pytest.skip.Exception as absent:
         print(f"shipped models only: {absent}")
-    return paths
+    return [path for path in paths if not setting.names or _title(path) in setting.names]
 
 
 def _title(path: Path) -> str:
@@ -266,12 +268,13 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--keep", type=Path, metavar="FOLDER")
     parser.add_argument("--torch", default=sys.executable, metavar="PYTHON")
+    parser.add_argument("--models", nargs="*", default=[], metavar="NAME")
     options = parser.parse_args()
     lines: list[Line] = []
     with tempfile.TemporaryDirectory() as scratch:
         folder: Path = options.keep or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
-        setting = Setting(folder.absolute(), options.torch)
+        setting = Setting(folder.absolute(), options.torch, options.models)
         for name in options.only:
             for line in SECTIONS[name](setting):
                 lines.append(line)
