@@ -23,6 +23,7 @@ Verify = Literal["off", "end", "each"]
 Feeds = Mapping[str, ir.Array]
 
 
+@ir.paused_gc()
 def optimize(
     model: files.ModelLike,
     *,
@@ -104,8 +105,7 @@ def optimize(
             deadline=None if time_limit is None else start + time_limit,
         )
         manager = PassManager(pipeline, check if each else None, after, progress)
-        with ir.paused_gc():
-            return manager.run(context, report)
+        return manager.run(context, report)
 
     result = run(each=verify == "each")
     if verify != "off":
