@@ -194,8 +194,7 @@ def test_nothing_private_is_named() -> None:
 
 def test_wheel(tmp_path: Path) -> None:
     """The wheel holds graphopt and nothing beside it, with the models and the type marker."""
-    if int(version("setuptools").partition(".")[0]) < 77:
-        pytest.skip("setuptools is older than 77, which the build needs")
+    pytest.importorskip("setuptools", minversion="77", reason="the build needs setuptools 77")
     tree = tmp_path / "tree"
     for file in tracked():
         if (ROOT / file).exists():
