@@ -49,6 +49,7 @@ _EPSILON = {
     ir.DataType.BFLOAT16: 2.0**-7,
 }
 _OUTLIER = 1e3  # times the median magnitude
+_CONSTANT = 1e-3  # a range of values, relative to their size, that tells little
 _LARGE = 1e4  # masks are at least so large
 _LEAST_PER_CHANNEL = 16  # elements, from which their mean square tells a scale
 _MOST_CLASSES = 1_000_000
@@ -106,6 +107,8 @@ class Gauge:
     _hits: int = 0
     _finite: int = 0
     _odd: int = 0
+    _low: float = math.inf
+    _high: float = -math.inf
 
     def __post_init__(self) -> None:
         self.result = OutputComparison(self.name)
@@ -133,6 +136,8 @@ class Gauge:
                 if self._finite
                 else "no finite element: only the pattern was compared"
             )
+        size = max(abs(self._low), abs(self._high), 1.0)
+        result.telling = self._high - self._low > _CONSTANT * size or result.dtype == "STRING"
         result.ok = not result.reason and result.max_rel <= result.tolerance
         return result
 
@@ -192,6 +197,8 @@ class Gauge:
 
     def _exact(self, a: ir.Array, b: ir.Array) -> None:
         differ = np.asarray(a != b)
+        if a.dtype.kind in "iub":
+            self._range(a.astype(np.float64))
         self.result.max_rel = max(self.result.max_rel, float(differ.mean()))
         if differ.any() and a.dtype.kind in "iu":
             gap = np.abs(a.astype(np.float64) - b.astype(np.float64))
@@ -210,6 +217,7 @@ class Gauge:
             self._odd += int(odd.sum())
         if not a.size:
             return
+        self._range(a)
         magnitude, gap = np.abs(a), np.abs(a - b)
         self.result.max_abs = max(self.result.max_abs, float(gap.max()))
         self.result.max_rel = max(self.result.max_rel, float((gap / (scale + magnitude)).max()))
@@ -219,6 +227,9 @@ class Gauge:
             self._bb += float(b @ b)
             self._error += float(gap @ gap)
         self._finite += a.size
+
+    def _range(self, a: Floats) -> None:
+        self._low, self._high = min(self._low, float(a.min())), max(self._high, float(a.max()))
 
     def _top1(self, a: ir.Array, b: ir.Array) -> None:
         if a.dtype.kind == "c" or not 1 <= a.ndim <= 3 or not 2 <= a.shape[-1] <= _MOST_CLASSES:

@@ -65,6 +65,7 @@ def compare_regions(cut: Cut, options: Options, shapes: Shapes) -> Comparison:
     ends = [value.name or "" for value in cut.b.graph.outputs]
     checks = _Checks(cut, options, shapes)
     checks.run()
+    apart = [output for output in checks.outputs if not output.ok and not output.reason]
     for attempt in range(_ROUNDS):
         doubtful = checks.doubtful.difference(ends)
         if not doubtful:
@@ -77,7 +78,9 @@ def compare_regions(cut: Cut, options: Options, shapes: Shapes) -> Comparison:
     claimed = {claim.name for claim in cut.claims}
     alike = [OutputComparison(n, note="computed alike") for n in ends if n not in claimed]
     unchecked = [f"{name}: {reason}" for name, reason in checks.unchecked.items()]
-    result = Comparison("regions", outputs=[*alike, *checks.outputs], unchecked=unchecked)
+    if all(output.telling for output in checks.outputs if output.name in ends):
+        apart = []  # the outputs tell that a name was used again for something else
+    result = Comparison("regions", outputs=[*alike, *checks.outputs, *apart], unchecked=unchecked)
     result.notes += checks.notes()
     result.settle()
     return result

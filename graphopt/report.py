@@ -100,6 +100,8 @@ class OutputComparison:
     """How far the original lies from itself, where that had to be measured."""
     note: str = ""
     """Why the comparison says less than it seems to: an empty output, one not finite."""
+    telling: bool = True
+    """False where the output hardly varies, so that much can go wrong before it shows there."""
 
     def __str__(self) -> str:
         if self.reason:

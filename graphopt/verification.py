@@ -185,6 +185,11 @@ class _Pair:
             if regional.ok:
                 regional.notes += [f"of the whole models: {reason}" for reason in result.unchecked]
                 return regional
+        dull = [output.name for output in result.outputs if not output.telling]
+        if result.ok and dull:
+            regional = self.regions(one, ("random", "real"))
+            result.notes.append(f"compared by regions, too: {', '.join(dull)} hardly varies")
+            return regional if regional.different else result
         return result
 
     def changes(self, feeds: Feeds | None) -> Comparison:

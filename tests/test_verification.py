@@ -117,6 +117,24 @@ def test_rounding_in_the_original_widens_the_limit() -> None:
     assert compare(model(text), model(late)).ok
 
 
+@pytest.mark.parametrize("check", [compare, verify_changes])
+def test_outputs_that_hardly_vary_do_not_hide_faults(check: Check) -> None:
+    text = """
+    net (float[4,8] x) => (float[4,8] y, int64[4] i) <float k = {-40}, float two = {2}> {
+      a = Tanh (x)
+      b = Mul (a, two)
+      c = Add (b, k)
+      y = Sigmoid (c)
+      m = Mul (c, y)
+      r = Relu (m)
+      i = ArgMax <axis = 1, keepdims = 0> (r)
+    }
+    """
+    found = check(model(text), model(text.replace("Tanh", "Sin")))
+    assert found.different and found.how == "regions"
+    assert check(model(text), model(text.replace("b = Mul (a, two)", "b = Add (a, a)"))).ok
+
+
 def test_ties_of_integer_outputs_follow_the_original() -> None:
     text = """
     net (float[512,2] x) => (int64[512] y) <float k = {3}> {
