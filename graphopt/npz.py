@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
+from graphopt import atomic
 from graphopt.errors import InputError
 
 Array = npt.NDArray[Any]
@@ -50,13 +50,4 @@ def write(path: Path, arrays: Mapping[str, Any]) -> None:
             raise InputError(f"output {name!r} is a {type(value).__name__}; .npz holds arrays only")
         array = cast(Array, value)
         plain[name] = array.astype(str) if array.dtype.kind == "O" else array
-    beside = path.with_name(f".{path.name}.{os.getpid()}.npz")
-    try:
-        with beside.open("xb") as file:
-            cast("Any", np.savez)(file, **plain)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise InputError(f"cannot write {path}: {error.strerror}") from error
+    atomic.write(path, lambda file: cast("Any", np.savez)(file, **plain))

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
+from graphopt import atomic
 from graphopt.errors import GraphoptError, InputError
 
 if TYPE_CHECKING:
@@ -73,14 +74,7 @@ def write_json(data: Any, destination: str) -> None:
     if destination == "-":
         click.echo(text)
         return
-    path = Path(destination)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        beside.write_text(text + "\n", encoding="utf-8")
-        beside.replace(path)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise InputError(f"cannot write {path}: {error.strerror}") from error
+    atomic.write(Path(destination), lambda file: file.write(text.encode() + b"\n"))
 
 
 @contextlib.contextmanager

@@ -131,6 +131,8 @@ def optimize(model: Path, **options: Any) -> None:
 
 def _check_output(model: Path, output: Path, overwrite: bool) -> None:
     """Fail before the work rather than after it."""
+    if output.is_dir():
+        raise InputError(f"{output} is a folder; name the file to write")
     if output.exists() and not overwrite:
         same = output.samefile(model)
         raise InputError(f"{output} {'is the input' if same else 'exists'}; use --overwrite")
