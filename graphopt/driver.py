@@ -114,8 +114,8 @@ class Driver:
         assert place.graph is not None
         graph = place.graph
         graph.insert_before(place, new_nodes)
-        for node in new_nodes:
-            self._order[node] = self._order.get(place, 0.0)
+        if place in self._order:
+            self._order.update(dict.fromkeys(new_nodes, self._order[place]))
         around = list(dict.fromkeys(u for v in mapping for u in v.consumers()))
         for old, new in mapping.items():
             replace_value(context, old, new, fresh=new.producer() in created)

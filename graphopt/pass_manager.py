@@ -172,8 +172,6 @@ class PassManager:
     """Called after each pass that ran by itself, e.g. to dump the model."""
     progress: Callable[[str], None] | None = None
     """Called with the name of what is about to run."""
-    separate: bool = False
-    """Run each pass by itself, also where neighbours could run as one."""
 
     def run(self, context: Context, report: Report | None = None) -> ir.Model:
         """Optimize `context.model`; returns the model that is left (after any rollback)."""
@@ -192,7 +190,7 @@ class PassManager:
         return context.model
 
     def _stages(self) -> Iterator[list[Pass]]:
-        alone = self.separate or self.check is not None or self.after is not None
+        alone = self.check is not None or self.after is not None
         for mergeable, group in itertools.groupby(
             self.passes, lambda p: isinstance(p, RewritePass) and not alone
         ):
