@@ -14,6 +14,7 @@ from graphopt import ir
 _SHORT = 256
 """Bytes that are their own key; longer ones are hashed."""
 _SAMPLES = 32
+_SAMPLE_BYTES = 64
 
 
 def content(tensor: ir.TensorProtocol) -> Hashable:
@@ -34,7 +35,8 @@ def sample(tensor: ir.TensorProtocol) -> Hashable:
         return content(tensor)
     data = _bytes(tensor)
     step = max(1, len(data) // _SAMPLES)
-    return *kind, data[::step].tobytes(), data[-8:].tobytes()
+    runs = [data[i : i + _SAMPLE_BYTES].tobytes() for i in range(0, len(data), step)]
+    return *kind, *runs, data[-8:].tobytes()
 
 
 def _bytes(tensor: ir.TensorProtocol) -> npt.NDArray[np.uint8]:
