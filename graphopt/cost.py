@@ -274,7 +274,7 @@ def model_cost(
     """The cost of a model; see `ModelCost` for what is counted."""
     sizes = _Sizes(shapes, bindings or {})
     total, peak = _graph_cost(model.graph, model, sizes)
-    weights = _weights(model)
+    weights = ir.constants(model)
     return ModelCost(
         flops=total.flops,
         bytes=total.bytes,
@@ -282,18 +282,6 @@ def model_cost(
         weight_bytes=sum(t.nbytes for t in weights if t.dtype != ir.DataType.STRING),
         peak_bytes=peak,
     )
-
-
-def _weights(model: ir.Model) -> list[ir.TensorProtocol]:
-    """Every constant tensor once, however many values share it."""
-    found: dict[int, ir.TensorProtocol] = {}
-    for graph in ir.graphs(model):
-        values = [*graph.initializers.values(), *(v for node in graph for v in node.outputs)]
-        for value in values:
-            tensor = ir.constant(value)
-            if tensor is not None:
-                found[id(tensor)] = tensor
-    return list(found.values())
 
 
 def _graph_cost(graph: ir.Graph, model: ir.Model, sizes: _Sizes) -> tuple[Cost, int]:

@@ -261,28 +261,16 @@ def _depth(graph: ir.Graph) -> int:
     return max((1 + _depth(body) for node in graph for body in ir.subgraphs(node)), default=0)
 
 
-def _tensors(model: ir.Model) -> list[ir.TensorProtocol]:
-    """Every constant tensor once."""
-    found: dict[int, ir.TensorProtocol] = {}
-    for graph in ir.graphs(model):
-        values = [*graph.initializers.values(), *(v for node in graph for v in node.outputs)]
-        for value in values:
-            tensor = ir.constant(value)
-            if tensor is not None:
-                found[id(tensor)] = tensor
-    return list(found.values())
-
-
 def _by_type(model: ir.Model) -> dict[str, int]:
     counts: Counter[str] = Counter()
-    for tensor in _tensors(model):
+    for tensor in ir.constants(model):
         counts[tensor.dtype.name] += int(tensor.size)
     return dict(counts.most_common())
 
 
 def _external(model: ir.Model) -> dict[str, int]:
     sizes: Counter[str] = Counter()
-    for tensor in _tensors(model):
+    for tensor in ir.constants(model):
         if isinstance(tensor, FileTensor):
             sizes[tensor.place[0].path.name] += tensor.nbytes
     return dict(sizes)

@@ -97,6 +97,7 @@ __all__ = [
     "array",
     "attribute",
     "constant",
+    "constants",
     "convenience",
     "from_proto",
     "graphs",
@@ -199,6 +200,18 @@ def constant(value: Value | None) -> TensorProtocol | None:
         if name == "value_strings":
             return onnx_ir.StringTensor([s.encode() for s in attr.as_strings()])
     return None
+
+
+def constants(model: Model) -> list[TensorProtocol]:
+    """Every constant tensor of a model once, however many values share it."""
+    found: dict[int, TensorProtocol] = {}
+    for graph in graphs(model):
+        made = (value for node in graph for value in node.outputs if node.op_type == "Constant")
+        for value in (*graph.initializers.values(), *made):
+            tensor = value.const_value if value.is_initializer() else constant(value)
+            if tensor is not None:
+                found[id(tensor)] = tensor
+    return list(found.values())
 
 
 def array(value: Value | None) -> Array | None:

@@ -24,23 +24,16 @@ class Stats:
     @classmethod
     def of(cls, model: ir.Model) -> Stats:
         """Count a model; `bytes` are those of its constant tensors."""
-        ops: Counter[str] = Counter()
-        tensors: dict[int, ir.TensorProtocol] = {}
-        for graph in ir.graphs(model):
-            for value in graph.initializers.values():
-                if value.const_value is not None:
-                    tensors[id(value.const_value)] = value.const_value
-            for node in graph:
-                if node.op_type == "Constant":
-                    tensor = ir.constant(node.outputs[0])
-                    if tensor is not None:
-                        tensors[id(node)] = tensor
-                else:
-                    ops[f"{node.domain}.{node.op_type}" if node.domain else node.op_type] += 1
+        ops = Counter(
+            f"{node.domain}.{node.op_type}" if node.domain else node.op_type
+            for node in ir.all_nodes(model)
+            if node.op_type != "Constant"
+        )
+        tensors = ir.constants(model)
         return cls(
             nodes=ops.total(),
-            parameters=sum(int(t.size) for t in tensors.values()),
-            bytes=sum(int(t.nbytes) for t in tensors.values()),
+            parameters=sum(int(t.size) for t in tensors),
+            bytes=sum(int(t.nbytes) for t in tensors),
             ops=dict(sorted(ops.items())),
         )
 

@@ -302,12 +302,8 @@ class _Pair:
 
 
 def _default_limit(model: ir.Model) -> int:
-    weights = sum(
-        value.const_value.nbytes
-        for graph in ir.graphs(model)
-        for value in graph.initializers.values()
-        if value.const_value is not None and value.const_value.dtype != ir.DataType.STRING
-    )
+    tensors = ir.constants(model)
+    weights = sum(t.nbytes for t in tensors if t.dtype != ir.DataType.STRING)
     limit = _BASE_BYTES + _BYTES_PER_WEIGHT * weights
     try:
         return min(limit, os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2)
