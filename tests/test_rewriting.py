@@ -9,10 +9,7 @@ from graphopt.context import Context
 from graphopt.driver import Driver
 from graphopt.report import PassRecord
 from graphopt.rewriting import Attribute, Const, Op, Refuse, Rule, rewrite
-
-
-def model(text: str) -> ir.Model:
-    return ir.onnx_ir.from_onnx_text('<ir_version: 10, opset_import: ["" : 20]>\n' + text)
+from tests._text import model
 
 
 def apply(rule: Rule, text: str) -> tuple[ir.Model, PassRecord]:
