@@ -24,6 +24,7 @@ _FUSE = (
     "fold-shapes",
     "eliminate-identity",
     "eliminate-zero-state",
+    "eliminate-arithmetic",
     "eliminate-expand",
     "merge-reshapes",
     "merge-transposes",
