@@ -29,6 +29,7 @@ _FUSE = (
     "merge-reshapes",
     "merge-transposes",
     "merge-slices",
+    "merge-gathers",
     "merge-clips",
     "merge-quantize",
     "sink-transposes",

@@ -1,0 +1,91 @@
+"""Merge gathers of single elements that share a tensor out along one axis into a Split.
+
+Why: each Gather is a kernel and a copy; exporters write `x[:, i:i + 1]` as one.
+Numerics: exact.
+Needs: constant indices that are all of an axis of known size; no more nodes than before: elements
+that lose the axis would each take a Squeeze.
+"""
+
+from __future__ import annotations
+
+from graphopt import ir
+from graphopt.passes._slices import split
+from graphopt.passes._views import axes_arguments
+from graphopt.rewriting import Op, rewrite
+
+_MOST_USES = 256  # each gather looks at all others
+
+
+@rewrite.on("Unsqueeze", benefit=2)
+def gather_unsqueeze(op: Op, node: ir.Node) -> ir.Value | None:
+    """One element whose axis comes back at once is a Gather that keeps it."""
+    value = node.inputs[0]
+    gather = None if value is None else value.producer()
+    found = None if gather is None else _place(op, gather)
+    if gather is None or found is None or _regained(op, gather, found[0]) is not node:
+        return None
+    source = gather.inputs[0]
+    return None if source is None else op.Gather(source, [found[1]], axis=found[0])
+
+
+@rewrite.on("Gather")
+def gathers_to_split(op: Op, node: ir.Node) -> dict[ir.Value, ir.Value] | None:
+    """Gathers of one element each that together are all of an axis are a Split."""
+    value, own = node.inputs[0], _place(op, node)
+    if value is None or own is None or op.uses(value) > _MOST_USES:
+        return None
+    if op.values(value) is not None:
+        return None  # a shape: what computes with it is known element by element
+    axis, size = own[0], (op.shape(value) or ())[own[0]]
+    gathers: dict[ir.Node, tuple[int, bool]] = {}
+    for user in dict.fromkeys(value.consumers()):
+        found = _place(op, user) if user.graph is node.graph else None
+        if found is not None and found[0] == axis and user.inputs[0] is value:
+            if _regained(op, user, axis) is not None:
+                return None  # until it keeps its axis
+            gathers[user] = found[1:]
+    taken = {index for index, _ in gathers.values()}
+    squeezed = {index for index, keeps in gathers.values() if not keeps}
+    if not isinstance(size, int) or size < 2 or taken != set(range(size)):
+        return None
+    if 1 + len(squeezed) > len(gathers):
+        return None
+    parts = split(op, value, axis, [1] * size)
+    more, attributes = axes_arguments(op, [axis])
+    elements = {index: op.Squeeze(parts[index], *more, **attributes) for index in sorted(squeezed)}
+    return {
+        gather.outputs[0]: parts[index] if keeps else elements[index]
+        for gather, (index, keeps) in gathers.items()
+    }
+
+
+def _place(op: Op, node: ir.Node) -> tuple[int, int, bool] | None:
+    """(axis, index, whether the axis stays) of a Gather of one element of a known axis."""
+    if node.op_type != "Gather" or node.domain or node.inputs[0] is None:
+        return None
+    shape, indices = op.shape(node.inputs[0]), op.const(node.inputs[1])
+    if shape is None or indices is None or indices.shape not in ((), (1,)):
+        return None
+    axis = op.attr(node, "axis", 0) % len(shape)
+    size, index = shape[axis], int(indices.item())
+    if not isinstance(size, int) or not -size <= index < size:
+        return None
+    return axis, index % size, indices.ndim == 1
+
+
+def _regained(op: Op, gather: ir.Node, axis: int) -> ir.Node | None:
+    """The Unsqueeze, alone in using a Gather of one element, that puts its axis back."""
+    value = gather.outputs[0]
+    rank, users = op.rank(value), value.consumers()
+    node = users[0] if op.uses(value) == 1 and users else None
+    source = gather.inputs[0]
+    full = None if source is None else op.rank(source)
+    if node is None or node.op_type != "Unsqueeze" or node.domain or rank is None:
+        return None
+    axes = op.attr(node, "axes")
+    if axes is None and len(node.inputs) > 1:
+        constant = op.const(node.inputs[1])
+        axes = None if constant is None else constant.reshape(-1).tolist()
+    if axes is None or len(axes) != 1 or full is None or full != rank + 1:
+        return None
+    return node if axes[0] % full == axis and node.graph is gather.graph else None
