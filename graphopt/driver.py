@@ -249,8 +249,8 @@ def replace_value(context: Context, old: ir.Value, new: ir.Value, *, fresh: bool
             context.free(new.name)
         new.name = name
         if old.is_graph_output():
-            kept = new.type if new.is_initializer() else None  # an initializer's must be declared
-            new.shape, new.type = old.shape, old.type or kept
+            if not new.is_initializer():  # which is declared as what it is
+                new.shape, new.type = old.shape, old.type
         elif new.shape is None or new.type is None:
             new.shape, new.type = old.shape, old.type or new.type
         new.doc_string = new.doc_string or old.doc_string

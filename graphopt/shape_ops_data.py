@@ -219,6 +219,8 @@ def slice_size(
     """Elements that start:end:step takes of an axis; None where that is not decided."""
     if isinstance(step, Dim) or step == 0:
         return None
+    if step < 0 and not isinstance(end, Dim) and end >= _HUGE:
+        return None  # nothing, by the standard; ONNX Runtime takes all down to the first element
     if not isinstance(size, Dim) and not isinstance(start, Dim) and not isinstance(end, Dim):
         return len(range(*slice(*_python(size, start, end, step)).indices(size)))
     if step < 0:

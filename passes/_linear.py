@@ -60,9 +60,12 @@ def linear_producer(op: Op, value: ir.Value | None) -> ir.Node | None:
 
 
 def channel_axis(op: Op, node: ir.Node) -> int | None:
-    """Which axis of a linear operator's result its output channels are; None without a rank."""
-    rank = op.rank(node.outputs[0])
-    if rank is None:
+    """Which axis of a linear operator's result its output channels are.
+
+    None without a rank, and for the product with a vector, which has none.
+    """
+    rank, weight = op.rank(node.outputs[0]), node.inputs[1]
+    if rank is None or weight is None or op.rank(weight) in (None, 1):
         return None
     return 1 if node.op_type.startswith("Conv") else rank - 1
 

@@ -68,6 +68,9 @@ class ConvertOpset(Pass):
 
 _NORMALIZING = ("Softmax", "LogSoftmax", "Hardmax")
 
+_TYPED = ("Clip", "Pad")
+"""Operators with float attributes that became inputs of the first input's type."""
+
 
 def _flatten(context: Context, node: ir.Node) -> str:
     """Softmax over one axis is that over all from that axis on, as it was, if it is the last."""
@@ -246,15 +249,17 @@ def _copies(
     assert node.graph is not None
     made: list[ir.Node] = []
     hint = node.outputs[0].name or node.op_type
+    first = node.inputs[0] if node.op_type in _TYPED else None
+    dtype = None if first is None else context.shapes.dtype(first)
     for name, value in converted.initializers.items():
         tensor = value.const_value
         if name not in values and tensor is not None:
-            made.append(_constant(tensor))
+            made.append(_constant(tensor, dtype))
             values[name] = made[-1].outputs[0]
     for part in nodes:
         tensor = ir.constant(part.outputs[0])
         if tensor is not None:
-            made.append(_constant(tensor))
+            made.append(_constant(tensor, dtype))
             values[part.outputs[0].name or ""] = made[-1].outputs[0]
             continue
         inputs = [None if v is None else values[v.name or ""] for v in part.inputs]
@@ -275,6 +280,9 @@ def _copies(
     return made
 
 
-def _constant(tensor: ir.TensorProtocol) -> ir.Node:
+def _constant(tensor: ir.TensorProtocol, dtype: ir.DataType | None) -> ir.Node:
+    """A Constant; one that the converter made of a float attribute, in the type that is wanted."""
     plain = ir.Tensor(tensor.numpy(), dtype=tensor.dtype)
+    if dtype is not None and tensor.dtype == ir.DataType.FLOAT:
+        plain = ir.Tensor(tensor.numpy().astype(dtype.numpy()), dtype=dtype)
     return ir.Node("", "Constant", [], [ir.Attr("value", ir.AttributeType.TENSOR, plain)])

@@ -87,5 +87,7 @@ def fuse_transpose_matmul(op: Op, node: ir.Node) -> ir.Value | None:
             continue
         if producer.op_type != "Transpose" or producer.domain or op.dtype(value) not in _GEMM_TYPES:
             continue
+        if permutation(op, producer) != [1, 0]:
+            continue
         inputs[index], attributes[name] = producer.inputs[0], 1
     return op.build("Gemm", inputs, attributes)[0] if attributes else None

@@ -30,7 +30,8 @@ def fuse_matmul_scale(op: Op, node: ir.Node) -> ir.Value | None:
         number = op.scalar(factor)
         if value is None or factor is None or not isinstance(number, float) or not number:
             continue
-        if not np.isfinite(number) or op.rank(value) != op.rank(node.outputs[0]):
+        rank = op.rank(value)
+        if not np.isfinite(number) or rank is None or rank != op.rank(node.outputs[0]):
             continue
         path = _path(op, value, _STEPS)
         if path:

@@ -117,7 +117,9 @@ def divide_once(op: Op, node: ir.Node) -> ir.Value | None:
         else:
             continue
         dtype = op.dtype(value)
-        if divisor is None or op.uses(quotient) != 1 or op.rank(divisor) != op.rank(quotient):
+        if divisor is None or op.uses(quotient) != 1:
+            continue
+        if op.rank(divisor) is None or op.rank(divisor) != op.rank(quotient):
             continue
         if dtype is not None and dtype.is_floating_point() and ir.constant(value) is None:
             return op.Div(value, divisor)
