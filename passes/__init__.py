@@ -47,6 +47,7 @@ _FUSE = (
     "fuse-activation",
     "merge-constants",
     "eliminate-common",
+    "eliminate-division",
     "merge-matmuls",
     "sink-splits",
     "dedupe-initializers",
