@@ -188,7 +188,7 @@ def _check_replaceable(folder: Path, overwrite: bool) -> None:
     if not (folder / MANIFEST).is_file():
         raise InputError(f"{folder}: exists and is not a compiled model; it is left alone")
     if not overwrite:
-        raise InputError(f"{folder}: exists; ask for overwriting to replace it")
+        raise InputError(f"{folder}: exists; ask for overwriting (--overwrite) to replace it")
 
 
 def _replace(new: Path, folder: Path) -> None:

@@ -39,6 +39,8 @@ class Bisection:
 
     def __str__(self) -> str:
         if self.rewrite is None:
+            if not self.rewrites:
+                return "nothing was rewritten, so nothing can have broken"
             return f"all {self.rewrites} rewrites are fine: {self.verdict.summary()}"
         before = ", ".join(self.rewrite.before)
         return (

@@ -33,7 +33,7 @@ def compile(
     backend: str | None = None,
     options: Mapping[str, Any] | None = None,
     level: int = 2,
-    passes: str | Path | Sequence[Pass] | None = None,
+    passes: str | Path | Sequence[Pass | str] | None = None,
     verify: Verify = "end",
     overwrite: bool = False,
     report: Report | None = None,
@@ -138,7 +138,7 @@ def _lower(
     target: Target,
     backend: Backend,
     level: int,
-    passes: str | Path | Sequence[Pass] | None,
+    passes: str | Path | Sequence[Pass | str] | None,
     verify: Verify,
     report: Report | None,
 ) -> tuple[ir.Model, str]:

@@ -115,7 +115,7 @@ class Inspection:
         )
         yield f"peak       {self.peak_bytes:,} bytes of activations"
         if self.unknown_shapes:
-            yield f"not known  shapes of {self.unknown_shapes} nodes, counted as free"
+            yield f"not known  shapes of nodes: {self.unknown_shapes}, counted as free"
         if nodes:
             yield from _table(self.rows)
 

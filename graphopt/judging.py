@@ -110,7 +110,9 @@ def judge(
         reason = None
         if not output.ok:
             noise = [other[name] for other in others if name in other]
-            reason = _random(trial.model, name) or _second_look(output, again.get(name), noise)
+            reason = _random(trial.model, name) or _second_look(
+                output, again.get(name), noise, fixed=tolerance is not None
+            )
         if reason is None:
             verdict.outputs.append(output)
         else:
@@ -119,16 +121,23 @@ def judge(
 
 
 def _second_look(
-    output: OutputComparison, again: OutputComparison | None, others: Sequence[OutputComparison]
+    output: OutputComparison,
+    again: OutputComparison | None,
+    others: Sequence[OutputComparison],
+    *,
+    fixed: bool,
 ) -> str | None:
-    """Widen an output's tolerance by the original's noise, or say why it cannot be judged."""
+    """Widen an output's tolerance by the original's noise, or say why it cannot be judged.
+
+    `fixed`: the caller set the tolerance, and it holds as it is.
+    """
     if again is not None and not again.ok:
         return "the original does not repeat its own result"
     unsteady = next((other.reason for other in others if other.reason), "")
     if unsteady and output.reason:
         return f"the original itself is unsteady on these inputs ({unsteady})"
     noise = max((other.max_rel for other in others), default=0.0)
-    if output.reason or noise <= output.tolerance / 2:
+    if output.reason or fixed or noise <= output.tolerance / 2:
         return None
     if noise > _MOST_NOISE:
         return f"rounding alone moves the original by {noise:.2g} of its scale"

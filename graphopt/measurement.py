@@ -293,6 +293,13 @@ def _size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.iterdir() if path.name != artifact.MANIFEST)
 
 
+def _check_bindings(bindings: Mapping[str, int], names: set[str]) -> None:
+    for name in bindings:
+        if name not in names:
+            there = f"there are {', '.join(sorted(names))}" if names else "all are fixed"
+            raise InputError(f"no dimension of an input is named {name!r}; {there}")
+
+
 def _random(
     model: ModelLike, ready: _Ready, seed: int, bindings: Mapping[str, int]
 ) -> dict[str, Array]:
@@ -308,6 +315,8 @@ def _random(
 
         loaded = files.load(model)
         shapes = Shapes(loaded)
+        every = (dim for value in loaded.graph.inputs for dim in shapes.shape(value) or ())
+        _check_bindings(bindings, {str(dim) for dim in every if not isinstance(dim, int)})
         firsts = [dims[0] for v in loaded.graph.inputs if len(dims := shapes.shape(v) or ()) > 1]
         single = {str(dim): 1 for dim in firsts if not isinstance(dim, int)} | dict(bindings)
         try:
@@ -318,6 +327,8 @@ def _random(
         return feeds
     rng = np.random.default_rng(seed)
     made: dict[str, Array] = {}
+    free = (dim for info in ready.executable.inputs for dim in info.shape or ())
+    _check_bindings(bindings, {dim for dim in free if not isinstance(dim, int)})
     for info in ready.executable.inputs:
         if info.shape is None or info.dtype == "?" or "(" in info.dtype:
             raise InputError(f"{ready.name}: no random data for input {info}: give inputs")

@@ -7,7 +7,7 @@ import time
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 from graphopt import feeds, files, ir
 from graphopt.context import FOLD_BYTES, Context
@@ -28,7 +28,7 @@ def optimize(
     model: files.ModelLike,
     *,
     level: int = 2,
-    passes: str | Path | Sequence[Pass] | None = None,
+    passes: str | Path | Sequence[Pass | str] | None = None,
     enable: Sequence[str] = (),
     disable: Sequence[str] = (),
     target: str | Target = "portable",
@@ -86,6 +86,8 @@ def optimize(
         set_shapes(original, shapes)
     given = None if inputs is None else [feeds.check_feeds(inputs, original)]
     _overridable(original, freeze_initializers, report)
+    if verify not in get_args(Verify):
+        raise InputError(f"verify is one of {', '.join(get_args(Verify))}, not {verify!r}")
     aim = Target.parse(target)
     pipeline, asked = select(level, passes, enable, disable, opset)
     report.source = str(model) if isinstance(model, str | Path) else original.graph.name or ""
@@ -134,7 +136,7 @@ def optimize(
 
 def select(
     level: int,
-    passes: str | Path | Sequence[Pass] | None,
+    passes: str | Path | Sequence[Pass | str] | None,
     enable: Sequence[str],
     disable: Sequence[str],
     opset: int | None = None,
@@ -146,12 +148,17 @@ def select(
     """
     asked: list[str] = []
     if isinstance(passes, Path) or (isinstance(passes, str) and passes.endswith(".toml")):
-        chosen, switched_on, switched_off = read_pipeline(Path(passes), level)
+        chosen, asked, switched_on, switched_off = read_pipeline(Path(passes), level)
         enable, disable = [*switched_on, *enable], [*switched_off, *disable]
     elif passes is None:
         chosen = _of_level(level)
     else:
-        chosen = parse_pipeline(passes) if isinstance(passes, str) else list(passes)
+        given = [passes] if isinstance(passes, str) else passes
+        chosen = [
+            single
+            for item in given
+            for single in (parse_pipeline(item) if isinstance(item, str) else [item])
+        ]
         asked = [p.name for p in chosen]
     added = {p.name: p for text in enable for p in parse_pipeline(text)}
     unwanted = {load_pass(name).name for name in disable}
@@ -169,8 +176,8 @@ def _of_level(level: int) -> list[Pass]:
     return parse_pipeline(",".join(PIPELINES[level]))
 
 
-def read_pipeline(path: Path, level: int) -> tuple[list[Pass], list[str], list[str]]:
-    """A pipeline from a TOML file: (passes, enable, disable).
+def read_pipeline(path: Path, level: int) -> tuple[list[Pass], list[str], list[str], list[str]]:
+    """A pipeline from a TOML file: (passes, names of those that it lists, enable, disable).
 
     `level`, `enable` and `disable` are as on the command line; `passes` is a list of names in
     order; a table of a pass's name holds its options.
@@ -180,7 +187,9 @@ def read_pipeline(path: Path, level: int) -> tuple[list[Pass], list[str], list[s
     """
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise InputError(f"{path}: {error}") from error
     lists: dict[str, list[str]] = {}
     for key in ("passes", "enable", "disable"):
@@ -200,7 +209,8 @@ def read_pipeline(path: Path, level: int) -> tuple[list[Pass], list[str], list[s
         if dashed not in order:
             raise InputError(f"{path}: options for {name!r}, which is not among the passes")
         chosen[order.index(dashed)] = load_pass(dashed, cast(dict[str, Any], options))
-    return chosen, lists["enable"], lists["disable"]
+    asked = order if lists["passes"] else []
+    return chosen, asked, lists["enable"], lists["disable"]
 
 
 def set_shapes(model: ir.Model, shapes: Mapping[str, Sequence[int | str]]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import difflib
 import importlib
 import itertools
 import pkgutil
@@ -81,6 +82,7 @@ def load_pass(name: str, options: Mapping[str, Any] | None = None) -> Pass:
     dashed = name.replace("_", "-")
     if dashed not in names:
         near = [n for n in names if dashed.split("-")[-1] in n]
+        near = near or difflib.get_close_matches(dashed, names)
         hint = f"did you mean {', '.join(near)}?" if near else "see `graphopt passes`"
         raise InputError(f"no pass is named {name!r}: {hint}")
     kind = _pass_class(dashed)

@@ -144,7 +144,9 @@ class Comparison:
             return self.how
         if self.unchecked:
             return f"not checked: {self.unchecked[0]}"
-        return f"{len(self.outputs)} outputs agree, worst difference {self.worst:.2g}"
+        count = len(self.outputs)
+        agree = "1 output agrees" if count == 1 else f"{count} outputs agree"
+        return f"{agree}, worst difference {self.worst:.2g}"
 
 
 @dataclass

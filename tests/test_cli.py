@@ -30,7 +30,7 @@ def refused(result: Result, code: int, *words: str) -> None:
     """One line on stderr, the exit code, no traceback."""
     assert result.exit_code == code, result.output
     assert "Traceback" not in result.output
-    line = result.stderr.strip().splitlines()[-1]
+    (line,) = result.stderr.strip().splitlines()
     for word in words:
         assert word in line, line
 
@@ -87,6 +87,23 @@ def test_a_pass_that_was_asked_for_and_did_nothing_says_so() -> None:
     assert "fuse-gelu" in result.output and "changed nothing" in result.output
 
 
+def test_a_pass_that_a_toml_file_lists_and_did_nothing_says_so(tmp_path: Path) -> None:
+    (tmp_path / "p.toml").write_text('passes = ["fold-constants", "fuse-gelu"]\n')
+    result = run("optimize", CNN, "--dry-run", "-p", tmp_path / "p.toml")
+    assert "fuse-gelu" in result.output and "changed nothing" in result.output
+
+
+def test_a_dump_that_never_happens_says_so(tmp_path: Path) -> None:
+    result = run("optimize", CNN, "--dry-run", "--dump-after", "fuse-gelu", tmp_path)
+    assert "note: nothing was dumped: fuse-gelu changed nothing" in result.output
+
+
+def test_lines_are_not_broken_in_a_pipe(small: Path) -> None:
+    nodes = json.loads(run("inspect", CNN, "--nodes", "--json", "-").stdout)["nodes"]
+    lines = run("inspect", CNN, "--nodes").output.splitlines()
+    assert sum(" -> " in line and line.startswith(" ") for line in lines) == nodes
+
+
 def test_each_pass_can_be_verified_dumped_and_limited(tmp_path: Path) -> None:
     result = run("optimize", CNN, "-o", tmp_path / "o.onnx", "--verify", "each",
                  "--dump-after", "all", tmp_path / "dumps")  # fmt: skip
@@ -115,6 +132,7 @@ def test_shapes_can_be_set() -> None:
     result = run("optimize", CNN, "--dry-run", "--set-shape", "image:1x1x8x8")
     assert result.exit_code == 0, result.output
     refused(run("optimize", CNN, "--dry-run", "--set-shape", "picture:1x2"), 2, "picture")
+    assert run("optimize", CNN, "--dry-run", "--set-shape", "image:max_x,1,8,8").exit_code == 0
 
 
 @pytest.mark.parametrize(
@@ -132,6 +150,16 @@ def test_shapes_can_be_set() -> None:
         (["optimize", CNN, "--dry-run", "--inputs", CNN], 2, "npz"),
         (["optimize", CNN, "--dry-run", "--time-limit", "0.001"], 124, "time limit"),
         (["passes", "no-such"], 2, "no-such"),
+        (["passes", "fuse-gelux"], 2, "fuse-gelu?"),
+        (["verify", CNN, CNN, "--seed", "-1"], 2, "--seed"),
+        (["optimise"], 2, "'optimize'"),
+        (["verify", CNN], 2, "verify --help"),
+        (["verify", CNN, CNN, "--threads", "0"], 2, "--threads"),
+        (["optimize", CNN, "--dry-run", "-p", "absent.toml"], 2, "(No such file or directory)"),
+        (["optimize", CNN, "-o", "o.onnx", "--report", "nowhere/r.json"], 2, "nowhere"),
+        (["optimize", CNN, "-o", "o.onnx", "--evaluate", CNN], 2, "npz"),
+        (["bench", CNN, "--dim", "batch=many"], 2, "batch=many"),
+        (["bench", CNN, "--dim", "bath=2"], 2, "batch"),
     ],
 )
 def test_bad_usage_is_one_line_and_an_exit_code(
@@ -148,6 +176,11 @@ def test_an_existing_output_is_only_replaced_on_request(tmp_path: Path) -> None:
     refused(run("optimize", CNN, "-o", out), 2, "--overwrite")
     assert out.read_text() == "precious"
     assert run("optimize", CNN, "-o", out, "--overwrite").exit_code == 0
+
+
+def test_a_tolerance_that_is_given_holds(small: Path) -> None:
+    assert run("verify", CNN, small).exit_code == 0
+    assert run("verify", CNN, small, "--tolerance", "0").exit_code == 1
 
 
 def test_verify_tells_same_from_different(small: Path, tmp_path: Path) -> None:
@@ -183,6 +216,11 @@ def test_bench_interleaves_and_reports_a_ratio(small: Path) -> None:
     quick = ("--seconds", "0.05", "--runs", "5", "--warmup", "0")
     data = json.loads(run("bench", CNN, small, *quick, "--json", "-").stdout)
     assert len(data["models"]) == 2
+    names = [
+        m["name"]
+        for m in json.loads(run("bench", CNN, CNN, *quick, "--json", "-").stdout)["models"]
+    ]
+    assert names == [CNN, f"{CNN} #2"]
 
 
 def test_compile_and_run(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -132,3 +132,15 @@ def test_a_context_knows_its_opsets_and_names() -> None:
     context = Context(ir.onnx_ir.from_onnx_text(CHAIN))
     assert context.opset(next(ir.all_nodes(context.model))) == 17
     assert context.unique("a") == "a_1"
+
+
+def test_passes_may_be_a_list_of_names_and_passes() -> None:
+    result = optimize(
+        onnx.parser.parse_model(CHAIN), passes=["eliminate-identity", load_pass("eliminate-dead")]
+    )
+    assert ops(result) == ["Neg", "Abs"]
+
+
+def test_an_unknown_way_to_verify_is_refused() -> None:
+    with pytest.raises(InputError, match="off, end, each"):
+        optimize(CNN, verify=cast(Any, "never"))

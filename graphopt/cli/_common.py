@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 F = TypeVar("F", bound=Callable[..., Any])
+_PIPE_WIDTH = 1 << 16  # lines in a pipe or a file are not broken: scripts read them
 
 
 class Group(click.Group):
@@ -41,6 +42,11 @@ class Group(click.Group):
         except BrokenPipeError:
             sys.stderr.close()
             raise SystemExit(1) from None
+        except click.exceptions.NoArgsIsHelpError:
+            raise
+        except click.UsageError as error:
+            command = error.ctx.command_path if error.ctx is not None else "graphopt"
+            fail(f"{error.format_message().rstrip('.')} (see `{command} --help`)", 2)
         except (click.ClickException, click.exceptions.Exit, SystemExit):
             raise
         except Exception as error:
@@ -64,8 +70,21 @@ def console(*, stderr: bool = False) -> Console:
     """A rich console; colours only on terminals, names printed as they are."""
     from rich.console import Console
 
-    width = None if sys.stdout.isatty() else 120
+    stream = sys.stderr if stderr else sys.stdout
+    width = None if stream.isatty() else _PIPE_WIDTH
     return Console(stderr=stderr, highlight=False, markup=False, soft_wrap=False, width=width)
+
+
+def check_destination(path: Path) -> None:
+    """Find out before the work that a file cannot be written there.
+
+    Raises:
+        InputError: a folder is there, or there is no folder to put it in.
+    """
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; name the file to write")
+    if not path.parent.is_dir():
+        raise InputError(f"{path.parent} is no folder")
 
 
 def write_json(data: Any, destination: str) -> None:
@@ -129,7 +148,7 @@ class Size(click.ParamType[int]):
 
 
 class NamedShape(click.ParamType[tuple[str, list[int | str]]]):
-    """NAME:1x3x224x224; dimensions may be names, commas and brackets work too."""
+    """NAME:1x3x224x224; dimensions may be names; with commas these may have an x in them."""
 
     name = "name:shape"
 
@@ -139,7 +158,8 @@ class NamedShape(click.ParamType[tuple[str, list[int | str]]]):
         name, colon, text = str(value).rpartition(":")
         if not colon or not name:
             self.fail(f"{value!r}: write NAME:1x3x224x224", param, ctx)
-        items = [d for d in re.split(r"[x,]", text.strip("[]() ")) if d.strip()]
+        text = text.strip("[]() ")
+        items = [d for d in text.split("," if "," in text else "x") if d.strip()]
         dims = [int(d) if re.fullmatch(r"-?\d+", d.strip()) else d.strip() for d in items]
         if any(isinstance(d, int) and d < 0 for d in dims):
             self.fail(f"{value!r}: a dimension is negative; name it to keep it dynamic", param, ctx)

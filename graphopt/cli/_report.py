@@ -103,7 +103,10 @@ def size(count: float) -> str:
 
 
 def _change(before: float, after: float) -> str:
-    return f"{100 * (after - before) / before:+.0f} %" if before else ""
+    if not before or before == after:
+        return ""
+    percent = 100 * (after - before) / before
+    return f"{percent:+.0f} %" if abs(percent) >= 0.5 else f"{percent:+.1g} %"
 
 
 def _count(number: int, noun: str) -> str:

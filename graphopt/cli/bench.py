@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from graphopt.cli._common import MODEL, console, json_option, limits, progress, setting, write_json
+from graphopt.errors import InputError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,7 +24,9 @@ if TYPE_CHECKING:
     type=MODEL,
     help="An .npz with one array per input; with `labels`, samples to score too.",
 )
-@click.option("--seed", default=0, show_default=True, help="Of random inputs.")
+@click.option(
+    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of random inputs."
+)
 @click.option(
     "--dim",
     "bindings",
@@ -84,7 +87,7 @@ def bench(models: Sequence[Path], **options: Any) -> None:
     labels = None if feeds is None else feeds.pop("labels", None)
     with limits(options["time_limit"], None), progress(options["quiet"]) as show:
         result = measurement.measure(
-            {_title(path, models): path for path in models},
+            _titles(models),
             feeds,
             labels,
             target=options["target"],
@@ -93,7 +96,7 @@ def bench(models: Sequence[Path], **options: Any) -> None:
             plan=Plan(options["warmup"], 10, options["seconds"], options["runs"]),
             per_op=options["per_op"],
             seed=options["seed"],
-            bindings={k: int(v) for k, v in map(setting, options["bindings"])},
+            bindings=dict(map(_dimension, options["bindings"])),
             trust=options["trust"],
             progress=lambda done, what: show(f"{100 * done:.0f} % {what}"),
         )
@@ -103,9 +106,22 @@ def bench(models: Sequence[Path], **options: Any) -> None:
         _show(console(), result)
 
 
-def _title(path: Path, models: Sequence[Path]) -> str:
-    """The file's name where that tells the models apart."""
-    return path.name if [p.name for p in models].count(path.name) == 1 else str(path)
+def _titles(models: Sequence[Path]) -> dict[str, Path]:
+    """The models by file name where that tells them apart, by path and number otherwise."""
+    names = [path.name for path in models]
+    titles: dict[str, Path] = {}
+    for path in models:
+        title = path.name if names.count(path.name) == 1 else str(path)
+        again = list(titles.values()).count(path)
+        titles[f"{title} #{again + 1}" if again else title] = path
+    return titles
+
+
+def _dimension(text: str) -> tuple[str, int]:
+    name, size = setting(text)
+    if not size.isdecimal():
+        raise InputError(f"--dim {text}: the size of a dimension is a number")
+    return name, int(size)
 
 
 def _show(out: Console, result: Measurement) -> None:
@@ -115,24 +131,31 @@ def _show(out: Console, result: Measurement) -> None:
     from graphopt.cli._report import size
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("model")
-    for title in ("p50 ms", "p90", "p99", "mean", "runs/s", "ratio", "95 %", "load ms", "memory"):
-        table.add_column(title, justify="right")
+    table.add_column("")
+    rows: dict[str, list[str]] = {}
     for m in result.models:
+        table.add_column(m.name, justify="right", overflow="fold")
         assert m.latency is not None
         t, r, p = m.latency, m.ratio, m.process
-        table.add_row(
-            m.name,
-            *(f"{value:.4g}" for value in (t.p50_ms, t.p90_ms, t.p99_ms, t.mean_ms, t.throughput)),
-            f"{r.value:.3f}" if r else "1",
-            f"{r.low:.3f} to {r.high:.3f}" if r else "",
-            f"{p.load_ms:.3g}" if p else "",
-            size(p.peak_bytes) if p else "",
-        )
+        for title, text in (
+            ("p50 ms", f"{t.p50_ms:.4g}"),
+            ("p90 ms", f"{t.p90_ms:.4g}"),
+            ("p99 ms", f"{t.p99_ms:.4g}"),
+            ("mean ms", f"{t.mean_ms:.4g}"),
+            ("runs", str(t.runs)),
+            ("runs/s", f"{t.throughput:.0f}" if t.throughput >= 100 else f"{t.throughput:.3g}"),
+            ("load ms", f"{p.load_ms:.3g}" if p else ""),
+            ("memory", size(p.peak_bytes) if p else ""),
+            ("accuracy", "" if m.accuracy is None else f"{100 * m.accuracy:.2f} %"),
+            ("ratio", f"{r.value:.3f}" if r else "1"),
+            ("95 %", f"{r.low:.3f} to {r.high:.3f}" if r else ""),
+        ):
+            rows.setdefault(title, []).append(text)
+    for title, texts in rows.items():
+        if any(texts):
+            table.add_row(title, *texts)
     out.print(table)
     for m in result.models:
-        if m.accuracy is not None:
-            out.print(f"{m.name}: accuracy {100 * m.accuracy:.2f} %")
         if m.ops:
             out.print(f"\n{m.name}, microseconds per run:")
             for op in sorted(m.ops, key=lambda op: -op.microseconds)[:30]:

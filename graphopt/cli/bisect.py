@@ -16,7 +16,9 @@ from graphopt.cli._common import MODEL, console, json_option, limits, progress, 
 @click.option("-p", "--passes", metavar="PIPELINE", help="Pipeline text or a TOML file.")
 @click.option("--target", default="portable", show_default=True)
 @click.option("--inputs", type=MODEL, help="An .npz with one array per input.")
-@click.option("--seed", default=0, show_default=True, help="Of the random inputs.")
+@click.option(
+    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the random inputs."
+)
 @click.option("--tolerance", type=click.FloatRange(min=0), help="Largest relative difference.")
 @json_option
 @click.option("--time-limit", type=click.FloatRange(min=0), metavar="SECONDS")

@@ -13,13 +13,15 @@ from graphopt.cli._common import MODEL, Size, console, json_option, limits, prog
 @click.argument("a", type=MODEL)
 @click.argument("b", type=MODEL)
 @click.option("--inputs", type=MODEL, help="An .npz with one array per input.")
-@click.option("--seed", default=0, show_default=True, help="Of the random inputs.")
+@click.option(
+    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the random inputs."
+)
 @click.option(
     "--tolerance",
     type=click.FloatRange(min=0),
     help="Largest relative difference; by default it follows from the outputs' types.",
 )
-@click.option("--threads", default=1, show_default=True)
+@click.option("--threads", type=click.IntRange(1), default=1, show_default=True)
 @json_option
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing; the exit code tells.")
 @click.option("--time-limit", type=click.FloatRange(min=0), metavar="SECONDS")

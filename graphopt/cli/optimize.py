@@ -11,6 +11,7 @@ from graphopt.cli._common import (
     MODEL,
     NamedShape,
     Size,
+    check_destination,
     console,
     json_option,
     limits,
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     "-p",
     "--passes",
     metavar="PIPELINE",
-    help="Run exactly these passes: 'fold-constants,fuse-gelu{...}', or a TOML file.",
+    help="Run exactly these passes: 'fold-constants{max_bytes=0},fuse-gelu', or a TOML file.",
 )
 @click.option("--enable", multiple=True, metavar="PASS", help="Run this pass too (repeatable).")
 @click.option("--disable", multiple=True, metavar="PASS", help="Do not run this pass (repeatable).")
@@ -58,7 +59,9 @@ if TYPE_CHECKING:
     help="Compare with the original at the end, or after each pass.",
 )
 @click.option("--inputs", type=MODEL, help="An .npz with one array per input, to verify with.")
-@click.option("--seed", default=0, show_default=True, help="Of the random inputs.")
+@click.option(
+    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the random inputs."
+)
 @click.option(
     "--set-shape",
     "shapes",
@@ -115,29 +118,30 @@ def optimize(model: Path, **options: Any) -> None:
         raise InputError("say where to write the result (-o OUT.onnx), or use --dry-run")
     if output is not None and not options["dry_run"]:
         _check_output(model, output, options["overwrite"])
+    for destination in (options["report"], options["json_to"]):
+        if destination not in (None, "-"):
+            check_destination(Path(destination))
     from graphopt.report import Report
 
     report = Report()
     with limits(options["time_limit"], options["memory_limit"]):
         source, result = _optimize(model, options, report)
+        evaluation = _evaluate(source, result, options)
         if output is not None and not options["dry_run"]:
             from graphopt import files
 
             files.save(result, output, overwrite=options["overwrite"])
-    _tell(model, source, result, report, options)
+    _tell(model, report, evaluation, options)
     if report.rolled_back:
         raise SystemExit(5)
 
 
 def _check_output(model: Path, output: Path, overwrite: bool) -> None:
     """Fail before the work rather than after it."""
-    if output.is_dir():
-        raise InputError(f"{output} is a folder; name the file to write")
+    check_destination(output)
     if output.exists() and not overwrite:
         same = output.samefile(model)
         raise InputError(f"{output} {'is the input' if same else 'exists'}; use --overwrite")
-    if not output.parent.is_dir():
-        raise InputError(f"{output.parent} is no folder")
 
 
 def _optimize(path: Path, options: dict[str, Any], report: Report) -> tuple[ir.Model, ir.Model]:
@@ -145,10 +149,10 @@ def _optimize(path: Path, options: dict[str, Any], report: Report) -> tuple[ir.M
 
     source = files.load(path, keep_signature=options["keep_initializer_inputs"])
     inputs = options["inputs"]
-    after = None
+    after, wanted = None, "all"
     if options["dump_after"] is not None:
-        wanted, folder = options["dump_after"]
-        after = _dumper(wanted.replace("_", "-"), folder)
+        wanted = options["dump_after"][0].replace("_", "-")
+        after = _dumper(wanted, options["dump_after"][1])
     with progress(options["quiet"]) as show:
         result = optimization.optimize(
             source,
@@ -173,6 +177,9 @@ def _optimize(path: Path, options: dict[str, Any], report: Report) -> tuple[ir.M
             report=report,
         )
     report.source = str(path)
+    ran = {record.name for record in report.passes if record.rewrites or record.rolled_back}
+    if wanted != "all" and wanted not in ran:
+        report.notes.append(f"nothing was dumped: {wanted} changed nothing")
     return source, result
 
 
@@ -193,16 +200,22 @@ def _dumper(wanted: str, folder: Path) -> Any:
     return dump
 
 
+def _evaluate(source: ir.Model, result: ir.Model, options: dict[str, Any]) -> dict[str, Any] | None:
+    from graphopt.cli import _report
+
+    if options["evaluate"] is None:
+        return None
+    with progress(options["quiet"]) as show:
+        return _report.evaluate(source, result, options["evaluate"], show)
+
+
 def _tell(
-    path: Path, source: ir.Model, result: ir.Model, report: Report, options: dict[str, Any]
+    path: Path, report: Report, evaluation: dict[str, Any] | None, options: dict[str, Any]
 ) -> None:
     from graphopt.cli import _report
 
     data = report.to_dict()
-    evaluation = None
-    if options["evaluate"] is not None:
-        with progress(options["quiet"]) as show:
-            evaluation = _report.evaluate(source, result, options["evaluate"], show)
+    if evaluation is not None:
         data["evaluation"] = evaluation
     if options["report"]:
         write_json(data, options["report"])
