@@ -115,6 +115,7 @@ def leaky(op: Op, x: ir.Value, slope: ir.Value) -> ir.Value | None:
         return None
     if not broadcasts_into(op.shape(slope), shape):
         raise Refuse("the slope does not broadcast to the tensor's shape")
+    _not_double(op, x)
     alpha = op.scalar(slope)
     if alpha is not None:
         return op.LeakyRelu(x, alpha=float(alpha))

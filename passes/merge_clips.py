@@ -99,6 +99,8 @@ def _clip(op: Op, x: ir.Value, bounds: _Bounds) -> ir.Value:
         return op.Relu(x)
     low = bounds.low if bounds.low > -math.inf else None
     high = bounds.high if bounds.high < math.inf else None
+    if op.opset < 12 and dtype == ir.DataType.DOUBLE:
+        raise Refuse("ONNX Runtime does not have it in double precision before opset 12")
     if op.opset < 11:
         return op.Clip(x, min=low, max=high)
     operands = [
