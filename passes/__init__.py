@@ -25,6 +25,7 @@ _FUSE = (
     "eliminate-identity",
     "eliminate-zero-state",
     "eliminate-arithmetic",
+    "eliminate-einsum",
     "eliminate-expand",
     "merge-reshapes",
     "merge-transposes",

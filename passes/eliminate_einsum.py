@@ -1,0 +1,116 @@
+"""Write an Einsum as the MatMul, Transpose or ReduceSum that it is.
+
+Why: no other pass knows Einsum, and runtimes prepare its operands anew at every run.
+Numerics: rounding.
+Needs: the rank of each operand with an ellipsis, no letter twice in one operand, and proof that
+no operand is repeated along what is summed.
+"""
+
+from __future__ import annotations
+
+from graphopt import ir
+from graphopt.rewriting import Op, Refuse, rewrite
+
+_Term = list[str]
+"""The letters of an operand's axes; those that an ellipsis stands for are numbered from the end."""
+
+
+@rewrite.on("Einsum")
+def eliminate_einsum(op: Op, node: ir.Node) -> ir.Value | None:
+    """One operand: Transpose and ReduceSum; two: MatMul between Transposes."""
+    values = [value for value in node.inputs if value is not None]
+    if not 1 <= len(values) <= 2:
+        return None
+    terms, result = _equation(op, node, values)
+    if len(values) == 1:
+        return _single(op, values[0], terms[0], result)
+    for value in values:
+        dtype = op.dtype(value)
+        if dtype is None or not dtype.is_floating_point():
+            raise Refuse("its operands are no floats")
+    return _product(op, values, terms, result)
+
+
+def _equation(op: Op, node: ir.Node, values: list[ir.Value]) -> tuple[list[_Term], _Term]:
+    """The letters of the operands and of the result."""
+    text = str(op.attr(node, "equation", "")).replace(" ", "")
+    left, arrow, right = text.partition("->")
+    parts = left.split(",")
+    if len(parts) != len(values):
+        raise Refuse("the equation is for another number of operands")
+    terms = [_letters(part, op.rank(value)) for part, value in zip(parts, values, strict=True)]
+    spread = max(terms, key=lambda t: sum(len(c) > 1 for c in t))
+    ellipsis = [letter for letter in spread if len(letter) > 1]
+    if any(len(set(term)) != len(term) for term in terms):
+        raise Refuse("a letter is twice in one operand")
+    if not arrow:
+        once = [c for c in sorted(set(left) - set(",.")) if left.count(c) == 1]
+        return terms, ellipsis + once
+    before, dots, after = right.partition("...")
+    if ellipsis and not dots:
+        raise Refuse("the result lacks the ellipsis")
+    return terms, [*before, *ellipsis, *after]
+
+
+def _letters(part: str, rank: int | None) -> _Term:
+    before, dots, after = part.partition("...")
+    if not dots:
+        return [*part]
+    if rank is None:
+        raise Refuse("the rank of an operand with an ellipsis is unknown")
+    count = rank - len(before) - len(after)
+    return [*before, *(f"...{index}" for index in range(count, 0, -1)), *after]
+
+
+def _single(op: Op, value: ir.Value, term: _Term, result: _Term) -> ir.Value:
+    """One operand, summed over the letters that the result lacks."""
+    if not set(result) <= set(term):
+        raise Refuse("a letter of the result is in no operand")
+    axes = [axis for axis, letter in enumerate(term) if letter not in result]
+    kept = [letter for letter in term if letter in result]
+    if axes and op.opset < 13:
+        value = op.ReduceSum(value, axes=axes, keepdims=0)
+    elif axes:
+        value = op.ReduceSum(value, axes, keepdims=0)
+    return _arranged(op, value, kept, result)
+
+
+def _product(op: Op, values: list[ir.Value], terms: list[_Term], result: _Term) -> ir.Value:
+    """Two operands: batch axes, the axes of either one, and a single axis that is summed over."""
+    first, second = (set(term) for term in terms)
+    wanted = set(result)
+    summed = (first & second) - wanted
+    batch = [letter for letter in result if letter in first and letter in second]
+    own = [[c for c in result if c in this and c not in batch] for this in (first, second)]
+    if len(summed) != 1 or (first | second) - wanted != summed or not wanted <= first | second:
+        raise Refuse("it is no single product of matrices")
+    _check_sizes(op, values, terms, summed, batch)
+    if own[0] and own[1] and result.index(own[0][-1]) > result.index(own[1][-1]):
+        values, terms, own = values[::-1], terms[::-1], own[::-1]
+    rows, columns = own
+    if len(columns) != 1 or not rows or (len(rows) != 1 and batch):
+        raise Refuse("it is no single product of matrices")
+    left = _arranged(op, values[0], terms[0], [*batch, *rows, *summed])
+    right = _arranged(op, values[1], terms[1], [*batch, *summed, *columns])
+    return _arranged(op, op.MatMul(left, right), [*batch, *rows, *columns], result)
+
+
+def _check_sizes(
+    op: Op, values: list[ir.Value], terms: list[_Term], summed: set[str], batch: list[str]
+) -> None:
+    """Refuse where an axis of size 1 may be repeated, or the equation does not fit the operands."""
+    shapes = [op.shape(value) for value in values]
+    for letter in (*summed, *batch):
+        sizes = [
+            None if shape is None or len(shape) != len(term) else shape[term.index(letter)]
+            for shape, term in zip(shapes, terms, strict=True)
+        ]
+        if None in sizes or sizes[0] != sizes[1]:
+            raise Refuse("the sizes of an axis of both operands may differ")
+
+
+def _arranged(op: Op, value: ir.Value, term: _Term, wanted: _Term) -> ir.Value:
+    """A value with its axes in another order."""
+    if term == wanted:
+        return value
+    return op.Transpose(value, perm=[term.index(letter) for letter in wanted])
