@@ -53,7 +53,8 @@ def optimize(
     Args:
         model: a path, serialized bytes, an `onnx.ModelProto` or an `onnx_ir.Model`.
         level: 0 to 3, which of `graphopt.passes.PIPELINES` runs; ignored where `passes` is given.
-        passes: pipeline text (`fold-constants,fuse-gelu{…}`), a TOML file, or pass objects.
+        passes: pipeline text (`fold-constants{max_bytes=0},fuse-gelu`), a TOML file, or a list
+            of such texts and pass objects.
         enable: further passes by name; they run after those of the level.
         disable: passes by name that do not run.
         target: `portable` (standard operators, any runtime) or a device, see `Target.names`.
