@@ -20,6 +20,7 @@ _CLEAN = (
 _FUSE = (
     "inline-functions",
     "inline-if",
+    "unroll-loop",
     "fold-constants",
     "fold-shapes",
     "eliminate-identity",

@@ -60,7 +60,7 @@ def _inline(context: Context, node: ir.Node, taken: bool, gone: set[ir.Graph]) -
     _forget_below(other.as_graph(), gone)
     results = list(branch.outputs)
     branch.outputs.clear()
-    weights = _take_initializers(context, branch, graph)
+    weights = take_initializers(context, branch, graph)
     moved = list(branch)
     branch.remove(moved)
     for inner in moved:
@@ -82,7 +82,7 @@ def _inline(context: Context, node: ir.Node, taken: bool, gone: set[ir.Graph]) -
     remove(context, node)
 
 
-def _take_initializers(context: Context, branch: ir.Graph, graph: ir.Graph) -> list[ir.Node]:
+def take_initializers(context: Context, branch: ir.Graph, graph: ir.Graph) -> list[ir.Node]:
     """Move a branch's initializers to the graph around it; returns Constants where it has none."""
     constants: list[ir.Node] = []
     for name, value in list(branch.initializers.items()):
