@@ -42,6 +42,7 @@ _FUSE = (
     "fuse-space-to-depth",
     "fuse-matmul-add",
     "fuse-matmul-scale",
+    "merge-gemms",
     "fuse-gelu",
     "fuse-layernorm",
     "fuse-rmsnorm",
