@@ -27,6 +27,7 @@ from graphopt.runner import Runner, memory_guard
 from graphopt.shapes import Shapes
 
 _BASE_BYTES = 256 << 20
+_WEIGHT_COPIES = 3  # ours, ONNX Runtime's, and that in the order in which its kernels read
 _BYTES_PER_WEIGHT = 200
 _MOST_FLOPS = 10**10  # about a second: beyond it runs are few and small
 _MOST_SHARE = 0.5  # of a model's nodes, beyond which running it whole is cheaper than by regions
@@ -139,7 +140,8 @@ class _Pair:
     @cached_property
     def fits(self) -> bool:
         """Whether the weights and activations of a whole run are within the memory limit."""
-        return self._cost.weight_bytes + self._cost.peak_bytes <= self.limit
+        need = _WEIGHT_COPIES * self._cost.weight_bytes + self._cost.peak_bytes
+        return need <= self.limit
 
     @cached_property
     def _quick(self) -> bool:
@@ -175,10 +177,11 @@ class _Pair:
             return result
         try:
             result = self._whole(feeds)
-        except GraphoptError as error:
-            slow = isinstance(error, TimeLimitError)
-            result = self.regions(one, ("random",) if slow else ("real", "random"))
-            result.notes.insert(0, f"the original was not run whole: {error}")
+        except (GraphoptError, MemoryError) as error:
+            costly = isinstance(error, TimeLimitError | MemoryError) or "alloc" in str(error)
+            reason = str(error) or "it needs more memory than the limit"
+            result = self.regions(one, ("random",) if costly else ("real", "random"))
+            result.notes.insert(0, f"the original was not run whole: {reason}")
             return result
         if result.unchecked and not result.different:
             regional = self.regions(one, ("real",))

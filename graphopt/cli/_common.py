@@ -20,6 +20,8 @@ from graphopt.errors import GraphoptError, InputError
 if TYPE_CHECKING:
     from rich.console import Console
 
+_OWN_BYTES = 256 << 20  # what Python and its libraries take before there is a model
+
 F = TypeVar("F", bound=Callable[..., Any])
 _PIPE_WIDTH = 1 << 16  # lines in a pipe or a file are not broken: scripts read them
 
@@ -122,7 +124,7 @@ def limits(seconds: float | None, memory: int | None) -> Generator[None]:
 
     old = resource.getrlimit(resource.RLIMIT_DATA)
     if memory is not None:
-        resource.setrlimit(resource.RLIMIT_DATA, (memory, old[1]))
+        resource.setrlimit(resource.RLIMIT_DATA, (memory + _OWN_BYTES, old[1]))
     if seconds is not None:
         signal.signal(signal.SIGALRM, expire)
         signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3))

@@ -103,7 +103,12 @@ if TYPE_CHECKING:
 @click.option("-v", "--verbose", is_flag=True, help="List every rewrite and refusal.")
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
 @click.option("--time-limit", type=click.FloatRange(min=0), metavar="SECONDS")
-@click.option("--memory-limit", type=Size(), metavar="SIZE", help="Such as 2G.")
+@click.option(
+    "--memory-limit",
+    type=Size(),
+    metavar="SIZE",
+    help="Such as 2G, beside what Python takes. Larger models are verified in parts.",
+)
 def optimize(model: Path, **options: Any) -> None:
     """Make MODEL smaller and faster, and check that it still computes the same.
 
