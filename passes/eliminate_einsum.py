@@ -15,19 +15,22 @@ _Term = list[str]
 """The letters of an operand's axes; those that an ellipsis stands for are numbered from the end."""
 
 
+_MULTIPLIED = (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16)
+_SUMMED = (*_MULTIPLIED, ir.DataType.INT32, ir.DataType.INT64)
+
+
 @rewrite.on("Einsum")
 def eliminate_einsum(op: Op, node: ir.Node) -> ir.Value | None:
     """One operand: Transpose and ReduceSum; two: MatMul between Transposes."""
     values = [value for value in node.inputs if value is not None]
     if not 1 <= len(values) <= 2:
         return None
+    known = _SUMMED if len(values) == 1 else _MULTIPLIED
+    if any(op.dtype(value) not in known for value in values):
+        raise Refuse("few runtimes sum or multiply operands of this type")
     terms, result = _equation(op, node, values)
     if len(values) == 1:
         return _single(op, values[0], terms[0], result)
-    for value in values:
-        dtype = op.dtype(value)
-        if dtype is None or not dtype.is_floating_point():
-            raise Refuse("its operands are no floats")
     return _product(op, values, terms, result)
 
 
