@@ -66,7 +66,7 @@ def _place(op: Op, node: ir.Node) -> tuple[int, int, bool] | None:
     shape, indices = op.shape(node.inputs[0]), op.const(node.inputs[1])
     if shape is None or indices is None or indices.shape not in ((), (1,)):
         return None
-    axis = op.attr(node, "axis", 0) % len(shape)
+    axis: int = op.attr(node, "axis", 0) % len(shape)
     size, index = shape[axis], int(indices.item())
     if not isinstance(size, int) or not -size <= index < size:
         return None
