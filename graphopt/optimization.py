@@ -11,7 +11,7 @@ from typing import Any, Literal, cast, get_args
 
 from graphopt import feeds, files, ir
 from graphopt.context import FOLD_BYTES, Context
-from graphopt.errors import InputError, VerificationError
+from graphopt.errors import GraphoptError, InputError, VerificationError
 from graphopt.pass_manager import Pass, PassManager, load_pass, parse_pipeline
 from graphopt.passes import PIPELINES
 from graphopt.report import Comparison, Report, Stats
@@ -77,6 +77,7 @@ def optimize(
 
     Raises:
         InputError: the model, a pass, an option or the inputs cannot be used.
+        GraphoptError: a pass crashed and verification, which would undo it, is off.
         VerificationError: the result differs and no single pass is to blame.
         TimeLimitError: the time limit was reached.
     """
@@ -110,7 +111,18 @@ def optimize(
         manager = PassManager(pipeline, check if each else None, after, progress)
         return manager.run(context, report)
 
-    result = run(each=verify == "each")
+    try:
+        result = run(each=verify == "each")
+    except GraphoptError:
+        raise
+    except Exception as error:
+        if verify == "off":
+            raise GraphoptError(
+                f"a pass crashed ({type(error).__name__}: {error}); "
+                "with verification on it is undone, named, and the rest goes on"
+            ) from error
+        report.passes.clear()
+        result = run(each=True)
     if verify != "off":
 
         def final(candidate: ir.Model) -> Comparison:

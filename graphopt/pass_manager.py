@@ -18,7 +18,7 @@ from typing import Any, ClassVar, cast
 from graphopt import files, ir
 from graphopt.context import Context
 from graphopt.driver import Driver
-from graphopt.errors import InputError
+from graphopt.errors import GraphoptError, InputError
 from graphopt.report import Comparison, PassRecord, Report
 from graphopt.rewriting import Rule
 
@@ -211,7 +211,9 @@ class PassManager:
         before = files.copy(context.model) if self.check is not None else None
         counts = [len(record.rewrites) for record in records]
         start = time.perf_counter()
-        if len(stage) == 1:
+        if before is not None:
+            self._attempt(stage[0], context, records[0], before)
+        elif len(stage) == 1:
             context.record = records[0]
             stage[0].run(context)
         else:
@@ -230,12 +232,31 @@ class PassManager:
         if self.after is not None and changed:
             self.after(stage[0].name, context.model)
 
+    def _attempt(
+        self, single: Pass, context: Context, record: PassRecord, before: ir.Model
+    ) -> None:
+        """Run a pass; one that crashes is undone, whatever the reason."""
+        count = len(record.rewrites)
+        context.record = record
+        try:
+            single.run(context)
+        except GraphoptError:
+            raise
+        except Exception as error:  # noqa: BLE001 - a bug in one pass must not cost the others
+            self._undo(context, record, before, count, f"{type(error).__name__}: {error}")
+
+    @staticmethod
+    def _undo(
+        context: Context, record: PassRecord, before: ir.Model, count: int, reason: str
+    ) -> None:
+        record.rolled_back = reason
+        del record.rewrites[count:]
+        context.model = before
+        context.refresh()
+
     def _verify(self, before: ir.Model, context: Context, record: PassRecord, count: int) -> None:
         assert self.check is not None
         verdict = self.check(before, context.model)
         if not verdict.different:
             return
-        record.rolled_back = verdict.summary()
-        del record.rewrites[count:]
-        context.model = before
-        context.refresh()
+        self._undo(context, record, before, count, verdict.summary())

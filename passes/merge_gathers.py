@@ -64,7 +64,7 @@ def _place(op: Op, node: ir.Node) -> tuple[int, int, bool] | None:
     if node.op_type != "Gather" or node.domain or node.inputs[0] is None:
         return None
     shape, indices = op.shape(node.inputs[0]), op.const(node.inputs[1])
-    if shape is None or indices is None or indices.shape not in ((), (1,)):
+    if not shape or indices is None or indices.shape not in ((), (1,)):
         return None
     axis: int = op.attr(node, "axis", 0) % len(shape)
     size, index = shape[axis], int(indices.item())

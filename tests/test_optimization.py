@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,9 +14,9 @@ import pytest
 import graphopt
 from graphopt import ir, models
 from graphopt.context import Context
-from graphopt.errors import InputError
+from graphopt.errors import GraphoptError, InputError
 from graphopt.optimization import optimize
-from graphopt.pass_manager import load_pass
+from graphopt.pass_manager import Pass, load_pass
 from graphopt.report import Report
 from tests.test_pass_manager import BreakIt
 
@@ -77,6 +78,28 @@ def test_a_pass_that_breaks_the_model_is_undone_and_the_rest_stays() -> None:
         assert report.rolled_back == ["break-it"]
         assert ops(result) == ["Neg", "Exp"]
         assert report.verification is not None and report.verification.ok
+
+
+@dataclass(frozen=True)
+class Crash(Pass):
+    """Has changed something when it fails."""
+
+    def run(self, context: Context) -> None:
+        BreakIt().run(context)
+        raise ZeroDivisionError("by a bug")
+
+
+def test_a_pass_that_crashes_is_undone_and_named() -> None:
+    for verify in ("end", "each"):
+        report = Report()
+        model = ir.onnx_ir.from_onnx_text(CHAIN)
+        passes = [Crash(), load_pass("eliminate-identity")]
+        result = optimize(model, passes=passes, verify=verify, report=report)  # pyright: ignore[reportArgumentType]
+        assert report.rolled_back == ["crash"]
+        assert report.passes[0].rolled_back == "ZeroDivisionError: by a bug"
+        assert ops(result) == ["Neg", "Abs"]
+    with pytest.raises(GraphoptError, match="a pass crashed"):
+        optimize(ir.onnx_ir.from_onnx_text(CHAIN), passes=[Crash()], verify="off")
 
 
 def test_initializers_that_callers_may_override_stay_inputs_unless_frozen() -> None:
