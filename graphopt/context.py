@@ -35,10 +35,6 @@ class Context:
         self.rewrites_left = rewrites_left
         self.deadline = deadline
         self.record = PassRecord("")
-        self.shapes = Shapes(model)
-        self._roots: dict[ir.Graph, ir.Graph] = {}
-        self._names = _Names()
-        self._node_names = _Names()
         self.refresh()
 
     def refresh(self) -> None:

@@ -236,9 +236,8 @@ def _array(
         return np.asarray(texts, object)[rng.integers(len(texts), size=shape)]
     if "mask" in name:
         mask = np.asarray(rng.random(shape) < 0.85)
-        mask[(..., slice(1)) if shape else ()] = (
-            True  # a row that attends to nothing is NaN in many models
-        )
+        # a row that attends to nothing is NaN in many models
+        mask[(..., slice(1)) if shape else ()] = True
         return mask.astype(dtype.numpy())
     if dtype == ir.DataType.BOOL:
         return np.asarray(rng.random(shape) < 0.5)

@@ -7,7 +7,7 @@ Needs: operators that mean the same in the opsets of function and caller; no rec
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import onnx
@@ -197,15 +197,12 @@ def _other_meaning(node: ir.Node, function: ir.Function, root: ir.Graph, model: 
     own, caller = ir.opset(function.graph, node.domain), ir.opset(root, node.domain)
     if own == caller or not caller or node.op_identifier() in model.functions:
         return ""
-    since: Callable[[int], int] = lambda version: (  # noqa: E731
-        onnx.defs.get_schema(node.op_type, version, node.domain).since_version
-    )
     try:
-        same = since(own) == since(caller)
+        schemas = [onnx.defs.get_schema(node.op_type, v, node.domain) for v in (own, caller)]
+        if schemas[0].since_version == schemas[1].since_version:
+            return ""
     except onnx.defs.SchemaError:
-        same = False
-    if same:
-        return ""
+        pass
     return f"{node.op_type} of opset {own} is another one than that of opset {caller}"
 
 
