@@ -31,11 +31,12 @@ FLOORS = [
     "errors ir dims _polynomial _wire _external _operators _tensors _validate _checks _writing "
     "files atomic npz __version__",
     "shape* cost sizes runner batch execute numpy_ops numpy_moves feeds input_uses random_inputs "
-    "target report closeness artifact models",
-    "context _match rewriting driver pass_manager numbering cutting regions judging verification",
+    "target report closeness artifact models samples taps gram",
+    "context _match rewriting driver pass_manager numbering cutting regions judging verification "
+    "losses quantizer pruner",
     "passes",
     "backends timing accuracy",
-    "optimization compilation machine measurement bisection differences inspection _foreign "
+    "optimization quantization pruning compression surgery compilation machine measurement bisection differences inspection _foreign "
     "graphsurgeon "
     "onnxscript cli __init__ __main__",
 ]
@@ -59,7 +60,8 @@ def modules() -> Iterator[tuple[str, Path]]:
     """Each module that is shipped: its name below graphopt, its file."""
     for file in sorted(ROOT.glob("graphopt/*.py")):
         yield file.stem, file
-    for folder in (ROOT / "graphopt" / "cli", *(ROOT / name for name in PACKAGES)):
+    inner = (ROOT / "graphopt" / name for name in ("cli", "quantizer", "pruner"))
+    for folder in (*inner, *(ROOT / name for name in PACKAGES)):
         for file in sorted(folder.rglob("*.py")):
             yield f"{folder.name}.{file.stem}", file
 

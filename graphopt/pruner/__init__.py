@@ -1,0 +1,1 @@
+"""Pruning: which indices of which axes belong together, what they are worth, and taking them out."""

@@ -1,0 +1,1 @@
+"""Quantization: ranges from sketches of activations, placement by target, recovery of accuracy."""
