@@ -6,12 +6,16 @@ import copy
 import time
 from collections import Counter
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from graphopt import ir
 from graphopt.errors import TimeLimitError
 from graphopt.report import PassRecord, Rewrite
 from graphopt.shapes import Shapes
 from graphopt.target import Target
+
+if TYPE_CHECKING:
+    from graphopt.samples import Samples
 
 FOLD_BYTES = 1 << 20
 """How much larger than what it frees a folded constant may be, in bytes."""
@@ -28,12 +32,18 @@ class Context:
         fold_bytes: int = FOLD_BYTES,
         rewrites_left: int | None = None,
         deadline: float | None = None,
+        samples: Samples | None = None,
+        reference: ir.Model | None = None,
     ) -> None:
         self.model = model
         self.target = target or Target.portable()
         self.fold_bytes = fold_bytes
         self.rewrites_left = rewrites_left
         self.deadline = deadline
+        self.samples = samples
+        """Data for the passes that calibrate or reconstruct; None where none was given."""
+        self.reference = reference
+        """The model as it was before any pass, which recovery aims at; not to be changed."""
         self.record = PassRecord("")
         self.refresh()
 

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from graphopt import feeds, files, ir
 from graphopt.context import FOLD_BYTES, Context
 from graphopt.errors import GraphoptError, InputError, VerificationError
-from graphopt.pass_manager import Pass, PassManager, load_pass, parse_pipeline
+from graphopt.losses import measure_loss
+from graphopt.pass_manager import MAX_ROUNDS, Pass, PassManager, load_pass, parse_pipeline
 from graphopt.passes import PIPELINES
-from graphopt.report import Comparison, Report, Stats
+from graphopt.report import Comparison, Loss, Report, Stats
 from graphopt.target import Target
 from graphopt.verification import verify as compare
 from graphopt.verification import verify_changes
+
+if TYPE_CHECKING:
+    from graphopt.samples import Samples, SamplesLike
 
 Verify = Literal["off", "end", "each"]
 Feeds = Mapping[str, ir.Array]
@@ -34,6 +40,7 @@ def optimize(
     target: str | Target = "portable",
     verify: Verify = "end",
     inputs: Feeds | None = None,
+    data: SamplesLike | None = None,
     seed: int = 0,
     shapes: Mapping[str, Sequence[int | str]] | None = None,
     opset: int | None = None,
@@ -61,6 +68,8 @@ def optimize(
         verify: compare with the original at the `end`, after `each` pass, or `off`. A pass whose
             result differs is undone and named in the report.
         inputs: arrays by input name to verify with; random ones of `seed` where not given.
+        data: samples for passes that calibrate, see `graphopt.samples.open_samples`; what a lossy
+            pass costs is measured on them too.
         shapes: new shapes of graph inputs: ints, or names of symbolic dimensions.
         opset: the ai.onnx version to convert to first.
         keep_signature: list initializers as inputs again where a file of IR 3 did.
@@ -93,58 +102,170 @@ def optimize(
     aim = Target.parse(target)
     pipeline, asked = select(level, passes, enable, disable, opset)
     report.source = str(model) if isinstance(model, str | Path) else original.graph.name or ""
+    report.pipeline = ",".join(map(str, pipeline))
     report.target = aim.name
     report.requested = asked
     report.before = Stats.of(original)
-
-    def check(before: ir.Model, now: ir.Model) -> Comparison:
-        return verify_changes(before, now, seed=seed, memory_limit=memory_limit)
-
-    def run(each: bool) -> ir.Model:
-        context = Context(
-            original if verify == "off" else files.copy(original),
-            target=aim,
-            fold_bytes=fold_bytes,
-            rewrites_left=bisect_limit,
-            deadline=None if time_limit is None else start + time_limit,
-        )
-        manager = PassManager(pipeline, check if each else None, after, progress)
-        return manager.run(context, report)
-
-    try:
-        result = run(each=verify == "each")
-    except GraphoptError:
-        raise
-    except Exception as error:
-        if verify == "off":
-            raise GraphoptError(
-                f"a pass crashed ({type(error).__name__}: {error}); "
-                "with verification on it is undone, named, and the rest goes on"
-            ) from error
-        report.passes.clear()
-        result = run(each=True)
-    if verify != "off":
-
-        def final(candidate: ir.Model) -> Comparison:
-            if progress is not None:
-                progress("verification")
-            if not any(record.rewrites for record in report.passes):
-                return check(original, candidate)  # what did not change need not run
-            return compare(original, candidate, feeds=given, seed=seed, memory_limit=memory_limit)
-
-        verdict = final(result)
-        if verdict.different and verify == "end":
-            report.passes.clear()
-            result = run(each=True)
-            verdict = final(result)
-        report.verification = verdict
-        if verdict.different:
-            raise VerificationError(f"the result differs from the original: {verdict.summary()}")
+    run = _Run(
+        report=report,
+        target=aim,
+        verify=verify,
+        inputs=given,
+        samples=None if data is None else _open(data, original),
+        reference=original,
+        seed=seed,
+        fold_bytes=fold_bytes,
+        rewrites_left=bisect_limit,
+        deadline=None if time_limit is None else start + time_limit,
+        memory_limit=memory_limit,
+        after=after,
+        progress=progress,
+    )
+    result = run.all(original, pipeline)
     if lineage:
         _write_lineage(result)
     report.after = Stats.of(result)
     report.seconds = time.monotonic() - start
     return result
+
+
+def _open(data: SamplesLike, model: ir.Model) -> Samples:
+    from graphopt.samples import open_samples  # what most runs do without
+
+    return open_samples(data, model)
+
+
+@dataclass
+class _Run:
+    """One call of `optimize`: stretches of exact passes, each verified, and lossy ones between."""
+
+    report: Report
+    target: Target
+    verify: Verify
+    inputs: list[dict[str, ir.Array]] | None
+    samples: Samples | None
+    reference: ir.Model
+    seed: int
+    fold_bytes: int
+    rewrites_left: int | None
+    deadline: float | None
+    memory_limit: int | None
+    after: Callable[[str, ir.Model], None] | None
+    progress: Callable[[str], None] | None
+
+    def all(self, model: ir.Model, pipeline: Sequence[Pass]) -> ir.Model:
+        """Run the pipeline; `model` is left as it is unless verification is off."""
+        result, lossy = model, False
+        for stretch in _stretches(pipeline):
+            if stretch and stretch[0].lossy:
+                result, lossy = self._measured(result, stretch[0]), True
+            else:
+                result = self._verified(result, stretch)
+        if self.samples is not None and not lossy:
+            self.report.notes.append("the data was not used: no pass here is lossy")
+        if lossy and self.verify != "off":
+            self.report.losses.append(self._loss("all", model, result))
+        return result
+
+    def _passes(
+        self, model: ir.Model, passes: Sequence[Pass], report: Report, *, each: bool
+    ) -> ir.Model:
+        context = Context(
+            model if self.verify == "off" else files.copy(model),
+            target=self.target,
+            fold_bytes=self.fold_bytes,
+            rewrites_left=self.rewrites_left,
+            deadline=self.deadline,
+            samples=self.samples,
+            reference=self.reference,
+        )
+        manager = PassManager(
+            passes,
+            self._check if each else None,
+            self.after,
+            self.progress,
+            rounds=1 if passes and passes[0].lossy else MAX_ROUNDS,
+        )
+        result = manager.run(context, report)
+        self.rewrites_left = context.rewrites_left
+        return result
+
+    def _check(self, before: ir.Model, now: ir.Model) -> Comparison:
+        return verify_changes(before, now, seed=self.seed, memory_limit=self.memory_limit)
+
+    def _verified(self, model: ir.Model, passes: Sequence[Pass]) -> ir.Model:
+        """The model after exact passes, all of them compared with it, or those that agree."""
+        left = self.rewrites_left
+        record = Report()
+        try:
+            result = self._passes(model, passes, record, each=self.verify == "each")
+        except GraphoptError:
+            raise
+        except Exception as error:
+            if self.verify == "off":
+                raise GraphoptError(
+                    f"a pass crashed ({type(error).__name__}: {error}); "
+                    "with verification on it is undone, named, and the rest goes on"
+                ) from error
+            record, self.rewrites_left = Report(), left
+            result = self._passes(model, passes, record, each=True)
+        if self.verify != "off":
+            verdict = self._compare(model, result, record)
+            if verdict.different and self.verify == "end":
+                record, self.rewrites_left = Report(), left
+                result = self._passes(model, passes, record, each=True)
+                verdict = self._compare(model, result, record)
+            if self.report.verification is None or self.report.verification.ok:
+                self.report.verification = verdict
+            if verdict.different:
+                raise VerificationError(
+                    f"the result differs from the original: {verdict.summary()}"
+                )
+        self.report.passes += record.passes
+        self.report.notes += record.notes
+        return result
+
+    def _compare(self, before: ir.Model, now: ir.Model, record: Report) -> Comparison:
+        if self.progress is not None:
+            self.progress("verification")
+        if not any(entry.rewrites for entry in record.passes):
+            return self._check(before, now)  # what did not change need not run
+        return compare(
+            before, now, feeds=self.inputs, seed=self.seed, memory_limit=self.memory_limit
+        )
+
+    def _measured(self, model: ir.Model, single: Pass) -> ir.Model:
+        """The model after a lossy pass, and what that cost; undone where the model then breaks."""
+        record = Report()
+        try:
+            result = self._passes(model, [single], record, each=False)
+        except GraphoptError:
+            raise
+        except Exception as error:
+            raise GraphoptError(f"{single.name}: {type(error).__name__}: {error}") from error
+        self.report.passes += record.passes
+        if self.verify != "off" and any(entry.rewrites for entry in record.passes):
+            try:
+                self.report.losses.append(self._loss(single.name, model, result))
+            except GraphoptError as error:
+                record.passes[0].rolled_back = str(error)
+                record.passes[0].rewrites.clear()
+                return model
+        return result
+
+    def _loss(self, name: str, before: ir.Model, after: ir.Model) -> Loss:
+        if self.progress is not None:
+            self.progress(f"what {name} cost")
+        return measure_loss(name, before, after, self.samples, seed=self.seed)
+
+
+def _stretches(pipeline: Sequence[Pass]) -> Iterator[list[Pass]]:
+    """The passes in order: each lossy one by itself, exact ones that follow each other together."""
+    if not pipeline:
+        yield []
+    for lossy, group in itertools.groupby(pipeline, lambda single: single.lossy):
+        passes = list(group)
+        yield from ([single] for single in passes) if lossy else [passes]
 
 
 def select(

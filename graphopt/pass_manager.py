@@ -29,6 +29,9 @@ MAX_ROUNDS = 10
 class Pass:
     """A transformation of a model. Its fields are its options, in Python and in pipeline text."""
 
+    lossy: ClassVar[bool] = False
+    """True where results change by more than rounding: it runs once, and its cost is measured."""
+
     @property
     def name(self) -> str:
         """The module's name with dashes: `fuse-gelu`."""
@@ -174,13 +177,15 @@ class PassManager:
     """Called after each pass that ran by itself, e.g. to dump the model."""
     progress: Callable[[str], None] | None = None
     """Called with the name of what is about to run."""
+    rounds: int = MAX_ROUNDS
+    """At most so many; 1 for what is to run once."""
 
     def run(self, context: Context, report: Report | None = None) -> ir.Model:
         """Optimize `context.model`; returns the model that is left (after any rollback)."""
         report = report if report is not None else Report()
         if not report.pipeline:
             report.pipeline = ",".join(map(str, self.passes))
-        for _ in range(MAX_ROUNDS):
+        for _ in range(self.rounds):
             done = sum(len(record.rewrites) for record in report.passes)
             for stage in self._stages():
                 self._run_stage(stage, context, report)
@@ -188,7 +193,8 @@ class PassManager:
                 break
             context.refresh()
         else:
-            report.notes.append(f"stopped after {MAX_ROUNDS} rounds; more might be found")
+            if self.rounds > 1:
+                report.notes.append(f"stopped after {self.rounds} rounds; more might be found")
         return context.model
 
     def _stages(self) -> Iterator[list[Pass]]:

@@ -150,6 +150,29 @@ class Comparison:
 
 
 @dataclass
+class Loss:
+    """What a lossy pass cost: its outputs beside those of the model that it was given."""
+
+    name: str
+    """The pass; `all` for the result beside the source."""
+    samples: int
+    """Runs that were compared."""
+    where: str
+    """Where their inputs came from."""
+    outputs: list[OutputComparison] = field(default_factory=list[OutputComparison])
+
+    @property
+    def sqnr_db(self) -> float | None:
+        """The lowest signal-to-noise ratio of an output; None where nothing differs."""
+        return min((o.sqnr_db for o in self.outputs if o.sqnr_db is not None), default=None)
+
+    @property
+    def agreement(self) -> float | None:
+        """The lowest share of rows with the same largest element; None without such outputs."""
+        return min((o.top1 for o in self.outputs if o.top1 is not None), default=None)
+
+
+@dataclass
 class Report:
     """Everything a run has to say; the command line prints it, `--report` and `--json` store it."""
 
@@ -162,6 +185,9 @@ class Report:
     after: Stats | None = None
     passes: list[PassRecord] = field(default_factory=list[PassRecord])
     verification: Comparison | None = None
+    """Of the passes that are not lossy."""
+    losses: list[Loss] = field(default_factory=list[Loss])
+    """Of each lossy pass, and of all together where there were any."""
     notes: list[str] = field(default_factory=list[str])
     seconds: float = 0.0
 

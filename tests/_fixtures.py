@@ -19,7 +19,8 @@ A model without a header of its own gets IR version 10 and opset 20. The headers
     title      what the case shows; required
     options    the pass's options, as in pipeline text: a=1,b=2
     target     name of the target to optimize for
-    numerics   exact or rounding, where the pass's docstring says more than this case needs
+    within     for lossy passes: largest difference, relative to an output's largest element
+    numerics   exact, rounding or lossy, where the pass's docstring says more than this case needs
     unchanged  true where the pass must leave the model alone; there is no after model then
     refusal    part of a reason that the report must give; may be repeated
     random     NAME DTYPE[DIMS]: an initializer of standard normal values, by NAME the same in
@@ -47,7 +48,7 @@ from tests._text import proto
 onnx: Any = importlib.import_module("onnx")
 
 FOLDER = Path(__file__).resolve().parent / "passes"
-_SINGLE = {"title", "options", "target", "numerics", "unchanged"}
+_SINGLE = {"title", "options", "target", "numerics", "within", "unchanged"}
 _FILLED = ("random", "value", "feed", "computed")
 
 

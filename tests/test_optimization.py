@@ -167,3 +167,49 @@ def test_passes_may_be_a_list_of_names_and_passes() -> None:
 def test_an_unknown_way_to_verify_is_refused() -> None:
     with pytest.raises(InputError, match="off, end, each"):
         optimize(CNN, verify=cast(Any, "never"))
+
+
+@dataclass(frozen=True)
+class Blur(Pass):
+    """Multiplies an initializer by a number: a pass that moves results."""
+
+    lossy = True
+    by: float = 1.01
+
+    def run(self, context: Context) -> None:
+        for value in context.model.graph.initializers.values():
+            assert value.const_value is not None
+            value.const_value = ir.tensor(value.const_value.numpy() * np.float32(self.by))
+            context.changed("blur", [value.name or ""])
+
+
+LINEAR = """<ir_version: 8, opset_import: ["" : 17]>
+g (float[N,4] x) => (float[N,4] y) <float s = {2.0}>
+{ a = Neg(x) b = Identity(a) c = Mul(b, s) y = Abs(c) }"""
+
+
+def test_a_lossy_pass_runs_once_and_its_cost_is_told() -> None:
+    report = Report()
+    result = optimize(
+        onnx.parser.parse_model(LINEAR),
+        passes=["eliminate-identity", Blur(), "eliminate-dead"],
+        report=report,
+    )
+    assert "Identity" not in ops(result)
+    assert report.verification is not None and report.verification.ok
+    assert [loss.name for loss in report.losses] == ["blur", "all"]
+    assert report.losses[0].sqnr_db == pytest.approx(40, abs=0.1)
+    assert report.record("blur").rewrites == [report.record("blur").rewrites[0]]
+
+
+def test_a_lossy_pass_that_breaks_the_model_is_undone() -> None:
+    report = Report()
+
+    class Drop(Blur):
+        def run(self, context: Context) -> None:
+            context.model.graph.outputs[0].name = "z"
+            context.changed("drop", ["y"])
+
+    result = optimize(onnx.parser.parse_model(LINEAR), passes=[Drop()], report=report)
+    assert result.graph.outputs[0].name == "y"
+    assert report.rolled_back == ["drop"]

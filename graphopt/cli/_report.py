@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from graphopt import ir
-    from graphopt.report import Comparison, PassRecord, Report
+    from graphopt.report import Comparison, Loss, PassRecord, Report
 
 
 def show(
@@ -32,6 +32,8 @@ def show(
     _show_table(out, report, path, written, evaluation)
     if report.verification is not None:
         out.print(_verdict(report.verification))
+    for loss in report.losses:
+        out.print(_loss(loss))
     for note in report.notes:
         out.print(f"note: {note}")
 
@@ -91,6 +93,15 @@ def _verdict(verdict: Comparison) -> str:
         how = "whole model" if verdict.how == "whole" else "by regions"
         return f"verified ({how}): {verdict.summary()}"
     return f"NOT FULLY VERIFIED: {verdict.summary()}"
+
+
+def _loss(loss: Loss) -> str:
+    """What a lossy pass cost, in a line."""
+    told = [f"SQNR {loss.sqnr_db:.1f} dB" if loss.sqnr_db is not None else "no difference"]
+    if loss.agreement is not None:
+        told.append(f"agreement {100 * loss.agreement:.1f} %")
+    what = "all lossy passes" if loss.name == "all" else loss.name
+    return f"{what:24} {', '.join(told)} ({_count(loss.samples, 'sample')}, {loss.where})"
 
 
 def size(count: float) -> str:

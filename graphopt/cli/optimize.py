@@ -60,6 +60,11 @@ if TYPE_CHECKING:
 )
 @click.option("--inputs", type=MODEL, help="An .npz with one array per input, to verify with.")
 @click.option(
+    "--data",
+    metavar="DATA",
+    help="Samples for passes that calibrate or recover: an .npz, a folder, file.py:function.",
+)
+@click.option(
     "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the random inputs."
 )
 @click.option(
@@ -168,6 +173,7 @@ def _optimize(path: Path, options: dict[str, Any], report: Report) -> tuple[ir.M
             target=options["target"],
             verify=options["verify"],
             inputs=None if inputs is None else feeds.load_feeds(inputs, source),
+            data=options["data"],
             seed=options["seed"],
             shapes=dict(options["shapes"]),
             opset=options["opset"],

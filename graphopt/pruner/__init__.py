@@ -1,1 +1,1 @@
-"""Pruning: which indices of which axes belong together, what they are worth, and taking them out."""
+"""Pruning: which indices of which axes belong together, what they are worth, taking them out."""
