@@ -10,6 +10,7 @@ import graphlib
 import io
 import os
 import stat
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import onnx
 from google.protobuf.message import DecodeError
 from onnx import ValueInfoProto
 
-from graphopt import _wire, _writing, ir
+from graphopt import _container, _wire, _writing, atomic, ir
 from graphopt._checks import quote, show
 from graphopt._external import FileTensor, Folder
 from graphopt._tensors import DATA_FIELDS, TensorReader
@@ -53,12 +54,22 @@ def load(source: ModelLike, *, keep_signature: bool = False) -> ir.Model:
     path = Path(source)
     try:
         with _open_regular(path) as stream:
+            if stream.peek(len(_container.MAGIC)).startswith(_container.MAGIC):
+                return _unpacked(path, keep_signature)
             size = os.fstat(stream.fileno()).st_size
             return _read(stream, size, show(path), path, keep_signature)
     except OSError as error:
         raise InputError(f"{show(path)}: cannot be read ({error.strerror})") from None
     except ValueError as error:  # a null character in the name
         raise InputError(f"{show(path)}: {error}") from None
+
+
+def _unpacked(path: Path, keep_signature: bool) -> ir.Model:
+    """A compressed model; its weights stay mapped to a file that has no name any more."""
+    with tempfile.TemporaryDirectory(prefix="graphopt-") as folder:
+        inner = _container.unpack(path, Path(folder))
+        with inner.open("rb") as stream:
+            return _read(stream, inner.stat().st_size, show(path), inner, keep_signature)
 
 
 def _open_regular(path: Path) -> io.BufferedReader:
@@ -246,18 +257,32 @@ def save(
     """Write a model file, whole or not at all: a file that it replaces stays until it is complete.
 
     `external` puts weights of 1 KB and more beside the file, in `PATH.data`; by default only where
-    all weights exceed 1.8 GB, or the model came with external data.
+    all weights exceed 1.8 GB, or the model came with external data. A PATH that ends in `.zst` is
+    written compressed, as `load` reads it: one file, weights included.
 
     Raises:
         InputError: the file exists and `overwrite` is not set, or it cannot be written.
+        MissingError: a compressed file is asked for and the `zstd` extra is not installed.
     """
     target = Path(path)
     if external is None:
         known = bool(_writing.remembered(model.graph, EXTERNAL))
         external = known or _writing.weight_bytes(model) > EXTERNAL_BYTES
     try:
-        _writing.write(model, target, overwrite=overwrite, external=external)
+        if target.suffix == _container.SUFFIX:
+            _pack(model, target, overwrite=overwrite, external=external)
+        else:
+            _writing.write(model, target, overwrite=overwrite, external=external)
     except OSError as error:
         raise InputError(f"{show(target)}: cannot be written ({error.strerror})") from None
     except ValueError as error:  # a null character in the name
         raise InputError(f"{show(target)}: {error}") from None
+
+
+def _pack(model: ir.Model, target: Path, *, overwrite: bool, external: bool) -> None:
+    if target.exists() and not overwrite:
+        raise InputError(f"{show(target)}: exists; overwriting has to be allowed")
+    with tempfile.TemporaryDirectory(prefix=".graphopt-", dir=target.parent) as folder:
+        inner = Path(folder) / _container.MODEL
+        _writing.write(model, inner, overwrite=False, external=external)
+        atomic.write(target, lambda file: _container.pack(Path(folder), file))
