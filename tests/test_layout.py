@@ -31,7 +31,7 @@ FLOORS = [
     "errors ir dims _polynomial _wire _external _operators _tensors _validate _checks _writing "
     "_container files atomic npz __version__",
     "shape* cost sizes runner batch execute numpy_ops numpy_moves feeds input_uses random_inputs "
-    "target report closeness artifact models samples taps gram",
+    "target report closeness artifact models samples _sources images taps gram",
     "context _match rewriting driver pass_manager numbering cutting regions judging verification "
     "losses quantizer pruner",
     "passes",
