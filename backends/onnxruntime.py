@@ -120,8 +120,10 @@ class OnnxRuntime:
         return unsupported(model, _refusal)
 
     def legalize(self, target: Target) -> tuple[Pass, ...]:
-        """Nothing: it takes every standard model of the opsets that the target names."""
-        return ()
+        """It needs none: these are the forms in which its kernels are faster."""
+        from graphopt.backends._onnxruntime_legalize import passes
+
+        return passes(target)
 
     def compile(self, model: ir.Model, target: Target, options: Options, folder: Path) -> None:
         """Save the model; a session made from the file proves that it loads."""

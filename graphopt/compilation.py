@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graphopt import __version__, artifact, backends
-from graphopt.artifact import Manifest, TensorInfo
+from graphopt.artifact import Manifest
 from graphopt.errors import InputError, MissingError
 from graphopt.target import Target
 
@@ -36,6 +36,10 @@ def compile(
     passes: str | Path | Sequence[Pass | str] | None = None,
     verify: Verify = "end",
     overwrite: bool = False,
+    fallback: bool = True,
+    cache: bool = True,
+    time_limit: float | None = None,
+    memory_limit: int | None = None,
     report: Report | None = None,
 ) -> Path:
     """Compile a model into an artifact folder, which appears whole or not at all.
@@ -52,6 +56,11 @@ def compile(
         passes: in place of a level, as for `graphopt.optimize`.
         verify: when that is compared with the original, as for `graphopt.optimize`.
         overwrite: replace an artifact that is there.
+        fallback: leave the nodes that a native backend does not take to ONNX Runtime on the CPU;
+            which ones and why stands in the manifest and in the report's notes.
+        cache: take what a native backend made of the same before, and keep what it makes.
+        time_limit: seconds that a native compiler may take; an hour where not given.
+        memory_limit: bytes that a native compiler may allocate.
         report: filled with what was done before.
 
     Returns:
@@ -60,9 +69,12 @@ def compile(
     Raises:
         InputError: a model, target, option or folder that cannot be used.
         MissingError: no backend, or not this one, compiles for the target here.
-        GraphoptError: the backend refused the model; what else `graphopt.optimize` raises.
+        GraphoptError: the backend refused the model, or its compiler crashed: the line names the
+            log; what else `graphopt.optimize` raises.
+        TimeLimitError: the compiler was stopped.
     """
-    from graphopt import files
+    from graphopt import building, files, trust
+    from graphopt import cache as kept
 
     aim = Target.parse(target)
     chosen = choose(aim, backend)
@@ -70,25 +82,37 @@ def compile(
     folder = Path(out)
     with artifact.publish(folder, overwrite=overwrite) as staging:
         lowered, pipeline = files.load(model), ""
-        if level or passes is not None or chosen.legalize(aim):
-            lowered, pipeline = _lower(lowered, aim, chosen, level, passes, verify, report)
-        chosen.compile(lowered, aim, settings, staging)
+        legal = chosen.legalize(aim) if chosen.native_code or (level and passes is None) else ()
+        if level or passes is not None or legal:
+            lowered, pipeline = _lower(lowered, aim, legal, level, passes, verify, report)
+        rules = building.Rules(time_limit, memory_limit, fallback, cache)
+        built = building.build(lowered, aim, chosen, settings, staging, rules)
         source = Path(model) if isinstance(model, str | os.PathLike) else None
         artifact.write(
             staging,
             Manifest(
                 backend=chosen.name,
                 target=aim,
-                inputs=tuple(_info(v) for v in lowered.graph.inputs if not v.is_initializer()),
-                outputs=tuple(_info(value) for value in lowered.graph.outputs),
+                inputs=tuple(
+                    building.info(v) for v in lowered.graph.inputs if not v.is_initializer()
+                ),
+                outputs=tuple(building.info(value) for value in lowered.graph.outputs),
                 options=dataclasses.asdict(settings),
                 versions={"graphopt": __version__, **chosen.versions()},
                 source=source.name if source else "",
                 source_sha256=artifact.sha256(source) if source else "",
                 pipeline=pipeline,
                 files={},
+                parts=tuple(built.parts),
+                fallback=built.refused,
             ),
         )
+        if chosen.native_code:
+            trust.sign(staging)
+            if built.key:
+                kept.store(built.key, staging)
+    if report is not None:
+        report.notes += [f"{building.FALLBACK} runs {n}: {why}" for n, why in built.refused.items()]
     return folder
 
 
@@ -98,7 +122,8 @@ def load(path: str | os.PathLike[str], *, trust: bool = False) -> Executable:
     Args:
         path: what `compile` made.
         trust: permit machine code out of the folder to run, for backends whose artifacts are
-            machine code. Hashes tell damage, not who made a folder.
+            machine code. Not needed for what this installation compiled itself; hashes tell
+            damage, not who made a folder.
 
     Raises:
         InputError: not an artifact, one that was changed, or machine code without `trust`.
@@ -107,14 +132,55 @@ def load(path: str | os.PathLike[str], *, trust: bool = False) -> Executable:
     """
     folder = Path(path)
     manifest = artifact.read(folder)
-    backend = backends.get(manifest.backend)
-    if backend.native_code and not trust:
-        raise InputError(f"{folder}: loading it runs machine code out of it; trust it or do not")
-    reason = backend.is_available()
+    names = {manifest.backend, *(part.backend for part in manifest.parts)}
+    wanted = [backends.get(name) for name in sorted(names)]
+    if not trust and any(backend.native_code for backend in wanted):
+        from graphopt.trust import is_own
+
+        if not is_own(folder):
+            raise InputError(
+                f"{folder}: loading it runs machine code out of it, and this installation did not "
+                "make it: trust it (--trust) or do not"
+            )
+    for backend in wanted:
+        reason = backend.is_available()
+        if reason is not None:
+            raise MissingError(f"{folder} needs the backend {backend.name}: {reason}")
+    main = backends.get(manifest.backend)
+    reason = main.can_run(manifest.target)
     if reason is not None:
-        raise MissingError(f"{folder} needs the backend {backend.name}: {reason}")
+        raise MissingError(f"{folder} cannot run here: {reason}")
     artifact.check(folder, manifest)
-    return backend.load(folder, manifest)
+    if manifest.parts:
+        return _chain(folder, manifest)
+    return main.load(folder, manifest)
+
+
+def _chain(folder: Path, manifest: Manifest) -> Executable:
+    """The pieces of a model that was cut, loaded."""
+    from graphopt.building import fallback_target
+    from graphopt.chain import Chain
+
+    loaded: list[Executable] = []
+    for part in manifest.parts:
+        start = part.folder + "/"
+        native = part.backend == manifest.backend
+        own = dataclasses.replace(
+            manifest,
+            backend=part.backend,
+            target=manifest.target if native else fallback_target(manifest.target),
+            inputs=part.inputs,
+            outputs=part.outputs,
+            options=part.options,
+            files={
+                name.removeprefix(start): digest
+                for name, digest in manifest.files.items()
+                if name.startswith(start)
+            },
+            parts=(),
+        )
+        loaded.append(backends.get(part.backend).load(folder / part.folder, own))
+    return Chain(loaded, manifest.inputs, manifest.outputs)
 
 
 def choose(target: Target, name: str | None = None) -> Backend:
@@ -136,7 +202,7 @@ def choose(target: Target, name: str | None = None) -> Backend:
 def _lower(
     model: ir.Model,
     target: Target,
-    backend: Backend,
+    legal: Sequence[Pass],
     level: int,
     passes: str | Path | Sequence[Pass | str] | None,
     verify: Verify,
@@ -150,33 +216,9 @@ def _lower(
     record = Report() if report is None else report
     lowered = optimize(
         model,
-        passes=[*chosen, *backend.legalize(target)],
+        passes=[*chosen, *legal],
         target=target,
         verify=verify,
         report=record,
     )
     return lowered, record.pipeline
-
-
-def _info(value: ir.Value) -> TensorInfo:
-    """Name, dtype and shape of an input or output as the manifest has them."""
-    from graphopt import ir
-
-    kind, shape = value.type, value.shape
-    if isinstance(kind, ir.TensorType) or kind is None:
-        dtype = "?" if kind is None else _dtype(kind.dtype)
-    else:
-        dtype = str(kind).lower()
-    dims = None if shape is None else tuple(_dim(dim) for dim in shape)
-    return TensorInfo(value.name or "", dtype, dims)
-
-
-def _dim(dim: int | ir.SymbolicDim) -> int | str:
-    return dim if isinstance(dim, int) else str(dim.value or "?")
-
-
-def _dtype(dtype: ir.DataType) -> str:
-    """numpy's name (`float32`), also of the dtypes that only ml_dtypes has; `string` for text."""
-    from graphopt import ir
-
-    return "string" if dtype == ir.DataType.STRING else dtype.numpy().name

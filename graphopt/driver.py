@@ -111,6 +111,9 @@ class Driver:
         created = set(new_nodes)
         for node in new_nodes:
             node.name = context.unique_node(f"{root.name or root.op_type}_{node.op_type}")
+            if node.domain:
+                assert root.graph is not None
+                context.root(root.graph).opset_imports.setdefault(node.domain, 1)
         assert place.graph is not None
         graph = place.graph
         graph.insert_before(place, new_nodes)

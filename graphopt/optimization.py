@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from graphopt import feeds, files, ir
 from graphopt.context import FOLD_BYTES, Context
-from graphopt.errors import GraphoptError, InputError, VerificationError
+from graphopt.errors import GraphoptError, InputError, MissingError, VerificationError
 from graphopt.losses import measure_loss
 from graphopt.pass_manager import MAX_ROUNDS, Pass, PassManager, load_pass, parse_pipeline
 from graphopt.passes import PIPELINES
@@ -64,7 +64,8 @@ def optimize(
             of such texts and pass objects.
         enable: further passes by name; they run after those of the level.
         disable: passes by name that do not run.
-        target: `portable` (standard operators, any runtime) or a device, see `Target.names`.
+        target: `portable` (standard operators, any runtime) or a device, see `Target.names`; for
+            a device, a level's passes are followed by those of the backend that compiles for it.
         verify: compare with the original at the `end`, after `each` pass, or `off`. A pass whose
             result differs is undone and named in the report.
         inputs: arrays by input name to verify with; random ones of `seed` where not given.
@@ -75,6 +76,7 @@ def optimize(
         keep_signature: list initializers as inputs again where a file of IR 3 did.
         freeze_initializers: make constants of initializers that a newer file lists as inputs too,
             which a caller could otherwise override; most are weights that an exporter listed.
+            A target that is a device does so too, unless `keep_signature` is set.
         lineage: note in each node's metadata which nodes of the source it came from.
         fold_bytes: how much larger than what it frees a folded constant may be, in bytes.
         bisect_limit: apply only this many rewrites.
@@ -96,11 +98,14 @@ def optimize(
     if shapes:
         set_shapes(original, shapes)
     given = None if inputs is None else [feeds.check_feeds(inputs, original)]
-    _overridable(original, freeze_initializers, report)
+    aim = Target.parse(target)
+    deployed = aim.device != "any" and not keep_signature
+    _overridable(original, freeze_initializers or deployed, report)
     if verify not in get_args(Verify):
         raise InputError(f"verify is one of {', '.join(get_args(Verify))}, not {verify!r}")
-    aim = Target.parse(target)
     pipeline, asked = select(level, passes, enable, disable, opset)
+    if passes is None and level:
+        pipeline += _legalizing(aim, disable)
     report.source = str(model) if isinstance(model, str | Path) else original.graph.name or ""
     report.pipeline = ",".join(map(str, pipeline))
     report.target = aim.name
@@ -304,6 +309,20 @@ def select(
     return first + [p for p in selected if p.name not in unwanted], asked
 
 
+def _legalizing(target: Target, disable: Sequence[str]) -> list[Pass]:
+    """The passes of the backend that compiles for a device; none where no backend can."""
+    from graphopt.compilation import choose  # which imports this module in turn
+
+    if target.device == "any":
+        return []
+    try:
+        backend = choose(target)
+    except MissingError:
+        return []
+    unwanted = {load_pass(name).name for name in disable}
+    return [single for single in backend.legalize(target) if single.name not in unwanted]
+
+
 def _of_level(level: int) -> list[Pass]:
     if not 0 <= level < len(PIPELINES):
         raise InputError(f"no level {level}: there are 0 to {len(PIPELINES) - 1}")
@@ -384,6 +403,8 @@ def _overridable(model: ir.Model, freeze: bool, report: Report) -> None:
     if freeze:
         for value in listed:
             graph.inputs.remove(value)
+        if listed:
+            report.notes.append(f"{len(listed)} initializers were also inputs; now they are constants")
     elif listed:
         report.notes.append(
             f"{len(listed)} initializers are also inputs, which callers may override, so they are "

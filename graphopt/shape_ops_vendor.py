@@ -26,6 +26,11 @@ def fused_matmul(c: Call) -> list[Shape | None]:
     return [matrix_product(c, a, b)]
 
 
+def cdist(c: Call) -> list[Shape | None]:
+    """com.microsoft CDist: points [M, K] and [N, K] -> distances [M, N]."""
+    return [(c.shape(0)[0], c.shape(1)[0])]
+
+
 def matmul_nbits(c: Call) -> list[Shape | None]:
     """com.microsoft: [..., K] times packed weights -> [..., N]."""
     return [(*c.shape(0)[:-1], c.attr("N", int, 0))]
@@ -105,6 +110,7 @@ MICROSOFT: dict[str, ShapeRule] = {
     **dict.fromkeys(("BiasGelu", "BiasAdd"), biased),
     **dict.fromkeys(("QLinearAdd", "QLinearMul"), qlinear_binary),
     "Attention": packed_attention,
+    "CDist": cdist,
     "DynamicQuantizeMatMul": matmul,
     "EmbedLayerNormalization": embed_layer_norm,
     "FusedConv": conv,

@@ -118,7 +118,7 @@ class Target:
         kind, _, model = text.strip().lower().partition(":")
         if kind == "portable" and not model:
             return cls.portable()
-        if kind == "cpu" and not model:
+        if kind in ("cpu", "ort") and not model:  # as the backend that takes it is also called
             return host()
         if kind == "arm64" and model in _ARM_CPUS:
             return _cpu(text.strip().lower(), "aarch64", frozenset(_ARM_CPUS[model].split()))
