@@ -20,10 +20,12 @@ from typing import Any, cast
 from graphopt.errors import GraphoptError, InputError
 from graphopt.target import Target
 
-FORMAT = 1
-"""Version of the manifest's layout; a reader refuses a newer one."""
+FORMAT = 2
+"""Version of the manifest's layout; a reader refuses any other."""
 
 MANIFEST = "manifest.json"
+SIGNATURE = "manifest.sig"
+"""Beside the manifest: that this installation made it, see `graphopt.trust`."""
 _MANIFEST_BYTES = 64 << 20
 
 
@@ -40,6 +42,19 @@ class TensorInfo:
     def __str__(self) -> str:
         shape = "any shape" if self.shape is None else f"[{', '.join(map(str, self.shape))}]"
         return f"{self.name} {self.dtype} {shape}"
+
+
+@dataclass(frozen=True)
+class Part:
+    """A piece of a model that was cut: what one backend compiled, in a folder of its own."""
+
+    folder: str
+    """Below the artifact's folder."""
+    backend: str
+    inputs: tuple[TensorInfo, ...]
+    outputs: tuple[TensorInfo, ...]
+    options: Mapping[str, Any]
+    nodes: int
 
 
 @dataclass(frozen=True)
@@ -61,13 +76,19 @@ class Manifest:
     pipeline: str
     """The passes that ran before, as pipeline text."""
     files: Mapping[str, str]
-    """SHA-256 of every file of the folder apart from the manifest."""
+    """SHA-256 of every file of the folder, by path below it, the manifest and its signature
+    apart."""
+    parts: tuple[Part, ...] = ()
+    """Where the model was cut: its pieces in the order in which they run."""
+    fallback: Mapping[str, str] = dataclasses.field(default_factory=dict[str, str])
+    """The nodes that the backend does not take, by label, each with the reason."""
 
 
 def write(folder: Path, manifest: Manifest) -> Manifest:
     """Write the manifest of a folder whose other files are complete; returns it with hashes."""
-    names = sorted(path.name for path in folder.iterdir())
-    full = dataclasses.replace(manifest, files={name: sha256(folder / name) for name in names})
+    full = dataclasses.replace(
+        manifest, files={name: sha256(folder / name) for name in present(folder)}
+    )
     data = {"format": FORMAT, **dataclasses.asdict(full), "target": full.target.to_dict()}
     text = json.dumps(data, indent=2, sort_keys=True, allow_nan=False)
     (folder / MANIFEST).write_text(text + "\n", "utf-8")
@@ -95,11 +116,12 @@ def read(folder: Path) -> Manifest:
 
 def check(folder: Path, manifest: Manifest) -> None:
     """Raise InputError unless the folder holds exactly the files of its manifest, unchanged."""
-    present = {path.name for path in folder.iterdir()} - {MANIFEST}
-    for name in sorted(present - set(manifest.files)):
-        raise InputError(f"{folder}: {name} is not in its manifest")
+    there = present(folder)
+    for name in there:
+        if name not in manifest.files:
+            raise InputError(f"{folder}: {name} is not in its manifest")
     for name, expected in manifest.files.items():
-        if name not in present:
+        if name not in there:
             raise InputError(f"{folder}: {name} is missing")
         _regular_size(folder / name)
         if sha256(folder / name) != expected:
@@ -122,14 +144,24 @@ def publish(folder: Path, *, overwrite: bool) -> Generator[Path]:
         raise InputError(f"{folder.parent}: {error.strerror}") from None
     try:
         yield new
-        for path in new.iterdir():
+        for path in (*new.rglob("*"), new):
             _flush(path)
-        _flush(new)
         _replace(new, folder)
     except OSError as error:
         raise GraphoptError(f"{folder}: {error.strerror or error}") from error
     finally:
         _remove(new)
+
+
+def present(folder: Path) -> list[str]:
+    """What is in an artifact folder and the folders of its parts, the manifest apart, sorted."""
+    found: list[str] = []
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            found += [f"{path.name}/{inner.name}" for inner in path.iterdir()]
+        elif path.name not in (MANIFEST, SIGNATURE):
+            found.append(path.name)
+    return sorted(found)
 
 
 def sha256(path: Path) -> str:
@@ -149,16 +181,32 @@ def _parse(path: Path, data: Any) -> Manifest:
         fields["target"] = Target.from_dict(fields["target"])
         fields["inputs"] = _infos(fields["inputs"])
         fields["outputs"] = _infos(fields["outputs"])
+        fields["parts"] = tuple(_part(item) for item in fields["parts"])
         manifest = Manifest(**fields)
-        for name in ("options", "versions", "files"):
+        for name in ("options", "versions", "files", "fallback"):
             if not isinstance(fields[name], dict):
                 raise TypeError(name)
     except (KeyError, TypeError, ValueError, InputError) as error:
         raise InputError(f"{path}: not a manifest of format {FORMAT} ({error})") from None
     for name, digest in manifest.files.items():
-        if Path(name).name != name or not re.fullmatch("[0-9a-f]{64}", str(digest)):
+        plain = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name)
+        if not plain or not re.fullmatch("[0-9a-f]{64}", str(digest)):
             raise InputError(f"{path}: {name!r} is not the name of a file in its folder")
     return manifest
+
+
+def _part(item: Mapping[str, Any]) -> Part:
+    folder = str(item["folder"])
+    if not re.fullmatch(r"[\w-]+", folder):
+        raise ValueError(f"{folder!r} is no folder of a part")
+    return Part(
+        folder=folder,
+        backend=str(item["backend"]),
+        inputs=_infos(item["inputs"]),
+        outputs=_infos(item["outputs"]),
+        options=dict(item["options"]),
+        nodes=int(item["nodes"]),
+    )
 
 
 def _infos(data: Sequence[Mapping[str, Any]]) -> tuple[TensorInfo, ...]:

@@ -15,6 +15,13 @@ settings.load_profile("steady")
 
 
 @pytest.fixture(scope="session", autouse=True)
+def own_folders(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Caches, logs and keys of the tests are not the user's."""
+    for kind in ("cache", "state"):
+        os.environ[f"XDG_{kind.upper()}_HOME"] = str(tmp_path_factory.mktemp(kind))
+
+
+@pytest.fixture(scope="session", autouse=True)
 def no_module_twice() -> Iterator[None]:
     """`graphopt.passes` must not also have been imported as `passes`: every class would be two."""
     yield

@@ -30,13 +30,13 @@ LINES, FUNCTION_LINES = 450, 80
 FLOORS = [
     "errors ir dims _polynomial _wire _external _operators _tensors _validate _checks _writing "
     "_container files atomic npz __version__",
-    "shape* cost sizes runner batch execute numpy_ops numpy_moves feeds input_uses random_inputs "
+    "shape* cost sizes runner emulation batch execute numpy_ops numpy_moves feeds input_uses random_inputs "
     "target report closeness artifact models samples _sources images taps gram",
     "context _match rewriting driver pass_manager numbering cutting regions judging verification "
-    "losses quantizer pruner",
+    "losses partition quantizer pruner",
     "passes",
-    "backends timing accuracy",
-    "optimization quantization pruning compression surgery compilation machine measurement bisection differences inspection _foreign "
+    "backends timing accuracy chain cache",
+    "optimization quantization pruning compression surgery compilation building machine measurement bisection differences inspection _foreign "
     "graphsurgeon "
     "onnxscript cli __init__ __main__",
 ]

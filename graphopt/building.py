@@ -1,0 +1,259 @@
+"""From a model that is ready for a backend to the files of an artifact.
+
+Backends that write machine code work in a child process (`graphopt.child`), and what they made is
+kept (`graphopt.cache`). A model that one of them takes only in part is cut (`graphopt.partition`):
+what it does not take is ONNX Runtime's, on the CPU.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from graphopt import __version__, artifact, backends, cache, child
+from graphopt.artifact import TensorInfo
+from graphopt.backends import Backend
+from graphopt.errors import GraphoptError, TimeLimitError
+from graphopt.target import Target
+
+if TYPE_CHECKING:
+    from graphopt import ir
+    from graphopt.partition import Piece
+
+FALLBACK = "onnxruntime"
+"""What runs the nodes that a backend does not take."""
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How a native compiler may work."""
+
+    seconds: float | None = None
+    """None: `child.SECONDS`."""
+    memory: int | None = None
+    fallback: bool = True
+    cache: bool = True
+
+
+@dataclass
+class Built:
+    """What came of building: where the model was cut, and why."""
+
+    parts: list[artifact.Part] = field(default_factory=list[artifact.Part])
+    refused: dict[str, str] = field(default_factory=dict[str, str])
+    """The nodes that fell back, by label, with the reason."""
+    key: str = ""
+    """Of the cache, under which the complete artifact is to be kept; empty where it is not."""
+
+
+def build(
+    model: ir.Model, target: Target, backend: Backend, options: Any, folder: Path, rules: Rules
+) -> Built:
+    """Fill an empty folder with what a backend makes of a model.
+
+    Raises:
+        GraphoptError: neither the backend nor the fallback takes a node; the compiler failed.
+        TimeLimitError: it took too long.
+    """
+    if not backend.native_code:
+        backend.compile(model, target, options, folder)
+        return Built()
+    with tempfile.TemporaryDirectory(prefix="graphopt-compile-") as scratch:
+        name = ""
+        if rules.cache:
+            name = _key(model, target, backend, options, Path(scratch), rules.fallback)
+            kept = cache.fetch(name, folder)
+            if kept is not None:
+                return Built(list(kept.parts), dict(kept.fallback))
+        refused = _compile(model, target, backend, options, folder, rules)
+        if not refused:
+            return Built(key=name)
+        if not rules.fallback:
+            raise _refusal(backend, refused)
+        built = _Pieces(model, target, backend, options, folder, rules).build(refused)
+        return dataclasses.replace(built, key=name)
+
+
+def compile_here(
+    backend: str, model: str, target: Target, options: Any, folder: str
+) -> dict[str, str]:
+    """The child's side: compile a model file; the nodes that are not taken, if there are any."""
+    from graphopt import files
+
+    chosen, loaded = backends.get(backend), files.load(Path(model))
+    refused = chosen.supports(loaded, target)
+    if not refused:
+        chosen.compile(loaded, target, options, Path(folder))
+    return refused
+
+
+def info(value: ir.Value) -> TensorInfo:
+    """Name, dtype and shape of an input or output as the manifest has them."""
+    from graphopt import ir
+
+    kind, shape = value.type, value.shape
+    if isinstance(kind, ir.TensorType) or kind is None:
+        dtype = "?" if kind is None else _dtype(kind.dtype)
+    else:
+        dtype = str(kind).lower()
+    dims = None if shape is None else tuple(_dim(dim) for dim in shape)
+    return TensorInfo(value.name or "", dtype, dims)
+
+
+class _Pieces:
+    """A model in pieces, each compiled by the backend or, failing that, by the fallback."""
+
+    def __init__(
+        self,
+        model: ir.Model,
+        target: Target,
+        backend: Backend,
+        options: Any,
+        folder: Path,
+        rules: Rules,
+    ) -> None:
+        self._model, self._target, self._backend = model, target, backend
+        self._options, self._folder, self._rules = options, folder, rules
+        self._done: dict[tuple[str, ...], Path] = {}
+
+    def build(self, refused: dict[str, str]) -> Built:
+        """Cut, compile, and cut again without the nodes that turned out not to be taken."""
+        from graphopt.partition import cut
+
+        with tempfile.TemporaryDirectory(prefix="graphopt-pieces-") as scratch:
+            while True:
+                pieces, reasons = cut(self._model, refused)
+                if not any(piece.native for piece in pieces):
+                    raise _refusal(self._backend, reasons)
+                more: dict[str, str] = {}
+                for piece in pieces:
+                    if piece.native and piece.labels not in self._done:
+                        more |= self._native(piece, Path(scratch))
+                if not more:
+                    parts = [self._part(index, piece) for index, piece in enumerate(pieces)]
+                    return Built(parts, reasons)
+                refused = {**reasons, **more}
+
+    def _native(self, piece: Piece, scratch: Path) -> dict[str, str]:
+        """Compile a piece; the nodes that are not taken after all."""
+        place = scratch / str(len(self._done))
+        place.mkdir(exist_ok=True)
+        try:
+            options = _local(self._options, piece.model)
+            refused = _compile(
+                piece.model, self._target, self._backend, options, place, self._rules
+            )
+        except TimeLimitError:
+            raise
+        except GraphoptError as error:
+            refused = dict.fromkeys(piece.labels, str(error))
+        if refused:
+            shutil.rmtree(place)
+            return refused
+        self._done[piece.labels] = place
+        return {}
+
+    def _part(self, index: int, piece: Piece) -> artifact.Part:
+        """Put the files of a piece into their place."""
+        name = f"part{index}"
+        if piece.native:
+            backend, options = self._backend, _local(self._options, piece.model)
+            shutil.copytree(self._done[piece.labels], self._folder / name)
+        else:
+            backend = backends.get(FALLBACK)
+            threads = getattr(self._options, "threads", None)
+            wanted = {} if threads is None else {"threads": threads}
+            options = backends.make_options(backend, wanted)
+            (self._folder / name).mkdir()
+            backend.compile(
+                piece.model, fallback_target(self._target), options, self._folder / name
+            )
+        return artifact.Part(
+            folder=name,
+            backend=backend.name,
+            inputs=tuple(info(value) for value in piece.model.graph.inputs),
+            outputs=tuple(info(value) for value in piece.model.graph.outputs),
+            options=dataclasses.asdict(options),
+            nodes=len(piece.labels),
+        )
+
+
+def fallback_target(target: Target) -> Target:
+    """What the fallback compiles for: the CPU, any CPU beside a GPU."""
+    return target if target.device == "cpu" else Target.portable()
+
+
+def _compile(
+    model: ir.Model, target: Target, backend: Backend, options: Any, folder: Path, rules: Rules
+) -> dict[str, str]:
+    """Compile in a child process; the nodes that are not taken, if there are any."""
+    from graphopt import files
+
+    with tempfile.TemporaryDirectory(prefix="graphopt-child-") as scratch:
+        path = Path(scratch) / "model.onnx"
+        files.save(model, path)
+        answer: dict[str, str] = child.call(
+            "graphopt.building:compile_here",
+            {
+                "backend": backend.name,
+                "model": str(path),
+                "target": target,
+                "options": options,
+                "folder": str(folder),
+            },
+            what=f"{backend.name} compiler",
+            seconds=child.SECONDS if rules.seconds is None else rules.seconds,
+            memory=rules.memory,
+        )
+    return answer
+
+
+def _key(
+    model: ir.Model, target: Target, backend: Backend, options: Any, scratch: Path, fallback: bool
+) -> str:
+    """The cache's name for what would be compiled."""
+    from graphopt import files
+
+    files.save(model, scratch / "model.onnx")
+    return cache.key(
+        {
+            "model": [artifact.sha256(path) for path in sorted(scratch.iterdir())],
+            "target": target.to_dict(),
+            "backend": backend.name,
+            "options": dataclasses.asdict(options),
+            "versions": {"graphopt": __version__, **backend.versions()},
+            "fallback": fallback,
+        }
+    )
+
+
+def _local(options: Any, model: ir.Model) -> Any:
+    """The options for a piece: of sizes given by name, those of dimensions that it has."""
+    dims: str = getattr(options, "dims", "")
+    if not dims:
+        return options
+    names = {str(dim) for value in model.graph.inputs for dim in value.shape or ()}
+    kept = [item for item in dims.split(",") if item.partition("=")[0] in names]
+    return dataclasses.replace(options, dims=",".join(kept))
+
+
+def _refusal(backend: Backend, refused: Mapping[str, str]) -> GraphoptError:
+    listed = "; ".join(f"node {label}: {why}" for label, why in list(refused.items())[:3])
+    more = f"; and {len(refused) - 3} more" if len(refused) > 3 else ""
+    return GraphoptError(f"{backend.name} does not take the model: {listed}{more}")
+
+
+def _dim(dim: int | ir.SymbolicDim) -> int | str:
+    return dim if isinstance(dim, int) else str(dim.value or "?")
+
+
+def _dtype(dtype: ir.DataType) -> str:
+    """numpy's name (`float32`), also of the dtypes that only ml_dtypes has; `string` for text."""
+    from graphopt import ir
+
+    return "string" if dtype == ir.DataType.STRING else dtype.numpy().name
