@@ -31,11 +31,11 @@ FLOORS = [
     "errors ir dims _polynomial _wire _external _operators _tensors _validate _checks _writing "
     "_container files atomic npz __version__",
     "shape* cost sizes runner emulation batch execute numpy_ops numpy_moves feeds input_uses random_inputs "
-    "target report closeness artifact models samples _sources images taps gram",
+    "target report closeness artifact places child trust cache models samples _sources images taps gram",
     "context _match rewriting driver pass_manager numbering cutting regions judging verification "
     "losses partition quantizer pruner",
     "passes",
-    "backends timing accuracy chain cache",
+    "backends timing accuracy chain",
     "optimization quantization pruning compression surgery compilation building machine measurement bisection differences inspection _foreign "
     "graphsurgeon "
     "onnxscript cli __init__ __main__",
