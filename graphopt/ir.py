@@ -75,6 +75,7 @@ from onnx_ir import (  # noqa: E402
 
 __all__ = [
     "SOURCES",
+    "STORED",
     "Array",
     "Attr",
     "AttributeType",
@@ -118,6 +119,7 @@ __all__ = [
 Array = npt.NDArray[np.generic]
 
 SOURCES = "graphopt.sources"  # key of a node's `meta`: see `sources`
+STORED = "graphopt.stored"  # key of `metadata_props` of nodes that unpack a weight: never folded
 
 _CONSTANT_ATTRIBUTES = {
     "value_float": np.float32,

@@ -2,8 +2,8 @@
 
 Why: exporters write whole computations of shapes, masks and transposed weights into the graph.
 Numerics: rounding, as ONNX Runtime's own kernels round.
-Needs: nothing. What is random, what has a DequantizeLinear before it, and what would make the
-model larger than `max_bytes` allows stays as it is.
+Needs: nothing. What is random, what has a DequantizeLinear before it, what unpacks a stored weight,
+and what would make the model larger than `max_bytes` allows stays as it is.
 """
 
 from __future__ import annotations
@@ -124,6 +124,8 @@ class _Folder:
 
     def _ready(self, node: ir.Node, produced: Container[ir.Value] = ()) -> bool:
         """Whether a node has inputs, all constant or among those given, and somebody uses it."""
+        if ir.STORED in node.metadata_props:
+            return False
         if is_dead(node) or any(attr.is_ref() for attr in node.attributes.values()):
             return False
         inputs = [v for v in node.inputs if v is not None]
