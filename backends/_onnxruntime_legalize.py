@@ -13,7 +13,13 @@ if TYPE_CHECKING:
     from graphopt.pass_manager import Pass
 
 _CPU = (
+    "fold-dequantize",
     "fuse-cdist",
+    "fuse-one-hot",
+    "fuse-shortcut",
+    "widen-conv",
+    "convert-max-conv",
+    "convert-resize",
 )
 """In order; they run after the passes of a level, round after round until nothing changes."""
 

@@ -58,6 +58,6 @@ def _is_square_distance(op: Op, value: ir.Value, state: ir.Value, row: ir.Value)
         known = op.const(total.inputs[1])
         axes = None if known is None else known.tolist()
     difference = None if total.inputs[0] is None else total.inputs[0].producer()
-    if axes not in ([1], [-1]) or difference is None or difference.op_type != "Sub":
+    if list(axes or []) not in ([1], [-1]) or difference is None or difference.op_type != "Sub":
         return False
     return {_plain(operand) for operand in difference.inputs} == {state, row}
