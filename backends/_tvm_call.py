@@ -1,0 +1,46 @@
+"""What the converters of operators are given."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+from graphopt import ir
+from graphopt.backends._tvm_shapes import Sizes
+
+_ir: Any = importlib.import_module("tvm.ir")
+
+
+@dataclass(frozen=True)
+class Call:
+    """A node to convert: the builder, its inputs (None where absent) and what is known of it."""
+
+    builder: Any
+    inputs: list[Any]
+    node: ir.Node
+    sizes: Sizes
+
+    def emit(self, expression: Any) -> Any:
+        """Name an expression, so that it is computed once."""
+        return self.builder.emit(expression)
+
+    def get(self, index: int) -> Any:
+        """An input, None where it is absent."""
+        return self.inputs[index] if index < len(self.inputs) else None
+
+    def shape(self) -> list[Any]:
+        """The first output's sizes; NotImplementedError where they are only known at run time."""
+        shape = self.sizes.shape(self.node.outputs[0])
+        if shape is None:
+            raise NotImplementedError("the shape of its output is known at run time only")
+        return shape
+
+    def attribute(self, name: str, default: Any) -> Any:
+        """An attribute's plain value, or the default."""
+        return ir.attribute(self.node, name, default)
+
+
+def is_constant(value: Any) -> bool:
+    """Whether a Relax expression is a tensor that is known while compiling."""
+    return isinstance(value, _ir.GenericConst)

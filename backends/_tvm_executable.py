@@ -1,0 +1,190 @@
+"""TVM's virtual machine around a compiled model. Needs neither onnx nor a compiler."""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import os
+import time
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from graphopt.artifact import Manifest, TensorInfo
+from graphopt.backends import Array, OpTime, Output, check_feeds
+from graphopt.errors import GraphoptError, InputError
+
+if TYPE_CHECKING:
+    from graphopt.backends._tvm_options import Options
+
+_LIBRARY = "model.so"
+_WARMUP = 3
+_SPREAD = -1
+"""TVM's code for worker threads that are bound to no core."""
+
+
+def no_gpu() -> str | None:
+    """Why nothing runs on a GPU here, or None."""
+    tvm = _import()
+    return None if tvm.cuda(0).exist else "TVM finds no NVIDIA GPU"
+
+
+def load(folder: Path, manifest: Manifest, options: Options) -> TvmExecutable:
+    """The library of an artifact folder in a virtual machine.
+
+    Raises:
+        GraphoptError: TVM refuses the library.
+    """
+    if _LIBRARY not in manifest.files:
+        raise InputError(f"{folder}: its manifest names no {_LIBRARY}")
+    return TvmExecutable(folder / _LIBRARY, manifest, options)
+
+
+class TvmExecutable:
+    """A loaded library and the signature of its model; see `graphopt.backends.Executable`."""
+
+    def __init__(self, path: Path, manifest: Manifest, options: Options) -> None:
+        sizes = options.sizes()
+        self.inputs = tuple(_bound(info, sizes) for info in manifest.inputs)
+        self.outputs = tuple(_bound(info, sizes) for info in manifest.outputs)
+        self._threads = options.threads or _cores()
+        tvm = _import(self._threads)
+        self._tvm = tvm
+        self._device = tvm.cuda(0) if manifest.target.device == "cuda" else tvm.cpu()
+        try:
+            library = tvm.runtime.load_module(str(path))
+            machine: Any = importlib.import_module("tvm.runtime.vm").VirtualMachine
+            self._machine = machine(library, self._device)
+            self._main = self._machine["main"]
+        except _errors() as error:
+            raise _failure(error) from None
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Output]:
+        """All outputs by name, as arrays of their own."""
+        results = self._call(self._arguments(feeds))
+        return {info.name: value.numpy() for info, value in zip(self.outputs, results, strict=True)}
+
+    def benchmark(self, feeds: Mapping[str, Array], runs: int) -> npt.NDArray[np.int64]:
+        """Nanoseconds of each run; the collector of garbage waits meanwhile."""
+        arguments = self._arguments(feeds)
+        times = np.empty(runs, np.int64)
+        clock = time.perf_counter_ns
+        collecting = gc.isenabled()
+        gc.disable()
+        try:
+            for index in range(runs):
+                start = clock()
+                self._call(arguments)
+                times[index] = clock() - start
+        finally:
+            if collecting:
+                gc.enable()
+        return times
+
+    def profile(self, feeds: Mapping[str, Array], runs: int = 10) -> tuple[OpTime, ...]:
+        """Time per kernel, in the order in which they run; each call of one is a row of its own."""
+        arguments = self._arguments(feeds)
+        watch = _Stopwatch()
+        self._machine.set_instrument(watch)
+        try:
+            for _ in range(_WARMUP):
+                self._call(arguments)
+            watch.rows.clear()
+            for _ in range(runs):
+                watch.begin()
+                self._call(arguments)
+        finally:
+            self._machine.set_instrument(_unwatched)
+        device = str(self._device)
+        return tuple(
+            OpTime(name, kernel, device, calls=1, microseconds=spent / 1e3 / runs)
+            for (name, kernel), spent in watch.rows.items()
+        )
+
+    def _arguments(self, feeds: Mapping[str, Array]) -> list[Any]:
+        check_feeds(self.inputs, feeds)
+        # threads are the process's, not the machine's: another executable may have asked for others
+        _set_threads(self._threads)
+        return [
+            self._tvm.runtime.tensor(np.asarray(feeds[info.name], order="C"), self._device)
+            for info in self.inputs
+        ]
+
+    def _call(self, arguments: list[Any]) -> list[Any]:
+        try:
+            result = self._main(*arguments)
+        except _errors() as error:
+            raise _failure(error) from None
+        return [result] if hasattr(result, "numpy") else list(result)
+
+
+class _Stopwatch:
+    """An instrument of the virtual machine that times each call of a kernel."""
+
+    def __init__(self) -> None:
+        self.rows: dict[tuple[str, str], int] = {}
+        self._calls: dict[str, int] = {}
+        self._start = 0
+
+    def begin(self) -> None:
+        """A new run of the model."""
+        self._calls.clear()
+
+    def __call__(self, function: Any, name: str, before: bool, result: Any, *rest: Any) -> None:
+        now = time.perf_counter_ns()
+        if before:
+            self._start = time.perf_counter_ns()
+            return
+        if name.startswith("vm."):
+            return
+        count = self._calls.get(name, 0)
+        self._calls[name] = count + 1
+        key = (f"{name}#{count}" if count else name, name)
+        self.rows[key] = self.rows.get(key, 0) + now - self._start
+
+
+def _unwatched(*_: object) -> None:
+    """The instrument of a machine that is not being profiled: one cannot be taken out again."""
+
+
+def _bound(info: TensorInfo, sizes: Mapping[str, int]) -> TensorInfo:
+    """An input or output with the sizes that it was compiled for."""
+    if info.shape is None:
+        return info
+    shape = tuple(sizes.get(dim, dim) if isinstance(dim, str) else dim for dim in info.shape)
+    return TensorInfo(info.name, info.dtype, shape)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _import(threads: int = 0) -> Any:
+    """TVM, which reads its number of threads once, when it is first used."""
+    os.environ.setdefault("TVM_NUM_THREADS", str(threads or _cores()))
+    return importlib.import_module("tvm")
+
+
+@cache
+def _configure() -> Any:
+    return _import().get_global_func("runtime.config_threadpool")
+
+
+def _set_threads(threads: int) -> None:
+    _configure()(_SPREAD, threads)
+
+
+@cache
+def _errors() -> tuple[type[Exception], ...]:
+    """What TVM raises: Python's own classes, chosen by the text of the C++ error."""
+    return (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError)
+
+
+def _failure(error: Exception) -> GraphoptError:
+    """An error of TVM's as one line."""
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    return GraphoptError(f"tvm: {(lines or [type(error).__name__])[-1][:400]}")

@@ -1,0 +1,263 @@
+"""From ONNX to TVM's graph language (Relax), by its importer's converters and a few of our own.
+
+The importer itself stops at the first node that it cannot take and prints to the terminal; here
+every node that fails is told by its label.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import warnings
+from collections.abc import Generator, Mapping
+from typing import Any
+
+from graphopt import files, ir
+from graphopt.backends._tvm_call import Call, is_constant
+from graphopt.backends._tvm_operators import OPERATORS
+from graphopt.backends._tvm_shapes import Sizes
+from graphopt.context import Context
+from graphopt.errors import GraphoptError, InputError
+from graphopt.pass_manager import PassManager, parse_pipeline
+
+tvm: Any = importlib.import_module("tvm")
+relax: Any = importlib.import_module("tvm.relax")
+_frontend: Any = importlib.import_module("tvm.relax.frontend.onnx.onnx_frontend")
+
+_REASON_LENGTH = 200
+_AFTER_FIXING = "fold-constants,fold-shapes,inline-if,eliminate-identity,eliminate-dead"
+"""Passes that make use of sizes that are numbers now."""
+
+
+def import_model(model: ir.Model, sizes: Mapping[str, int]) -> Any:
+    """A Relax module whose `main` takes the inputs of a model in order.
+
+    Args:
+        model: of a standard opset; functions are not called in it.
+        sizes: of free dimensions by name; the others stay symbolic.
+
+    Raises:
+        InputError: a size of a dimension that no input has.
+        GraphoptError: nodes that cannot be taken, with the reason.
+    """
+    fixed = _fixed(model, sizes)
+    if sizes:
+        context = Context(fixed)
+        fixed = PassManager(parse_pipeline(_AFTER_FIXING)).run(context)
+    importer = _run(fixed, stop=True)
+    return importer.module
+
+
+def unsupported(model: ir.Model) -> dict[str, str]:
+    """The reasons by label of the nodes that cannot be imported, those of branches included."""
+    return _run(files.copy(model), stop=False).refused
+
+
+def _run(model: ir.Model, *, stop: bool) -> _Importer:
+    importer = _Importer(model, stop)
+    with _silence():
+        importer.convert()
+    return importer
+
+
+@contextlib.contextmanager
+def _silence() -> Generator[None]:
+    """The importer warns of every renamed input and prints what fails."""
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _fixed(model: ir.Model, sizes: Mapping[str, int]) -> ir.Model:
+    """A copy with unnamed dimensions named apart and those with a size set to it."""
+    copy, left = files.copy(model), set(sizes)
+    for value in copy.graph.inputs:
+        if value.shape is None:
+            continue
+        dims: list[int | str] = []
+        for index, dim in enumerate(value.shape):
+            name = dim if isinstance(dim, int) else dim.value or f"{value.name}_{index}"
+            if isinstance(name, str) and name in sizes:
+                left.discard(name)
+                dims.append(sizes[name])
+            else:
+                dims.append(name)
+        value.shape = ir.Shape(dims)
+    if left:
+        raise InputError(f"no input has a free dimension {', '.join(sorted(left))}")
+    if sizes:
+        for value in copy.graph.outputs:
+            value.shape = None
+    return copy
+
+
+class _Importer:
+    """TVM's importer, with a loop over the nodes that knows their labels and their shapes."""
+
+    def __init__(self, model: ir.Model, stop: bool) -> None:
+        self._tvm: Any = _frontend.ONNXGraphImporter({}, None)
+        self._bb: Any = self._tvm.bb
+        self._model = model
+        self._stop = stop
+        self._sizes = Sizes(model)
+        self.refused: dict[str, str] = {}
+        self.module: Any = None
+
+    @property
+    def _nodes(self) -> dict[str, Any]:
+        values: dict[str, Any] = self._tvm._nodes
+        return values
+
+    def convert(self) -> None:
+        """Build the module; with `stop`, GraphoptError at the first node that fails."""
+        proto = files.to_proto(self._model)
+        graph = proto.graph
+        self._tvm.opset = ir.opset(self._model.graph)
+        self._tvm._parse_graph_initializers(graph)
+        self._tvm._parse_graph_input(graph)
+        params: list[Any] = []
+        for value in self._model.graph.inputs:
+            parameter = self._nodes[value.name or ""]
+            if isinstance(parameter, relax.Var):
+                params.append(parameter)
+                self._sizes.declare(value, parameter)
+        branching = any(node.op_type == "If" for node in graph.node)
+        with self._bb.function("main", params=params):
+            block = contextlib.nullcontext() if branching else self._bb.dataflow()
+            with block:
+                self._convert_nodes(graph.node, self._model.graph)
+                if self.refused:
+                    result: Any = relax.Tuple([])
+                else:
+                    values = [self._as_tensor(self._nodes[value.name]) for value in graph.output]
+                    result = relax.Tuple(values)
+                result = result if branching else self._bb.emit_output(result)
+            self._bb.emit_func_output(result)
+        if not self.refused:
+            self.module = self._bb.get()
+
+    def _convert_nodes(self, protos: Any, nodes: ir.Graph) -> None:
+        for proto, node in zip(protos, nodes, strict=True):
+            try:
+                self._convert_node(proto, node)
+            except GraphoptError:
+                raise
+            # TVM raises what it likes, from KeyError to its own InternalError
+            except Exception as error:  # noqa: BLE001
+                reason = _reason(error)
+                if self._stop:
+                    raise GraphoptError(f"tvm: node {ir.label(node)}: {reason}") from None
+                self.refused[ir.label(node)] = reason
+                self._stand_in(node)
+
+    def _convert_node(self, proto: Any, node: ir.Node) -> None:
+        if node.op_type == "If" and not node.domain:
+            self._convert_if(node, proto)
+            return
+        known = [self._sizes.elements(value) for value in node.outputs]
+        if known and all(value is not None for value in known):
+            self._bind(node, list(proto.output), relax.Tuple(known))
+            return
+        inputs = _frontend.onnx_input()
+        inputs.extend(None if not name else self._nodes[name] for name in proto.input)
+        attributes = self._tvm._parse_attr(proto.attribute)
+        attributes["tvm_custom"] = {"name": proto.name, "num_outputs": len(proto.output)}
+        if node.op_type not in _TAKES_SHAPES:
+            inputs[:] = [None if v is None else self._as_tensor(v) for v in inputs]
+        own = OPERATORS.get((node.domain, node.op_type))
+        if own is not None:
+            result = own(Call(self._bb, list(inputs), node, self._sizes))
+        elif node.domain or node.op_type not in _known():
+            raise NotImplementedError(f"TVM's importer has no {node.domain or ''}{node.op_type}")
+        else:
+            opset = self._tvm.opset
+            result = self._tvm._convert_operator(node.op_type, inputs, attributes, opset)
+        self._bind(node, list(proto.output), result)
+
+    def _bind(self, node: ir.Node, names: list[str], result: Any) -> None:
+        if isinstance(result, relax.Expr) and not isinstance(result, relax.Tuple):
+            result = self._bb.normalize(result)
+            if isinstance(result.ty, relax.TupleType):
+                fields = range(len(result.ty.fields))
+                result = [self._bb.emit(relax.TupleGetItem(result, index)) for index in fields]
+            else:
+                result = [result]
+        values = list(result.fields) if isinstance(result, relax.Tuple) else list(result)
+        for name, value, output in zip(names, values, node.outputs, strict=False):
+            self._nodes[name] = self._known_shape(value, output)
+        if len(values) < len(names) and any(names[len(values) :]):
+            raise NotImplementedError(f"only {len(values)} of its outputs are computed")
+
+    def _known_shape(self, value: Any, output: ir.Value) -> Any:
+        """The value, with the shape that graphopt knows where TVM lost track of it."""
+        kind = value.ty
+        if (
+            is_constant(value)
+            or not isinstance(kind, relax.TensorType)
+            or isinstance(kind.shape, relax.ShapeExpr)
+        ):
+            return value
+        shape = self._sizes.cast(output)
+        if shape is None:
+            return value
+        return self._bb.match_cast(value, relax.TensorType(shape, kind.dtype))
+
+    def _convert_if(self, node: ir.Node, proto: Any) -> None:
+        condition = self._as_tensor(self._nodes[proto.input[0]])
+        branches = {attribute.name: attribute.g for attribute in proto.attribute}
+        results: list[Any] = []
+        for name in ("then_branch", "else_branch"):
+            branch, before = branches[name], dict(self._nodes)
+            for tensor in branch.initializer:
+                self._nodes[tensor.name] = relax.const(self._tvm._parse_array(tensor))
+            self._bb._begin_binding_block()
+            self._convert_nodes(branch.node, node.attributes[name].as_graph())
+            found = [self._as_tensor(self._nodes[value.name]) for value in branch.output]
+            result = self._bb.normalize(found[0] if len(found) == 1 else relax.Tuple(found))
+            results.append(relax.SeqExpr([self._bb._end_block()], result))
+            self._tvm._nodes = before
+        if len(condition.ty.shape):
+            condition = self._bb.emit(relax.op.reshape(condition, ()))
+        self._bind(node, list(proto.output), self._bb.emit(relax.If(condition, *results)))
+
+    def _as_tensor(self, value: Any) -> Any:
+        """A shape as the tensor that ONNX has in its place."""
+        if isinstance(value, relax.Expr) and isinstance(value.ty, relax.ShapeType):
+            return self._bb.normalize(relax.op.shape_to_tensor(value))
+        return value
+
+    def _stand_in(self, node: ir.Node) -> None:
+        """Fresh values for what a refused node computes, so that the others are looked at."""
+        for value in node.outputs:
+            rank = None if value.shape is None else len(value.shape)
+            dtype = value.dtype.numpy().name if value.dtype is not None else "float32"
+            shape: Any = None
+            if rank is not None and value.shape is not None:
+                shape = [
+                    dim if isinstance(dim, int) else tvm.tirx.Var(f"{value.name}_{i}", "int64")
+                    for i, dim in enumerate(value.shape)
+                ]
+            self._nodes[value.name or ""] = relax.Var(
+                value.name, relax.TensorType(shape=shape, dtype=dtype)
+            )
+
+
+_TAKES_SHAPES = frozenset(
+    {"Reshape", "Resize", "ConstantOfShape", "Gather", "Slice", "Shape", "Expand", "Concat"}
+    | {"Equal", "Where", "Cast", "CastLike", "Squeeze"}
+)
+"""Operators whose converters compute with symbolic shapes; the others are given tensors."""
+
+
+def _known() -> Mapping[str, Any]:
+    table: Mapping[str, Any] = _frontend._get_convert_map()
+    return table
+
+
+def _reason(error: Exception) -> str:
+    """The last line of an error of TVM's that says something."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = [line for line in lines if not line.startswith(("File ", "Traceback", "^"))]
+    text = lines[-1] if lines else type(error).__name__
+    return f"{type(error).__name__}: {text}"[:_REASON_LENGTH]

@@ -1,0 +1,89 @@
+"""Targets as TVM has them, and the linkers that make libraries for them."""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+from functools import cache
+from typing import Any
+
+from graphopt.target import Target
+
+_LINKERS = {
+    "x86_64": ("x86_64-linux-gnu-gcc", "gcc", "cc", "clang"),
+    "aarch64": ("aarch64-linux-gnu-gcc", "gcc", "cc", "clang"),
+}
+_LEVELS = (
+    # x86-64 psABI: the microarchitecture levels, the highest first
+    ("x86-64-v4", {"avx512f", "avx512bw", "avx512dq", "avx512vl", "fma", "avx2"}),
+    ("x86-64-v3", {"avx2", "fma", "f16c"}),
+    ("x86-64-v2", {"sse4_2"}),
+)
+_ARM_ATTRIBUTES = {
+    "dotprod": "+dotprod",
+    "fp16": "+fullfp16",
+    "i8mm": "+i8mm",
+    "bf16": "+bf16",
+}
+
+
+def missing(target: Target) -> str | None:
+    """Why a library for a target cannot be made here, or None."""
+    if target.device == "cuda":
+        return None if linker("x86_64") else "no C compiler to link with: apt install gcc"
+    if target.device != "cpu":
+        return f"no code is generated for {target.name}: name a device, such as cpu"
+    if linker(target.arch) is None:
+        package = f"gcc-{target.arch.replace('_', '-')}-linux-gnu"
+        return f"no linker for {target.arch}: apt install {package}"
+    return None
+
+
+@cache
+def linker(arch: str) -> str | None:
+    """The compiler driver that links for an architecture: the machine's own, or a cross one."""
+    import platform
+
+    own = {"amd64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
+    names = _LINKERS.get(arch, ())
+    for name in names if arch == own else names[:1]:
+        if shutil.which(name):
+            return name
+    return None
+
+
+def tvm_target(target: Target, threads: int) -> Any:
+    """TVM's description of a target; for this machine's CPU with everything that it has."""
+    tvm: Any = importlib.import_module("tvm")
+    if target.device == "cuda":
+        arch = target.arch or "sm_75"
+        return tvm.target.Target({"kind": "cuda", "arch": arch, "host": _host()})
+    data = {"kind": "llvm", "num-cores": threads or 4, **_cpu(target)}
+    return tvm.target.Target(data)
+
+
+def _host() -> dict[str, Any]:
+    return {"kind": "llvm", "mcpu": "x86-64-v2"}
+
+
+def _cpu(target: Target) -> dict[str, Any]:
+    if target.name == "cpu":
+        tvm: Any = importlib.import_module("tvm")
+        return {"mcpu": str(tvm.get_global_func("target.llvm_get_system_cpu")())}
+    if target.arch == "x86_64":
+        level = next((name for name, needs in _LEVELS if needs <= target.isa), "x86-64")
+        return {"mcpu": level, "mtriple": "x86_64-linux-gnu"}
+    attributes = [text for name, text in _ARM_ATTRIBUTES.items() if name in target.isa]
+    model = target.name.partition(":")[2] or "generic"
+    return {"mtriple": "aarch64-linux-gnu", "mcpu": model, "mattr": ["+neon", *attributes]}
+
+
+def link(objects: list[str], output: str, arch: str) -> None:
+    """Link objects into a shared library.
+
+    Raises:
+        RuntimeError: the linker's own words.
+    """
+    cc: Any = importlib.import_module("tvm.support.cc")
+    options = ["-Wl,--build-id=none", "-s"]
+    cc.create_shared(output, objects, options=options, cc=linker(arch))

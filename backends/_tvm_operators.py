@@ -1,0 +1,108 @@
+"""Operators that TVM's importer lacks or gets wrong, in terms of Relax."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from graphopt.backends import _tvm_recurrent
+from graphopt.backends._tvm_call import Call, is_constant
+
+relax: Any = importlib.import_module("tvm.relax")
+_op: Any = relax.op
+
+
+Converter = Callable[[Call], Any]
+
+
+def _reshape(call: Call) -> Any:
+    return _op.reshape(call.inputs[0], relax.ShapeExpr(call.shape()))
+
+
+def _expand(call: Call) -> Any:
+    return _op.broadcast_to(call.inputs[0], relax.ShapeExpr(call.shape()))
+
+
+def _constant_of_shape(call: Call) -> Any:
+    tensor = call.attribute("value", None)
+    array = np.zeros(1, np.float32) if tensor is None else tensor.numpy()
+    value = relax.const(array.reshape(()))
+    return _op.full(relax.ShapeExpr(call.shape()), value)
+
+
+def _range(call: Call) -> Any:
+    (length,) = call.shape()
+    start, _, step = call.inputs
+    dtype = start.ty.dtype
+    count = _op.arange(0, length, 1, "int64")
+    return _op.add(_op.multiply(_op.astype(count, dtype), step), start)
+
+
+def _image_scaler(call: Call) -> Any:
+    bias = np.array(call.attribute("bias", ()), np.float32).reshape(1, -1, 1, 1)
+    scale = np.float32(call.attribute("scale", 1.0))
+    return _op.add(_op.multiply(call.inputs[0], relax.const(scale)), relax.const(bias))
+
+
+def _crop(call: Call) -> Any:
+    left, top, right, bottom = call.attribute("border", ())
+    shape = call.inputs[0].ty.shape
+    ends = [shape[2] - bottom, shape[3] - right]
+    scale = call.attribute("scale", ())
+    if scale:
+        ends = [top + scale[0], left + scale[1]]
+    return _op.strided_slice(call.inputs[0], [2, 3], [top, left], ends)
+
+
+def _affine(call: Call) -> Any:
+    alpha = np.float32(call.attribute("alpha", 1.0))
+    beta = np.float32(call.attribute("beta", 0.0))
+    return _op.add(_op.multiply(call.inputs[0], relax.const(alpha)), relax.const(beta))
+
+
+def _gather(call: Call) -> Any:
+    """Out of range reads the nearest element: TVM itself would read beyond the tensor."""
+    data, indices = call.inputs
+    axis = int(call.attribute("axis", 0))
+    if isinstance(data.ty, relax.ShapeType):
+        data = _op.shape_to_tensor(data)
+    if isinstance(indices.ty, relax.ShapeType):
+        indices = _op.shape_to_tensor(indices)
+    data, indices = call.emit(data), call.emit(indices) if not is_constant(indices) else indices
+    axis += data.ty.ndim if axis < 0 else 0
+    size = data.ty.shape[axis]
+    if is_constant(indices):
+        array = indices.value.numpy()
+        if not (array >= 0).all():
+            if not hasattr(size, "value"):
+                raise NotImplementedError("negative constant indices into an unknown size")
+            indices = relax.const(np.where(array < 0, array + int(size), array))
+        return _op.take(data, indices, axis, mode="clip")
+    zero = relax.const(0, indices.ty.dtype)
+    whole = _op.astype(
+        _op.squeeze(_op.shape_to_tensor(relax.ShapeExpr([size])), [0]), indices.ty.dtype
+    )
+    wrapped = _op.where(_op.less(indices, zero), _op.add(indices, whole), indices)
+    return _op.take(data, wrapped, axis, mode="clip")
+
+
+OPERATORS: dict[tuple[str, str], Converter] = {
+    ("", "Reshape"): _reshape,
+    ("", "Flatten"): _reshape,
+    ("", "Unsqueeze"): _reshape,
+    ("", "Squeeze"): _reshape,
+    ("", "Expand"): _expand,
+    ("", "ConstantOfShape"): _constant_of_shape,
+    ("", "Range"): _range,
+    ("", "Gather"): _gather,
+    ("", "LSTM"): _tvm_recurrent.convert,
+    ("", "GRU"): _tvm_recurrent.convert,
+    ("", "RNN"): _tvm_recurrent.convert,
+    ("", "ImageScaler"): _image_scaler,
+    ("", "Crop"): _crop,
+    ("", "Affine"): _affine,
+}
+"""By domain and operator; these come before the importer's own."""
