@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from graphopt import ir
 from graphopt.closeness import Gauge
+from graphopt.emulation import emulated, with_types_of
 from graphopt.errors import GraphoptError
 from graphopt.feeds import workable_feeds
 from graphopt.report import Loss
@@ -34,6 +35,9 @@ def measure_loss(
 ) -> Loss:
     """Run two models on the same samples, random ones where there are none, and compare outputs.
 
+    Inputs and outputs may be of another floating point type in the second one. What is of 16 bits
+    is rounded after each operator, as on a device that computes in 16 bits.
+
     Args:
         name: what was done in between; `Loss.name`.
         limit: samples that are run at most.
@@ -41,13 +45,14 @@ def measure_loss(
     Raises:
         GraphoptError: the second model cannot take the first one's place, or does not run.
     """
+    after = with_types_of(after, before)
     breaks = signature_breaks(before, after)
     if breaks:
         raise GraphoptError(f"{name}: {breaks[0]}")
     feeds: Iterable[Feeds] = (
         [workable_feeds(before, Shapes(before), seed=seed)] if samples is None else samples
     )
-    old, new = Runner(before), Runner(after)
+    old, new = Runner(emulated(before)), Runner(emulated(after))
     gauges = {output: Gauge(output) for output in old.outputs}
     count = 0
     for feed in islice(feeds, limit):
@@ -57,7 +62,7 @@ def measure_loss(
         count += 1
     where = "random inputs" if samples is None else samples.where
     outputs = [gauge.finish() for gauge in gauges.values()]
-    for output in outputs:
-        if output.reason:
-            raise GraphoptError(f"{name}: {output}")
+    for result in outputs:
+        if result.reason:
+            raise GraphoptError(f"{name}: {result}")
     return Loss(name, count, where, outputs)

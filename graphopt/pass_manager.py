@@ -163,6 +163,8 @@ def _literal(text: str) -> Any:
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
+        if text.startswith("[") and text.endswith("]"):
+            return [_literal(item.strip()) for item in text[1:-1].split(",") if item.strip()]
         return text
 
 

@@ -232,8 +232,7 @@ class Runner:
             if isinstance(model, Path):
                 self._session = session(model, threads=threads, optimize=optimize)
             else:
-                proto, weights, self._fed = _detach(model)
-                self._session = session(proto, threads=threads, optimize=optimize, weights=weights)
+                self._session, self._fed = _session(model, threads, optimize)
         except Exception as error:
             raise GraphoptError(f"ONNX Runtime cannot load the model: {one_line(error)}") from error
         names: list[str] = [i.name for i in self._session.get_inputs()]
@@ -258,6 +257,30 @@ class Runner:
         except Exception as error:
             raise GraphoptError(f"ONNX Runtime cannot run the model: {one_line(error)}") from error
         return dict(zip(self.outputs, results, strict=True))
+
+
+def _session(model: ir.Model, threads: int, optimize: bool) -> tuple[Any, dict[str, object]]:
+    """A session of a model, and the weights to feed to it; bfloat16 is emulated where need be."""
+    proto, weights, fed = _detach(model)
+    try:
+        return session(proto, threads=threads, optimize=optimize, weights=weights), fed
+    except Exception:
+        if not _has_bfloat16(model):
+            raise
+    from graphopt.emulation import emulated  # which stands on this module
+
+    proto, weights, fed = _detach(emulated(model))
+    return session(proto, threads=threads, optimize=optimize, weights=weights), fed
+
+
+def _has_bfloat16(model: ir.Model) -> bool:
+    short = ir.DataType.BFLOAT16
+    if any(tensor.dtype == short for tensor in ir.constants(model)):
+        return True
+    if any(isinstance(v.type, ir.TensorType) and v.type.dtype == short for v in model.graph.inputs):
+        return True
+    casts = (node for node in ir.all_nodes(model) if node.op_type == "Cast")
+    return any(ir.attribute(node, "to") == int(short) for node in casts)
 
 
 def _detach(model: ir.Model) -> tuple[bytes, dict[str, Array], dict[str, object]]:
