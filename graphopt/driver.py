@@ -101,9 +101,7 @@ class Driver:
         mapping.update(outer)
         used = _reachable(op.created, mapping.values())
         olds = list(dict.fromkeys(p for v in mapping if (p := v.producer()) is not None))
-        place = olds[0] if len(olds) == 1 else min(olds, key=self._position)
-        if len(olds) > 1 and not self._defined_before(used, place):
-            raise Refuse("its operands are defined too late")
+        place = olds[0] if len(olds) == 1 else self._place(used, olds, mapping)
         for node in op.created:
             if node not in used:
                 _detach(context, node)
@@ -179,6 +177,38 @@ class Driver:
             assert node.graph is not None
             self._order.update((n, float(i)) for i, n in enumerate(node.graph))
         return self._order[node]
+
+    def _place(
+        self, used: set[ir.Node], olds: list[ir.Node], mapping: Mapping[ir.Value, ir.Value]
+    ) -> ir.Node:
+        """The first of the old nodes that new ones can stand before: operands above, users below.
+
+        Raises:
+            Refuse: there is none.
+        """
+        olds = sorted(olds, key=self._position)
+        for place in olds:
+            if self._defined_before(used, place) and (
+                place is olds[0] or self._needed_after(mapping, olds, place)
+            ):
+                return place
+        raise Refuse("its operands are defined too late")
+
+    def _needed_after(
+        self, mapping: Mapping[ir.Value, ir.Value], olds: Sequence[ir.Node], place: ir.Node
+    ) -> bool:
+        """Whether what uses the old values, and stays, stands behind a node of the same graph."""
+        gone, stack = set[ir.Node](), list(olds)
+        while stack:
+            node = stack.pop()
+            outputs = [v for v in node.outputs if v not in mapping]
+            kept = any(v.is_graph_output() or set(v.consumers()) - gone for v in outputs)
+            if node not in gone and not kept:
+                gone.add(node)
+                stack += [p for v in node.inputs if v is not None and (p := v.producer())]
+        limit = self._position(place)
+        users = {u for v in mapping for u in v.consumers()} - gone
+        return all(u.graph is place.graph and self._position(u) >= limit for u in users)
 
     def _defined_before(self, nodes: set[ir.Node], place: ir.Node) -> bool:
         limit = self._position(place)

@@ -47,6 +47,7 @@ _FUSE = (
     "fuse-layernorm",
     "fuse-rmsnorm",
     "fuse-softmax",
+    "fuse-attention",
     "fuse-activation",
     "merge-constants",
     "eliminate-common",
