@@ -1,0 +1,85 @@
+"""Parameters and operations of a pruned model, without making it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from graphopt import ir
+from graphopt.cost import node_cost
+from graphopt.pruner.adjusting import Kept
+from graphopt.pruner.atoms import Axis
+from graphopt.pruner.groups import Groups
+
+__all__ = ["Estimator", "Size"]
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a model holds and does: elements of constants, operations of one run."""
+
+    parameters: int
+    flops: int
+
+
+class Estimator:
+    """Costs as `graphopt.cost` counts them, as products of what is left of the axes.
+
+    Sizes that are not known count as 1. Bodies of control flow count once.
+    """
+
+    def __init__(self, groups: Groups) -> None:
+        trace = groups.trace
+        self._constants: list[tuple[int, list[Axis]]] = []
+        self._nodes: list[tuple[float, list[Axis]]] = []
+        for value, axes in trace.axes.items():
+            tensor = ir.constant(value)
+            if tensor is not None:
+                count = math.prod(tensor.shape.numpy())
+                self._constants.append((count, [a for a in axes if trace.atoms.live(a)]))
+        live: dict[int, bool] = {}
+        for node in ir.all_nodes(groups.model):
+            flops = node_cost(node, trace.shapes).flops
+            if not flops or not node.outputs:
+                continue
+            axes = [*trace.axes.get(node.outputs[0], ()), *_summed(groups, node)]
+            for axis in axes:
+                if id(axis) not in live:
+                    live[id(axis)] = trace.atoms.live(axis)
+            self._nodes.append((flops, [axis for axis in axes if live[id(axis)]]))
+
+    def __call__(self, kept: Kept) -> Size:
+        """The size of what is left."""
+        shares: dict[int, float] = {}
+
+        def share(axis: Axis) -> float:
+            if id(axis) not in shares:
+                shares[id(axis)] = kept.count(axis) / len(axis)
+            return shares[id(axis)]
+
+        parameters = sum(count * math.prod(map(share, axes)) for count, axes in self._constants)
+        flops = sum(count * math.prod(map(share, axes)) for count, axes in self._nodes)
+        return Size(round(parameters), round(flops))
+
+
+def _summed(groups: Groups, node: ir.Node) -> list[Axis]:
+    """The axis that a product sums over."""
+
+    def axes(index: int) -> list[Axis]:
+        value = node.inputs[index]
+        return [] if value is None else groups.trace.axes[value]
+
+    op = node.op_type
+    if op in ("Conv", "ConvInteger", "FusedConv"):
+        return [axes(1)[1]]
+    if op == "QLinearConv":
+        return [axes(3)[1]]
+    if op == "ConvTranspose":
+        return [axes(1)[0]]
+    if op in ("MatMul", "MatMulInteger", "FusedMatMul", "QLinearMatMul"):
+        return axes(0)[-2 if ir.attribute(node, "transA", 0) else -1 :][:1]
+    if op in ("Gemm", "FusedGemm"):
+        return [axes(0)[0 if ir.attribute(node, "transA", 0) else 1]]
+    if op in ("LSTM", "GRU", "RNN"):
+        return [axes(1)[2]]
+    return []

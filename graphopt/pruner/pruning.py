@@ -1,0 +1,237 @@
+"""A round of pruning: what goes, the model without it, and the proof that the rest is the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import cast
+
+import numpy as np
+
+from graphopt import ir
+from graphopt.closeness import Gauge
+from graphopt.errors import InputError, VerificationError
+from graphopt.pruner.adjusting import Kept
+from graphopt.pruner.applying import apply, mask
+from graphopt.pruner.atoms import Axis
+from graphopt.pruner.criteria import by_weights
+from graphopt.pruner.estimating import Estimator, Size
+from graphopt.pruner.groups import Groups, find_groups
+from graphopt.pruner.preparing import prepare
+from graphopt.pruner.selection import Scores, Selection, by_pattern, check_ratio, meet, select
+from graphopt.random_inputs import workable_feeds
+from graphopt.runner import Runner
+from graphopt.samples import Samples
+from graphopt.shapes import Shapes
+
+__all__ = ["RECORD", "Options", "Positions", "Pruning", "Record", "prune_once", "record_of"]
+
+RECORD = "graphopt.pruning"
+"""Key of a pruned model's `meta`: a Record. It lives as long as the process, not in files."""
+
+Positions = dict[str, dict[int, Axis]]
+"""Value name → axis → which positions of the unpruned model's axis are left."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """What recovery needs to know: the model before anything was pruned, and what is left of it."""
+
+    teacher: ir.Model
+    kept: Positions
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to prune; the fields of the pass `prune-channels` and the options of the command."""
+
+    ratio: float = 0.5
+    criterion: str = "l2"
+    scope: str = "uniform"
+    round_to: int = 1
+    least: float = 0.1
+    ignore: tuple[str, ...] = ()
+    only: tuple[str, ...] = ()
+    ratios: Mapping[str, float] = field(default_factory=dict[str, float])
+    params: float = 0.0
+    flops: float = 0.0
+    exact: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_ratio(self.ratio)
+        for name, share in (("params", self.params), ("flops", self.flops)):
+            if not 0 <= share < 1:
+                raise InputError(f"{name} is the share to keep, between 0 and 1, not {share:g}")
+        if self.scope not in ("uniform", "global", "sensitivity"):
+            raise InputError(f"scope is uniform, global or sensitivity, not {self.scope!r}")
+        if self.round_to < 1:
+            raise InputError(f"round_to is at least 1, not {self.round_to}")
+        if not 0 <= self.least < 1:
+            raise InputError(
+                f"least is a share to keep, at least 0 and below 1, not {self.least:g}"
+            )
+
+    @property
+    def how(self) -> Selection:
+        """What of it concerns counts."""
+        return Selection(self.scope, self.round_to, self.least)
+
+
+@dataclass
+class Pruning:
+    """A pruned model and what was done to get it."""
+
+    model: ir.Model
+    groups: Groups
+    kept: Kept
+    before: Size
+    after: Size
+    error: float | None = None
+    """Largest difference from the masked original, relative to the output's scale; None where
+    statistics run over what was pruned, so that the two are not the same."""
+    notes: list[str] = field(default_factory=list[str])
+
+    @property
+    def counts(self) -> dict[str, tuple[int, int]]:
+        """Groups of each family: how many there were, how many are left."""
+        return {
+            family.name: (len(family.roots), self.kept.count(family.roots))
+            for family in self.groups.families
+        }
+
+
+def prune_once(
+    model: ir.Model,
+    options: Options,
+    samples: Samples | None = None,
+    *,
+    progress: Callable[[str], None] | None = None,
+    check: bool = True,
+) -> Pruning:
+    """Prune a model of the caller's own, which is prepared in place and not used further.
+
+    With `check` the result is compared with the model in which all that is pruned is zero.
+
+    Raises:
+        InputError: options that do not fit the model, or nothing in it can be pruned.
+        VerificationError: the result does not compute what the masked model computes.
+    """
+    tell = progress or _silent
+    notes = prepare(model)
+    tell("tracing what belongs together")
+    groups = find_groups(model, ignore=options.ignore, only=options.only, exact=options.exact)
+    if not groups.families:
+        raise InputError(f"nothing can be pruned: {_why(groups)}")
+    tell(f"ranking by {options.criterion}")
+    scores = rank(groups, options, samples, tell)
+    estimate = Estimator(groups)
+    gone = choose(groups, scores, options, estimate, samples, tell)
+    kept = groups.kept(gone)
+    before, after = estimate(groups.kept(gone[:0])), estimate(kept)
+    result = Pruning(apply(groups, kept), groups, kept, before, after, notes=notes)
+    if not gone.size:
+        result.notes.append("the ratio is too small for any group: nothing was pruned")
+    if check:
+        tell("comparing with the masked original")
+        result.error = _verify(result, samples)
+    remember(result)
+    return result
+
+
+def _silent(text: str) -> None:
+    """The progress of who does not want to know."""
+
+
+def _why(groups: Groups) -> str:
+    reasons = sorted(set(groups.frozen.values()))
+    if not reasons:
+        return "no weight's channels are between inputs and outputs of the model"
+    more = f" (and {len(reasons) - 1} more reasons)" if len(reasons) > 1 else ""
+    return reasons[0] + more
+
+
+def rank(
+    groups: Groups, options: Options, samples: Samples | None, tell: Callable[[str], None]
+) -> Scores:
+    """Scores by the criterion that the options name."""
+    return by_weights(groups, options.criterion, options.seed)
+
+
+def choose(
+    groups: Groups,
+    scores: Scores,
+    options: Options,
+    estimate: Estimator,
+    samples: Samples | None,
+    tell: Callable[[str], None],
+) -> Axis:
+    """The groups that go: by ratio, or as few as a budget of parameters and operations allows."""
+    total = estimate(groups.kept(np.zeros(0, np.int64)))
+
+    def by_ratio(ratio: float) -> Axis:
+        ratios: Mapping[str, float] | float = ratio
+        if options.ratios:
+            ratios = by_pattern(groups, options.ratios, ratio)
+        return select(groups, scores, ratios, options.how)
+
+    def parameters(gone: Axis) -> float:
+        return estimate(groups.kept(gone)).parameters / max(total.parameters, 1)
+
+    def operations(gone: Axis) -> float:
+        return estimate(groups.kept(gone)).flops / max(total.flops, 1)
+
+    budgets = [(options.params, parameters), (options.flops, operations)]
+    found = [meet(by_ratio, size, limit) for limit, size in budgets if limit]
+    return max(found, key=len) if found else by_ratio(options.ratio)
+
+
+def _verify(pruning: Pruning, samples: Samples | None) -> float | None:
+    """The largest relative difference between the pruned and the masked model."""
+    groups, kept = pruning.groups, pruning.kept
+    masked = mask(groups, kept)
+    given = None if samples is None else next(iter(samples))
+    feeds = workable_feeds(masked, Shapes(masked)) if given is None else given
+    got = Runner(pruning.model).run(feeds)
+    pruned = [f for f in groups.families if kept.gone[f.roots].any()]
+    if not all(family.exact for family in pruned):
+        pruning.notes.append(
+            "statistics such as LayerNormalization's run over pruned channels, so that the result "
+            "is not the masked original; recovery adapts it"
+        )
+        return None
+    expected = Runner(masked).run(feeds)
+    worst = 0.0
+    for name, value in expected.items():
+        gauge = Gauge(name)
+        gauge.add(value, got[name])
+        outcome = gauge.finish()
+        if not outcome.ok:
+            raise VerificationError(f"the pruned model is not the masked original: {outcome}")
+        worst = max(worst, outcome.max_rel)
+    return worst
+
+
+def record_of(model: ir.Model) -> Record | None:
+    """What was noted when a model was pruned; None where it was not, or was loaded since."""
+    found: object = cast("Mapping[str, object]", model.meta).get(RECORD)
+    return found if isinstance(found, Record) else None
+
+
+def remember(pruning: Pruning) -> None:
+    """Note in the pruned model what is left of the first one, through all rounds."""
+    earlier = record_of(pruning.groups.model)
+    kept: Positions = {}
+    for value, axes in pruning.groups.trace.axes.items():
+        name = value.name or ""
+        older = earlier.kept.get(name, {}) if earlier is not None else {}
+        for index, axis in enumerate(axes):
+            base = older.get(index)
+            left = pruning.kept.positions(axis)
+            if base is not None and len(base) == len(axis):
+                left = base[left]
+            elif len(left) == len(axis):
+                continue
+            kept.setdefault(name, {})[index] = left
+    teacher = pruning.groups.model if earlier is None else earlier.teacher
+    pruning.model.meta[RECORD] = Record(teacher, kept)
