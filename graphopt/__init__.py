@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from graphopt.compilation import compile
+    from graphopt.compression import compress
     from graphopt.errors import GraphoptError
     from graphopt.files import load, save
     from graphopt.ir import Model
@@ -32,6 +33,7 @@ __all__ = [
     "Report",
     "Target",
     "compile",
+    "compress",
     "load",
     "measure",
     "optimize",
@@ -48,6 +50,7 @@ _HOMES = {
     "Report": "report",
     "Target": "target",
     "compile": "compilation",
+    "compress": "compression",
     "load": "files",
     "measure": "measurement",
     "optimize": "optimization",

@@ -65,13 +65,14 @@ class Unpacking:
         self._nodes.append(node)
         return node.outputs[0]
 
-    def indices(self, index: ir.Array, bits: int) -> ir.Value:
+    def indices(self, index: palettes.Bytes, bits: int) -> ir.Value:
         """Numbers below 2**bits, uint8, as a flat int32 value made of no more bits than they have.
 
         A number of 5 bits is one of 4 and one of 1; each of these planes fills its bytes, and is
         unpacked by two shifts.
         """
-        flat, shift = index.ravel(), bits
+        flat: Any = index.ravel()
+        shift = bits
         total: ir.Value | None = None
         for width in palettes.planes(bits):
             shift -= width

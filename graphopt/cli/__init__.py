@@ -10,6 +10,7 @@ from graphopt.cli.bench import bench
 from graphopt.cli.bisect import bisect
 from graphopt.cli.compare import diff, verify
 from graphopt.cli.compile import compile_command, run
+from graphopt.cli.compress import compress
 from graphopt.cli.inspect import inspect
 from graphopt.cli.list import doctor, passes, targets
 from graphopt.cli.optimize import optimize
@@ -40,6 +41,7 @@ for command in (
     compile_command,
     run,
     bisect,
+    compress,
     passes,
     targets,
     doctor,
