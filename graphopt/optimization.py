@@ -105,7 +105,7 @@ def optimize(
         raise InputError(f"verify is one of {', '.join(get_args(Verify))}, not {verify!r}")
     pipeline, asked = select(level, passes, enable, disable, opset)
     if passes is None and level:
-        pipeline += _legalizing(aim, disable)
+        pipeline += _legalizing(aim, [*disable, *([] if opset is None else ["convert-opset"])])
     report.source = str(model) if isinstance(model, str | Path) else original.graph.name or ""
     report.pipeline = ",".join(map(str, pipeline))
     report.target = aim.name

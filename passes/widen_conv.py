@@ -20,6 +20,10 @@ from graphopt.rewriting import Op, Refuse, rewrite
 
 _GAIN = 0.6
 """The most that the multiplications may cost, of before: the columns have to be put in place."""
+_PER_ELEMENT = 100
+"""Multiplications that take as long as to move an element of the result twice."""
+_AT_LEAST = 1_000_000
+"""Multiplications that take as long as to start three more operators twice."""
 
 
 @rewrite.on("Conv")
@@ -43,11 +47,14 @@ def widen_conv(op: Op, node: ir.Node) -> ir.Value | None:
     columns = _columns(weights.shape, width, lanes)
     if columns is None:
         raise Refuse("its kernel is too narrow to gain")
+    channels, depth, height, span = weights.shape
+    saved = lanes * depth * height * (span - (span + columns - 1) / columns)
+    if saved < _PER_ELEMENT * channels or saved * shape[2] * width < _AT_LEAST:
+        raise Refuse("it is too small to gain")
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     biases = floats(op, bias)
     if bias is not None and biases is None:
         raise Refuse("its bias is not constant")
-    channels, depth, height, span = weights.shape
     wide = np.zeros((channels, columns, depth, height, span + columns - 1), np.float32)
     for column in range(columns):
         wide[:, column, :, :, column : column + span] = weights
