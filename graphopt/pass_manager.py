@@ -13,7 +13,7 @@ import time
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Literal, cast
 
 from graphopt import files, ir
 from graphopt.context import Context
@@ -117,6 +117,11 @@ def _checked(name: str, kind: type[Pass], options: Mapping[str, Any]) -> dict[st
         origin = typing.get_origin(wanted) or wanted
         if wanted is float and type(value) is int:
             value = float(value)
+        if wanted is str and type(value) in (int, float):
+            value = str(value)
+        if origin is Literal and value not in typing.get_args(wanted):
+            known = ", ".join(repr(choice) for choice in typing.get_args(wanted))
+            raise InputError(f"option {key!r} of {name!r} is one of {known}, not {value!r}")
         if origin is tuple and isinstance(value, list | str):
             value = (value,) if isinstance(value, str) else tuple(cast(Sequence[Any], value))
         if isinstance(origin, type) and (
