@@ -88,16 +88,27 @@ def columns(node: ir.Node, x: Array, shape: Sequence[int] | None = None) -> Real
 
 
 def column_blocks(
-    node: ir.Node, x: Array, shape: Sequence[int] | None = None, *, limit: int = _BLOCK_BYTES
+    node: ir.Node,
+    x: Array,
+    shape: Sequence[int] | None = None,
+    *,
+    limit: int = _BLOCK_BYTES,
+    rows: int | None = None,
+    phase: int = 0,
 ) -> Iterator[Reals]:
-    """`columns` in pieces, along the rows, of at most about `limit` bytes each."""
+    """`columns` in pieces, along the rows, of at most about `limit` bytes each.
+
+    With `rows`, only about so many of them: on a grid of positions that begins elsewhere for each
+    `phase`, so that the phases together cover everything.
+    """
     shape = _weight_shape(node, shape)
     real: Reals = x.astype(np.float64 if x.dtype == np.float64 else np.float32, copy=False)
     if node.op_type in ("Conv", "ConvTranspose"):
         windows, groups = _windows(node, real, shape)
+        windows = _thinned(windows, range(2, len(shape)), rows, phase)
         yield from _unfold(windows, groups, len(shape) - 2, limit)
         return
-    whole = _matrix_columns(node, real, shape)
+    whole = _thinned(_matrix_columns(node, real, shape), range(1, 2), rows, phase)
     step = max(1, limit // max(1, whole.itemsize * whole.shape[0] * whole.shape[2]))
     for start in range(0, max(1, whole.shape[1]), step):
         yield whole[:, start : start + step]
@@ -138,12 +149,15 @@ def accumulate(
     nodes: Iterable[ir.Node],
     feeds: Iterable[Mapping[str, Array]],
     shapes: Mapping[str, Sequence[int]] | None = None,
+    *,
+    rows: int | None = None,
 ) -> dict[str, Gram]:
     """XᵀX of the inputs of linear operators, by node name, over the samples of `feeds`.
 
     `feeds` yields, per sample, the operators' first inputs by value name (`taps.tap`). `shapes`
     are the shapes of weights that are no constants, by node name. Operators that read the same
-    columns share one Gram. Memory: the sums, and one block of columns.
+    columns share one Gram. `rows` bounds the output positions of a sample that are counted, evenly
+    spaced. Memory: the sums, and one block of columns.
 
     Raises:
         InputError: an input that holds values which are not finite, or that does not fit.
@@ -156,17 +170,31 @@ def accumulate(
         named[ir.label(node)] = key
         readers.setdefault(key, (node, shape))
     sums: dict[tuple[object, ...], Gram] = {}
-    for sample in feeds:
+    for phase, sample in enumerate(feeds):
         for key, (node, shape) in readers.items():
             value = node.inputs[0]
             assert value is not None
-            for rows in column_blocks(node, sample[value.name or ""], shape):
+            x = sample[value.name or ""]
+            for block in column_blocks(node, x, shape, rows=rows, phase=phase):
                 if key not in sums:
-                    sums[key] = Gram.empty(rows.shape[0], rows.shape[2])
-                sums[key].add(rows)
+                    sums[key] = Gram.empty(block.shape[0], block.shape[2])
+                sums[key].add(block)
             if not np.all(np.isfinite(sums[key].total)):
                 raise InputError(f"{value.name!r} holds values that are not finite")
     return {name: sums[key] for name, key in named.items() if key in sums}
+
+
+def _thinned(array: Reals, axes: range, rows: int | None, phase: int) -> Reals:
+    """A grid along some axes that has about `rows` points."""
+    count = math.prod(array.shape[axis] for axis in axes)
+    if rows is None or count <= rows:
+        return array
+    stride = max(1, round((count / rows) ** (1 / len(axes))))
+    index: list[Any] = [slice(None)] * array.ndim
+    for axis in axes:
+        index[axis] = slice(phase % min(stride, array.shape[axis]), None, stride)
+        phase //= stride
+    return array[tuple(index)]
 
 
 def _geometry(node: ir.Node, shape: Sequence[int]) -> tuple[object, ...]:

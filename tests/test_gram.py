@@ -102,6 +102,19 @@ def test_sums() -> None:
     np.testing.assert_allclose((first + second).xtx, whole.xtx)
 
 
+def test_some_of_the_rows() -> None:
+    """A bound on the rows takes a grid of them; the phases together take all, each once."""
+    model = model_of("Conv", (1, 3, 20, 20), (4, 3, 3, 3), "<pads = [1, 1, 1, 1]>")
+    (node,) = model.graph
+    x = np.random.default_rng(4).standard_normal((1, 3, 20, 20)).astype(np.float32)
+    parts = [b for phase in range(16) for b in gram.column_blocks(node, x, rows=25, phase=phase)]
+    assert {p.shape for p in parts} == {(1, 25, 27)}
+    found, whole = np.concatenate(parts, axis=1)[0], gram.columns(node, x)[0]
+    assert np.array_equal(found[np.lexsort(found.T)], whole[np.lexsort(whole.T)])
+    (bounded,) = gram.accumulate([node], [{"x": x}], rows=25).values()
+    assert bounded.count == 25
+
+
 def test_what_cannot_be() -> None:
     """Other operators, weights that are no constant, inputs that do not fit or are not finite."""
     (relu,) = files.load(proto("net (float[2] x) => (float[2] y) { y = Relu (x) }")).graph
