@@ -47,6 +47,7 @@ _FUSE = (
     "fuse-layernorm",
     "fuse-rmsnorm",
     "fuse-softmax",
+    "fuse-rotary",
     "fuse-attention",
     "fuse-activation",
     "merge-constants",

@@ -6,16 +6,15 @@ a head D.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from graphopt import ir
-from graphopt._polynomial import of_atom
 from graphopt.dims import DimLike
 from graphopt.passes._layout import composed, is_identity, permutation
+from graphopt.passes._rotary import expanded
 from graphopt.passes._slices import split
 from graphopt.rewriting import Op, Refuse
 
@@ -179,37 +178,11 @@ def _spread(op: Op, mask: ir.Value, dims: Dims, scores: Scores) -> ir.Value:
         raise Refuse("the mask is not proven to broadcast")
     if len(shape) >= 2 and tail == wanted:
         return mask
-    sizes = [1 if have == want else want for have, want in zip(tail, wanted, strict=True)]
-    target = [*[1] * (len(shape) - 2), *sizes]
-    if all(isinstance(size, int) for size in target):
-        return op.Expand(mask, [int(str(size)) for size in target])
-    parts = [_size(op, size, scores) for size in target]
-    return op.Expand(mask, op.Concat(*parts, axis=0))
-
-
-def _size(op: Op, size: DimLike, scores: Scores) -> ir.Value:
-    """A dimension as a tensor of one element: from graph inputs, so that all layers share it."""
-    if isinstance(size, int):
-        return op.initializer(np.asarray([size], np.int64), "size")
-    inputs = op.context.root(op.node.graph).inputs if op.node.graph is not None else []
-    terms = [of_atom(atom) for atoms, factor in size.terms for atom in atoms if factor == 1]
-    found = [_axis_of(op, inputs, term) for term in terms]
-    if sum(terms) == size and None not in found:
-        parts = [op.Shape(value, start=axis, end=axis + 1) for value, axis in filter(None, found)]
-        return functools.reduce(op.Add, parts)
-    place = _axis_of(op, (scores.query, scores.keys), size)
-    if place is None:
-        raise Refuse("the mask's size has no source")
-    return op.Shape(place[0], start=place[1], end=place[1] + 1)
-
-
-def _axis_of(op: Op, values: Sequence[ir.Value], size: DimLike) -> tuple[ir.Value, int] | None:
-    """A value and its axis that have a size."""
-    for value in values:
-        shape = op.shape(value) or ()
-        if size in shape:
-            return value, shape.index(size)
-    return None
+    sizes: list[DimLike] = [
+        1 if have == want else want for have, want in zip(tail, wanted, strict=True)
+    ]
+    sizes = [*[1] * (len(shape) - 2), *sizes]
+    return expanded(op, mask, tuple(sizes), [scores.query, scores.keys])
 
 
 def repeated(op: Op, value: ir.Value | None) -> tuple[ir.Value, int] | None:
