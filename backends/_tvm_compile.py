@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graphopt.backends import _tvm_link
 from graphopt.backends._tvm_import import import_model
+from graphopt.backends._tvm_kernels import Kernels
+from graphopt.backends._tvm_loops import Machine
+from graphopt.backends._tvm_schedule import Log, schedule_all
+from graphopt.backends._tvm_tiles import Registers
 from graphopt.errors import GraphoptError
 from graphopt.target import Target
 
@@ -30,14 +36,41 @@ def compile_model(model: ir.Model, target: Target, options: Options, folder: Pat
         GraphoptError: a node that cannot be imported, or TVM's own failure, in one line.
     """
     module = import_model(model, options.sizes())
-    aim = _tvm_link.tvm_target(target, options.threads)
+    threads = options.threads or 4
+    aim = _tvm_link.tvm_target(target, threads)
     try:
-        executable = tvm.compile(module, aim)
+        lowered, log = lower(module, aim, Machine(Registers.of(target), threads))
+        executable = tvm.compile(lowered, aim)
         _export(executable, folder / LIBRARY, target)
     except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, AssertionError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise GraphoptError(f"tvm: {type(error).__name__}: {lines[-1][:300]}") from error
-    (folder / LOG).write_text(json.dumps({}, indent=1) + "\n", "utf-8")
+    (folder / LOG).write_text(json.dumps(dataclasses.asdict(log), indent=1) + "\n", "utf-8")
+
+
+def lower(module: Any, aim: Any, machine: Machine) -> tuple[Any, Log]:
+    """From operators to scheduled kernels."""
+    steps = relax.transform
+    with aim, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        module = tvm.transform.Sequential(
+            [
+                steps.DecomposeOpsForInference(),
+                steps.CanonicalizeBindings(),
+                steps.ConvertLayout({"relax.nn.conv2d": ["NHWC", "HWIO"]}),
+                steps.Normalize(),
+                steps.FoldConstant(),
+                steps.CanonicalizeBindings(),
+                steps.DeadCodeElimination(),
+                steps.LegalizeOps(customize_legalize_map=Kernels(machine.registers).table()),
+                steps.AnnotateTIROpPattern(),
+                steps.FoldConstant(),
+                steps.FuseOps(),
+                steps.FuseTIR(),
+                steps.DeadCodeElimination(),
+            ]
+        )(module)
+        return schedule_all(module, machine)
 
 
 def _export(executable: Any, path: Path, target: Target) -> None:

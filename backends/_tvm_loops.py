@@ -1,0 +1,201 @@
+"""Schedules for what is no product: elementwise stages, reductions and pooling.
+
+Reductions along the last axis sum in as many lanes as a register has and add those up at the end;
+others keep the last axis in the lanes.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from graphopt.backends._tvm_indices import number
+from graphopt.backends._tvm_tiles import Registers
+
+_PARALLEL_ELEMENTS = 16384
+"""Fewer are done before another thread has woken up."""
+_SPATIAL, _REDUCED = 0, 2
+_UNKNOWN_EXTENT = 64
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What loops are shaped for."""
+
+    registers: Registers
+    threads: int
+
+
+def kinds(schedule: Any, block: Any) -> list[int]:
+    """For each axis of a block whether it is spatial (0) or reduced (2)."""
+    return [int(axis.iter_type) for axis in schedule.get(block).iter_vars]
+
+
+def is_reduction(schedule: Any, block: Any) -> bool:
+    """Whether a block sums, or takes an extreme, along some axis."""
+    return any(kind != _SPATIAL for kind in kinds(schedule, block))
+
+
+def extent(schedule: Any, loop: Any) -> int:
+    """A loop's number of rounds; a guess where it is symbolic."""
+    return number(schedule.get(loop).extent) or _UNKNOWN_EXTENT
+
+
+def is_static(schedule: Any, loop: Any) -> bool:
+    """Whether a loop's number of rounds is known."""
+    return number(schedule.get(loop).extent) is not None
+
+
+def dtype_of(schedule: Any, block: Any) -> str:
+    """The dtype of what a block writes."""
+    return str(schedule.get(block).writes[0].source.dtype)
+
+
+def inline_all(schedule: Any, blocks: list[Any]) -> None:
+    """Compute each block where it is read, apart from those that cannot be."""
+    for block in blocks:
+        if not is_reduction(schedule, block):
+            attempt(lambda block=block: schedule.compute_inline(block))
+
+
+def attempt(action: Any) -> bool:
+    """Whether a scheduling step that may be impossible was done."""
+    try:
+        action()
+    except RuntimeError:  # ScheduleError, which leaves the schedule as it was
+        return False
+    return True
+
+
+def lanes_for(schedule: Any, loop: Any, widest: int) -> int:
+    """The widest vector that divides a loop; 1 where none does."""
+    return math.gcd(extent(schedule, loop), widest) if is_static(schedule, loop) else 1
+
+
+def elementwise(schedule: Any, block: Any, machine: Machine, *, threads: bool = True) -> None:
+    """Vectors along the last axis, or along all where each element only depends on its like."""
+    loops = schedule.get_loops(block)
+    if not loops:
+        return
+    widest = machine.registers.lanes(dtype_of(schedule, block))
+    total = math.prod(extent(schedule, loop) for loop in loops)
+    last = loops[-1]
+    if _is_pure(schedule, block) and lanes_for(schedule, last, widest) < widest:
+        last = schedule.fuse(*loops) if len(loops) > 1 else last
+        loops = [last]
+    lanes = lanes_for(schedule, last, widest)
+    outer = loops[:-1]
+    if lanes > 1:
+        rest, inner = schedule.split(last, [None, lanes])
+        schedule.vectorize(inner)
+        outer = [*outer, rest]
+    elif not is_static(schedule, last) and total >= widest:
+        rest, inner = schedule.split(last, [None, widest])
+        schedule.vectorize(inner)
+        outer = [*outer, rest]
+    elif len(loops) == 1:
+        outer = loops
+    if threads and total >= _PARALLEL_ELEMENTS and outer:
+        parallel(schedule, outer, machine.threads)
+
+
+def parallel(schedule: Any, loops: list[Any], threads: int) -> Any:
+    """Share the rounds of the outermost loops out to threads; returns the fused loop."""
+    taken, rounds = 0, 1
+    for loop in loops:
+        rounds *= extent(schedule, loop)
+        taken += 1
+        if rounds >= 8 * threads or (rounds >= threads and rounds % threads == 0):
+            break
+    fused = schedule.fuse(*loops[:taken]) if taken > 1 else loops[0]
+    schedule.parallel(fused)
+    return fused
+
+
+def _is_pure(schedule: Any, block: Any) -> bool:
+    """Whether everything that a block reads has the indices of what it writes."""
+    details = schedule.get(block)
+    written = [str(part.min) for part in details.writes[0].region]
+    return all([str(part.min) for part in read.region] == written for read in details.reads)
+
+
+def reduce(schedule: Any, block: Any, machine: Machine) -> None:
+    """Sum in vector registers, along the reduced axis or beside it."""
+    loops, sorts = schedule.get_loops(block), kinds(schedule, block)
+    spatial = [loop for loop, kind in zip(loops, sorts, strict=True) if kind == _SPATIAL]
+    reduced = [loop for loop, kind in zip(loops, sorts, strict=True) if kind != _SPATIAL]
+    widest = machine.registers.lanes(dtype_of(schedule, block))
+    if sorts[-1] != _SPATIAL and _reads_last(schedule, block):
+        lanes = lanes_for(schedule, reduced[-1], widest)
+        if lanes > 1 and _across(schedule, block, spatial, reduced, lanes, machine):
+            return
+    _beside(schedule, block, spatial, reduced, widest, machine)
+
+
+def _reads_last(schedule: Any, block: Any) -> bool:
+    """Whether the last, reduced axis is the one along which the input is stored."""
+    details = schedule.get(block)
+    axis = str(details.iter_vars[-1].var)
+    return any(read.region and str(read.region[-1].min) == axis for read in details.reads)
+
+
+def _across(
+    schedule: Any, block: Any, spatial: list[Any], reduced: list[Any], lanes: int, machine: Machine
+) -> bool:
+    """Sums in the lanes of a register, which are added up by a second block."""
+    if len(schedule.get(block).writes) > 1:
+        return False
+    rows = math.prod(extent(schedule, loop) for loop in spatial)
+    rest, inner = schedule.split(reduced[-1], [None, lanes])
+    partial = schedule.rfactor(inner, len(spatial))
+    loops = schedule.get_loops(partial)
+    sorts = kinds(schedule, partial)
+    lane = loops[sorts.index(_SPATIAL, len(spatial))] if False else _lane_loop(schedule, partial)
+    others = [loop for loop in loops if not loop.same_as(lane)]
+    outer, sums = others[: len(spatial)], others[len(spatial) :]
+    schedule.reorder(*outer, *sums, lane)
+    schedule.vectorize(lane)
+    if outer and rows * extent(schedule, sums[-1]) * lanes >= _PARALLEL_ELEMENTS:
+        parallel(schedule, outer, machine.threads)
+    schedule.decompose_reduction(partial, sums[0])
+    return True
+
+
+def _lane_loop(schedule: Any, block: Any) -> Any:
+    """The innermost loop of a factored reduction: the one that was split off."""
+    return schedule.get_loops(block)[-1]
+
+
+def _beside(
+    schedule: Any,
+    block: Any,
+    spatial: list[Any],
+    reduced: list[Any],
+    widest: int,
+    machine: Machine,
+) -> None:
+    """Each lane sums for an output of its own."""
+    work = math.prod(extent(schedule, loop) for loop in (*spatial, *reduced))
+    if not spatial:
+        schedule.decompose_reduction(block, reduced[0])
+        return
+    lanes = lanes_for(schedule, spatial[-1], widest)
+    outer = spatial
+    if lanes > 1:
+        columns = extent(schedule, spatial[-1]) // lanes
+        several = next(count for count in (4, 3, 2, 1) if columns % count == 0)
+        rest, vectors, lane = schedule.split(spatial[-1], [None, several, lanes])
+        outer = [*spatial[:-1], rest]
+        schedule.reorder(*outer, *reduced, vectors, lane)
+        schedule.unroll(vectors)
+        schedule.vectorize(lane)
+    else:
+        schedule.reorder(*outer, *reduced)
+    if work >= _PARALLEL_ELEMENTS:
+        parallel(schedule, outer, machine.threads)
+    schedule.decompose_reduction(block, reduced[0])
+
+
+schedule_module: Any = importlib.import_module("tvm.s_tir")

@@ -1,0 +1,195 @@
+"""The schedule of products and convolutions: one register tile for all of them."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from typing import Any
+
+from graphopt.backends._tvm_indices import number, ravel, simple
+from graphopt.backends._tvm_loops import (
+    Machine,
+    elementwise,
+    extent,
+    is_static,
+    parallel,
+)
+
+_tirx: Any = importlib.import_module("tvm.tirx")
+
+PRODUCT, PADDED = "product", "padded"
+_PARALLEL_WORK = 60_000
+"""Multiplications below which another thread is not worth waking."""
+_BAND = 8
+"""Rows of a depthwise convolution's input that are padded at a time."""
+
+
+def multiply(schedule: Any, machine: Machine) -> None:
+    """Schedule a function with a block `product`; everything after it is computed with its tiles.
+
+    Raises:
+        RuntimeError: a step that TVM refuses.
+    """
+    root = schedule.get_sblock("root")
+    blocks = schedule.get_child_blocks(root)
+    names = [str(schedule.get(block).name_hint) for block in blocks]
+    at = names.index(PRODUCT)
+    product, tail = blocks[at], blocks[at + 1 :]
+    for block in tail[:-1]:
+        schedule.compute_inline(block)
+    notes = {str(key): int(value) for key, value in schedule.get(product).annotations.items()}
+    _Product(schedule, machine, product, tail[-1], blocks[:at], notes).run()
+
+
+class _Product:
+    """One product: its block, the stage that stores it, what comes before, its tile."""
+
+    def __init__(
+        self,
+        schedule: Any,
+        machine: Machine,
+        product: Any,
+        result: Any,
+        before: list[Any],
+        notes: dict[str, int],
+    ) -> None:
+        self._schedule, self._machine = schedule, machine
+        self._product, self._result, self._before = product, result, before
+        self._tile = notes
+        self._depthwise = bool(notes.get("depthwise"))
+
+    def run(self) -> None:
+        """Cut the loops, order them, and put the result's stage into them."""
+        s, product = self._schedule, self._product
+        if self._tile["flat"]:
+            self._flatten_result()
+        outer, row, block, lane, sums = self._loops()
+        work = math.prod(extent(s, loop) for loop in s.get_loops(product))
+        high, rows = s.split(row, [None, self._tile["rows"]])
+        vectors, lanes = s.split(lane, [None, self._tile["lanes"]])
+        stack = self._stack(outer)
+        if self._depthwise:
+            order, bands = self._banded(outer, high, block)
+        else:
+            order, bands = [*stack, block, *outer[len(stack) :], high], None
+        s.reorder(*order, *sums, rows, vectors, lanes)
+        s.set_scope(product, 0, "local")
+        s.reverse_compute_at(self._result, order[-1], preserve_unit_loops=True)
+        self._store(len(order))
+        for loop in (rows, vectors):
+            s.unroll(loop)
+        s.vectorize(lanes)
+        if self._depthwise:
+            for loop in sums:
+                s.unroll(loop)
+        taken = self._share(order, work, bands)
+        start = s.decompose_reduction(product, sums[0])
+        self._clear(start, len(order) - taken + 1 if taken else len(order))
+        self._fill(bands)
+
+    def _loops(self) -> tuple[list[Any], Any, Any, Any, list[Any]]:
+        """The product's loops by what they are for."""
+        loops = self._schedule.get_loops(self._product)
+        sorts = [int(v.iter_type) for v in self._schedule.get(self._product).iter_vars]
+        spatial = [loop for loop, sort in zip(loops, sorts, strict=True) if sort == 0]
+        sums = [loop for loop, sort in zip(loops, sorts, strict=True) if sort != 0]
+        *outer, row, block, lane = spatial
+        return outer, row, block, lane, sums
+
+    def _stack(self, outer: list[Any]) -> list[Any]:
+        """The loops over separate products, which have right sides of their own."""
+        reads = self._schedule.get(self._product).reads
+        constant = any(len(read.region) and _is_packed(read) for read in reads)
+        return [] if constant else outer
+
+    def _flatten_result(self) -> None:
+        s = self._schedule
+        shape = [simple(size) for size in s.get(self._result).writes[0].source.ty.shape]
+        mapping = _tirx.IndexMap.from_func(
+            lambda *index: [ravel(index[:-1], shape[:-1]), index[-1]], ndim=len(shape)
+        )
+        s.transform_block_layout(self._result, mapping)
+
+    def _banded(self, outer: list[Any], high: Any, block: Any) -> tuple[list[Any], Any]:
+        """Depthwise loops, in bands of rows for which the input is padded at once."""
+        s = self._schedule
+        *batch, row = outer
+        if not self._before or not is_static(s, row):
+            return [*batch, row, high, block], None
+        size = extent(s, row)
+        band = next(count for count in range(_BAND, 0, -1) if size % count == 0)
+        if band < 3 and size > _BAND:
+            band = _BAND
+        bands, inside = s.split(row, [None, band])
+        return [*batch, bands, inside, high, block], bands
+
+    def _store(self, depth: int) -> None:
+        """The result's stage: vectors along the columns, everything unrolled."""
+        s = self._schedule
+        loops = s.get_loops(self._result)[depth:]
+        shape = s.get(self._result).writes[0].source.ty.shape
+        columns = number(shape[-1])
+        lanes = math.gcd(columns, self._tile["lanes"]) if columns else 1
+        last = loops[-1]
+        if lanes > 1:
+            rest, inner = s.split(last, [None, lanes])
+            s.vectorize(inner)
+            s.unroll(rest)
+        for loop in loops[:-1]:
+            s.unroll(loop)
+
+    def _share(self, order: list[Any], work: int, bands: Any) -> int:
+        """Share tiles out to threads; returns how many loops were fused."""
+        s, threads = self._schedule, self._machine.threads
+        if work < _PARALLEL_WORK:
+            return 0
+        candidates = order[: order.index(bands) + 1] if bands is not None else order
+        taken, rounds = 0, 1
+        for loop in candidates:
+            rounds *= extent(s, loop)
+            taken += 1
+            if rounds >= 8 * threads or (rounds >= threads and rounds % threads == 0):
+                break
+        fused = s.fuse(*candidates[:taken]) if taken > 1 else candidates[0]
+        s.parallel(fused)
+        self._shared = fused
+        return taken
+
+    def _clear(self, start: Any, depth: int) -> None:
+        """The stage that sets the sums to zero."""
+        s = self._schedule
+        loops = s.get_loops(start)[depth:]
+        for loop in loops[:-1]:
+            s.unroll(loop)
+        s.vectorize(loops[-1])
+
+    def _fill(self, bands: Any) -> None:
+        """The stages before: padding, by itself or band by band."""
+        s = self._schedule
+        for block in self._before:
+            if bands is not None:
+                place = s.get_loops(self._product)
+                shared = getattr(self, "_shared", None)
+                at = place[0] if shared is not None else bands
+                s.compute_at(block, at, preserve_unit_loops=True)
+                self._vectorize_copy(block, at)
+            else:
+                elementwise(s, block, self._machine)
+
+    def _vectorize_copy(self, block: Any, below: Any) -> None:
+        s = self._schedule
+        last = s.get_loops(block)[-1]
+        lanes = math.gcd(extent(s, last), self._tile["lanes"])
+        if is_static(s, last) and lanes > 1:
+            _, inner = s.split(last, [None, lanes])
+            s.vectorize(inner)
+
+
+def _is_packed(read: Any) -> bool:
+    """Whether a region is of weights in blocks: its last sizes are those of a tile."""
+    return str(read.source.name).startswith("w")
+
+
+def fallback_parallel(schedule: Any, loops: list[Any], threads: int) -> Any:
+    """See `parallel`."""
+    return parallel(schedule, loops, threads)

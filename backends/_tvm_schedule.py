@@ -1,0 +1,90 @@
+"""Which schedule a kernel gets, and what became of each."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass, field
+from typing import Any
+
+from graphopt.backends import _tvm_loops as loops
+from graphopt.backends._tvm_loops import Machine
+from graphopt.backends._tvm_products import PRODUCT, multiply
+
+tvm: Any = importlib.import_module("tvm")
+_s_tir: Any = importlib.import_module("tvm.s_tir")
+_tirx: Any = importlib.import_module("tvm.tirx")
+
+_DONE = "tirx.is_scheduled"
+
+
+@dataclass
+class Log:
+    """What was done to the kernels of a model."""
+
+    rules: dict[str, str] = field(default_factory=dict[str, str])
+    """Rule by kernel."""
+    unscheduled: dict[str, str] = field(default_factory=dict[str, str])
+    """Why, by kernel: these run as plain loops, correctly and slowly."""
+
+
+def schedule_all(module: Any, machine: Machine) -> tuple[Any, Log]:
+    """The module with each of its kernels scheduled, and the log of it."""
+    log = Log()
+    for name, function in list(module.functions.items()):
+        if not isinstance(function, _tirx.PrimFunc):
+            continue
+        if function.attrs and _DONE in function.attrs:
+            continue
+        module[name] = _one(str(name.name_hint), function, machine, log)
+    return module, log
+
+
+def _one(name: str, function: Any, machine: Machine, log: Log) -> Any:
+    reasons: list[str] = []
+    for rule in (_product, _rows, _stages):
+        schedule = _s_tir.Schedule(tvm.IRModule({"main": function}))
+        try:
+            if not rule(schedule, machine):
+                continue
+        except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            reasons.append(f"{rule.__name__[1:]}: {(lines or [type(error).__name__])[-1][:200]}")
+            continue
+        log.rules[name] = rule.__name__[1:]
+        if reasons and rule is _stages:
+            log.rules[name] += " (" + "; ".join(reasons) + ")"
+        scheduled = schedule.mod["main"]
+        if function.attrs:
+            scheduled = scheduled.with_attrs(function.attrs)
+        return scheduled.with_attr(_DONE, True)
+    log.unscheduled[name] = "; ".join(reasons)
+    return function
+
+
+def _children(schedule: Any) -> list[Any]:
+    return list(schedule.get_child_blocks(schedule.get_sblock("root")))
+
+
+def _product(schedule: Any, machine: Machine) -> bool:
+    names = [str(schedule.get(block).name_hint) for block in _children(schedule)]
+    if PRODUCT not in names:
+        return False
+    multiply(schedule, machine)
+    return True
+
+
+def _rows(schedule: Any, machine: Machine) -> bool:
+    """Several reductions along the last axis and what is made of them: row by row."""
+    return False
+
+
+def _stages(schedule: Any, machine: Machine) -> bool:
+    """Every stage by itself, elementwise ones in the place where they are read."""
+    blocks = _children(schedule)
+    loops.inline_all(schedule, blocks[:-1])
+    for block in _children(schedule):
+        if loops.is_reduction(schedule, block):
+            loops.reduce(schedule, block, machine)
+        else:
+            loops.elementwise(schedule, block, machine)
+    return True
