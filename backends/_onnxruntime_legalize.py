@@ -26,6 +26,11 @@ _CPU = (
     "widen-conv",
     "convert-max-conv",
     "convert-resize",
+    "split-skip-layernorm",
+    "fuse-matmul-transpose",
+    "fuse-bias-gelu",
+    "fuse-quick-gelu",
+    "fuse-conv-activation",
 )
 """In order; they run after the passes of a level, round after round until nothing changes."""
 

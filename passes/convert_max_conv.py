@@ -13,7 +13,9 @@ import numpy as np
 from graphopt import ir
 from graphopt.rewriting import Op, rewrite
 
-_BLOCKED = frozenset({"Conv", "MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool"})
+_BLOCKED = frozenset(
+    {"Conv", "FusedConv", "MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool"}
+)
 _FUSED = frozenset({"Relu", "LeakyRelu", "Sigmoid", "Tanh", "HardSigmoid", "Clip"})
 
 
@@ -46,8 +48,8 @@ def _is_blocked(value: ir.Value) -> bool:
     if node is not None and node.op_type in _FUSED and not node.domain:
         value = node.inputs[0] or value
         node = value.producer()
-        return node is not None and node.op_type == "Conv" and not node.domain
-    return node is not None and node.op_type in _BLOCKED and not node.domain
+        return node is not None and node.op_type == "Conv"
+    return node is not None and node.op_type in _BLOCKED
 
 
 def _feeds_blocked(value: ir.Value) -> bool:
@@ -55,5 +57,5 @@ def _feeds_blocked(value: ir.Value) -> bool:
     return (
         bool(users)
         and not value.is_graph_output()
-        and all(user.op_type in _BLOCKED and not user.domain for user in users)
+        and all(user.op_type in _BLOCKED for user in users)
     )
