@@ -34,21 +34,23 @@ def fuse_attention(op: Op, node: ir.Node) -> ir.Value | None:
     if softmax is None or values is None:
         return None
     peak = softmax.inputs[0]
-    widening = None if peak is None else peak.producer()
-    precise = narrowing is not None
-    if precise and widening is not None and widening.op_type == "Cast":
+    covered = [softmax]
+    if narrowing is not None:
+        widening = None if peak is None else peak.producer()
+        if widening is None or widening.op_type != "Cast" or widening.domain:
+            return None
         peak = widening.inputs[0]
+        covered += [widening, narrowing]
     scores = read_scores(op, peak)
-    if scores is None or widening is None:
+    if scores is None:
         return None
     dtype = op.dtype(values)
     if dtype is None or dtype not in _TYPES or op.dtype(scores.query) != dtype:
         return None
-    covered = [softmax, *scores.nodes, *([widening, narrowing] if precise else [])]
-    _require_unneeded([n for n in covered if n is not None], node)
+    _require_unneeded([*covered, *scores.nodes], node)
     if op.opset < 23:
         raise Refuse("needs opset 23")
-    return _attention(op, scores, values, dtype, precise)
+    return _attention(op, scores, values, dtype, narrowing is not None)
 
 
 def _softmax(op: Op, weights: ir.Value | None) -> tuple[ir.Node | None, ir.Node | None]:
@@ -81,11 +83,11 @@ def _attention(
     keys, factor = exchanged(op, scores.keys)
     shapes: list[Dims] = [op.shape(v) or () for v in (scores.query, keys, values)]
     query, key, value = shapes
-    if not len(query) == len(key) == len(value) >= 3:
+    if {*map(len, shapes)} not in ({3}, {4}):
         raise Refuse("the ranks differ")
     single = len(query) == 3
     fits = query[-1] == key[-1] and key[-2] == value[-2] and query[0] == key[0] == value[0]
-    if not fits or key[1:-2] != value[1:-2] or len(query) > 4:
+    if not fits or key[1:-2] != value[1:-2]:
         raise Refuse("batches, heads or sizes are not proven to fit")
     if not single and key[1] not in (1, query[1]):
         raise Refuse("the heads are not proven to fit")

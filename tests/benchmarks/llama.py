@@ -33,21 +33,19 @@ class Norm(nn.Module):
         self.weight = nn.Parameter(torch.ones(hidden))
 
     def forward(self, x: Any) -> Any:
-        variance = x.pow(2).mean(-1, keepdim=True)
-        return self.weight * (x * torch.rsqrt(variance + 1e-6))
+        return self.weight * (x / torch.sqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
 
 
-def rotate_half(x: Any) -> Any:
+def rotate_half(x: Any, size: int) -> Any:
     """(a, b) as (-b, a)."""
-    a, b = x[..., : x.shape[-1] // 2], x[..., x.shape[-1] // 2 :]
+    a, b = x[..., : size // 2], x[..., size // 2 :]
     return torch.cat((-b, a), dim=-1)
 
 
-def repeat_kv(x: Any, times: int) -> Any:
+def repeat_kv(x: Any, times: int, size: int) -> Any:
     """Each head as often as a group has queries."""
-    batch, heads, length, size = x.shape
-    x = x[:, :, None, :, :].expand(batch, heads, times, length, size)
-    return x.reshape(batch, heads * times, length, size)
+    x = x[:, :, None, :, :].expand(-1, -1, times, -1, -1)
+    return x.reshape(1, HEADS, -1, size)
 
 
 class Attention(nn.Module):
@@ -61,23 +59,20 @@ class Attention(nn.Module):
         self.output = nn.Linear(hidden, hidden, bias=False)
 
     def split(self, x: Any, heads: int) -> Any:
-        batch, length, _ = x.size()
-        return x.view(batch, length, heads, self.size).transpose(1, 2)
+        return x.view(1, -1, heads, self.size).transpose(1, 2)
 
     def forward(self, x: Any, mask: Any, angles: Any, past: Any) -> Any:
-        batch, length, _ = x.size()
         query = self.split(self.query(x), HEADS)
         key, value = (self.split(f(x), HEADS // GROUPS) for f in (self.key, self.value))
         cos, sin = (table.unsqueeze(1) for table in angles)
-        query = query * cos + rotate_half(query) * sin
-        key = key * cos + rotate_half(key) * sin
+        query = query * cos + rotate_half(query, self.size) * sin
+        key = key * cos + rotate_half(key, self.size) * sin
         key, value = (torch.cat(pair, dim=2) for pair in zip(past, (key, value), strict=True))
-        keys, values = (repeat_kv(x, GROUPS) for x in (key, value))
+        keys, values = (repeat_kv(x, GROUPS, self.size) for x in (key, value))
         scores = torch.matmul(query, keys.transpose(2, 3)) / math.sqrt(self.size)
-        scores = scores + mask[:, :, :, : keys.shape[-2]]
-        weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+        weights = torch.softmax(scores + mask, dim=-1)
         context = torch.matmul(weights, values).transpose(1, 2).contiguous()
-        return self.output(context.reshape(batch, length, -1)), key, value
+        return self.output(context.reshape(1, -1, HEADS * self.size)), key, value
 
 
 class Layer(nn.Module):
@@ -142,21 +137,21 @@ def export(path: Path, layers: int = 24, hidden: int = 64, opset: int = 17) -> N
     model = Llama(layers, hidden).eval()
     for parameter in model.parameters():  # equal ones, such as fresh scales, would be shared
         parameter.data.add_(torch.randn_like(parameter), alpha=0.02)
-    ids, known = torch.randint(0, VOCABULARY, (2, 5)), 7
-    places = torch.arange(known, known + 5).expand(2, -1)
-    past = [torch.randn(2, HEADS // GROUPS, known, hidden // HEADS) for _ in range(2 * layers)]
+    ids, known = torch.randint(0, VOCABULARY, (1, 5)), 7
+    places = torch.arange(known, known + 5).unsqueeze(0)
+    past = [torch.randn(1, HEADS // GROUPS, known, hidden // HEADS) for _ in range(2 * layers)]
     pairs = [f"{index}.{part}" for index in range(layers) for part in ("key", "value")]
     inputs = ["input_ids", "attention_mask", "position_ids", *(f"past.{p}" for p in pairs)]
     outputs = ["logits", *(f"present.{p}" for p in pairs)]
-    axes = {name: {0: "batch", 1: "sequence"} for name in (*inputs[:3], "logits")}
-    axes["attention_mask"] = {0: "batch", 1: "total"}
-    axes |= {name: {0: "batch", 2: "past"} for name in inputs[3:]}
-    axes |= {name: {0: "batch", 2: "total"} for name in outputs[1:]}
+    axes = {name: {1: "sequence"} for name in (*inputs[:3], "logits")}
+    axes["attention_mask"] = {1: "total"}
+    axes |= {name: {2: "past"} for name in inputs[3:]}
+    axes |= {name: {2: "total"} for name in outputs[1:]}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(
             model,
-            (ids, torch.ones(2, known + 5), places, *past),
+            (ids, torch.ones(1, known + 5), places, *past),
             str(path),
             input_names=inputs,
             output_names=outputs,
