@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from graphopt.artifact import Manifest, TensorInfo
-from graphopt.errors import InputError
+from graphopt.errors import GraphoptError, InputError
 from graphopt.target import Target
 
 if TYPE_CHECKING:
@@ -48,6 +48,17 @@ class OpTime:
     """Executions per run of the model: more than one inside loops."""
     microseconds: float
     """Per run of the model, mean."""
+
+
+class NodeError(GraphoptError):
+    """Nodes that a backend turns out not to take while it compiles: they can still fall back."""
+
+    def __init__(self, backend: str, nodes: Mapping[str, str]) -> None:
+        first = [f"node {label}: {why}" for label, why in list(nodes.items())[:3]]
+        more = [f"and {len(nodes) - 3} more"] if len(nodes) > 3 else []
+        super().__init__(f"{backend} does not take the model: {'; '.join([*first, *more])}")
+        self.nodes = dict(nodes)
+        """Reasons by label."""
 
 
 class Executable(Protocol):
@@ -122,7 +133,8 @@ class Backend(Protocol):
 
         Raises:
             MissingError: a target that it cannot compile for here.
-            GraphoptError: it cannot take the model; one line with node and reason.
+            NodeError: nodes that it cannot take, where it can name them.
+            GraphoptError: it cannot take the model.
         """
         ...
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,7 +73,7 @@ def build(
         if not refused:
             return Built(key=name)
         if not rules.fallback:
-            raise _refusal(backend, refused)
+            raise backends.NodeError(backend.name, refused)
         built = _Pieces(model, target, backend, options, folder, rules).build(refused)
         return dataclasses.replace(built, key=name)
 
@@ -87,9 +86,13 @@ def compile_here(
 
     chosen, loaded = backends.get(backend), files.load(Path(model))
     refused = chosen.supports(loaded, target)
-    if not refused:
+    if refused:
+        return refused
+    try:
         chosen.compile(loaded, target, options, Path(folder))
-    return refused
+    except backends.NodeError as error:
+        return error.nodes
+    return {}
 
 
 def info(value: ir.Value) -> TensorInfo:
@@ -127,9 +130,9 @@ class _Pieces:
 
         with tempfile.TemporaryDirectory(prefix="graphopt-pieces-") as scratch:
             while True:
-                pieces, reasons = cut(self._model, refused)
+                pieces, reasons = cut(self._model, refused, getattr(self._options, "shapes", ""))
                 if not any(piece.native for piece in pieces):
-                    raise _refusal(self._backend, reasons)
+                    raise backends.NodeError(self._backend.name, reasons)
                 more: dict[str, str] = {}
                 for piece in pieces:
                     if piece.native and piece.labels not in self._done:
@@ -144,7 +147,7 @@ class _Pieces:
         place = scratch / str(len(self._done))
         place.mkdir(exist_ok=True)
         try:
-            options = _local(self._options, piece.model)
+            options = _local(self._options, piece)
             refused = _compile(
                 piece.model, self._target, self._backend, options, place, self._rules
             )
@@ -162,7 +165,7 @@ class _Pieces:
         """Put the files of a piece into their place."""
         name = f"part{index}"
         if piece.native:
-            backend, options = self._backend, _local(self._options, piece.model)
+            backend, options = self._backend, _local(self._options, piece)
             shutil.copytree(self._done[piece.labels], self._folder / name)
         else:
             backend = backends.get(FALLBACK)
@@ -232,20 +235,15 @@ def _key(
     )
 
 
-def _local(options: Any, model: ir.Model) -> Any:
-    """The options for a piece: of sizes given by name, those of dimensions that it has."""
-    dims: str = getattr(options, "dims", "")
-    if not dims:
-        return options
-    names = {str(dim) for value in model.graph.inputs for dim in value.shape or ()}
-    kept = [item for item in dims.split(",") if item.partition("=")[0] in names]
-    return dataclasses.replace(options, dims=",".join(kept))
-
-
-def _refusal(backend: Backend, refused: Mapping[str, str]) -> GraphoptError:
-    listed = "; ".join(f"node {label}: {why}" for label, why in list(refused.items())[:3])
-    more = f"; and {len(refused) - 3} more" if len(refused) > 3 else ""
-    return GraphoptError(f"{backend.name} does not take the model: {listed}{more}")
+def _local(options: Any, piece: Piece) -> Any:
+    """The options for a piece: ranges of its own inputs, sizes of dimensions that it has."""
+    if hasattr(options, "shapes"):
+        options = dataclasses.replace(options, shapes=piece.profiles)
+    if getattr(options, "dims", ""):
+        names = {str(dim) for value in piece.model.graph.inputs for dim in value.shape or ()}
+        kept = [item for item in options.dims.split(",") if item.partition("=")[0] in names]
+        options = dataclasses.replace(options, dims=",".join(kept))
+    return options
 
 
 def _dim(dim: int | ir.SymbolicDim) -> int | str:

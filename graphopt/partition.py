@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from graphopt import ir
+from graphopt import ir, profiles
 from graphopt.cutting import Part, extract, operands
 from graphopt.shapes import Shapes
 
@@ -33,16 +33,21 @@ class Piece:
     model: ir.Model
     labels: tuple[str, ...]
     """Of its nodes."""
+    profiles: str
+    """The ranges of sizes of its inputs, see `graphopt.profiles`; empty where all are fixed."""
 
 
-def cut(model: ir.Model, refused: Mapping[str, str]) -> tuple[list[Piece], dict[str, str]]:
+def cut(
+    model: ir.Model, refused: Mapping[str, str], ranges: str = ""
+) -> tuple[list[Piece], dict[str, str]]:
     """The pieces of a model in the order in which they run, and why nodes are no backend's.
 
     `refused` has the nodes that the backend does not take, by label, with the reason; those of
     branches and functions stand for the node that they are in. To these come nodes that would
     make a piece too small to be worth one, and those of whose inputs nothing is known. With
-    nothing left for the backend there is one piece. The argument is left as it is, save that
-    values without a name get one.
+    nothing left for the backend there is one piece. `ranges` are the profiles of the model's
+    inputs, from which those of the pieces follow. The argument is left as it is, save that values
+    without a name get one.
     """
     _name_values(model)
     shapes = Shapes(model)
@@ -65,8 +70,9 @@ def cut(model: ir.Model, refused: Mapping[str, str]) -> tuple[list[Piece], dict[
         outputs = [value for node in nodes for value in node.outputs if value in leaving]
         if outputs:
             labels = tuple(ir.label(node) for node in nodes)
-            piece = _extract(model, nodes, outputs, shapes)
-            pieces.append(Piece(stage % 2 == 0, piece, labels))
+            inputs, piece = _extract(model, nodes, outputs, shapes)
+            local = profiles.of_values(profiles.parse(ranges), model, shapes, inputs)
+            pieces.append(Piece(stage % 2 == 0, piece, labels, profiles.text(local)))
     return pieces, {ir.label(node): why for node, why in reasons.items()}
 
 
@@ -131,8 +137,11 @@ def _unknown(
 
 def _extract(
     model: ir.Model, nodes: list[ir.Node], outputs: list[ir.Value], shapes: Shapes
-) -> ir.Model:
-    """Nodes as a model of their own, whose inputs and outputs have types, and shapes if known."""
+) -> tuple[dict[str, ir.Value], ir.Model]:
+    """Nodes as a model of their own, whose inputs and outputs have types, and shapes if known.
+
+    With it the model's values that are its inputs, by name.
+    """
     part = Part()
     inside = set(nodes)
     stack = list(nodes)
@@ -157,7 +166,7 @@ def _extract(
             new.type = ir.TensorType(dtype)
         if shape is not None:
             new.shape = ir.Shape([d if isinstance(d, int) else str(d) for d in shape])
-    return made
+    return {value.name or "": value for value in part.inputs}, made
 
 
 def _name_values(model: ir.Model) -> None:

@@ -33,7 +33,7 @@ FLOORS = [
     "shape* cost sizes runner emulation batch execute numpy_ops numpy_moves feeds input_uses random_inputs "
     "target report closeness artifact places child trust cache models samples _sources images taps gram",
     "context _match rewriting driver pass_manager numbering cutting regions judging verification "
-    "losses partition quantizer pruner",
+    "losses profiles partition splicing rebatching attachments quantizer pruner",
     "passes",
     "backends timing accuracy chain",
     "optimization quantization pruning compression surgery compilation building machine measurement bisection differences inspection _foreign "
