@@ -209,14 +209,14 @@ def _lower(
     report: Report | None,
 ) -> tuple[ir.Model, str]:
     """The model after the passes asked for and the backend's own, and their pipeline text."""
-    from graphopt.optimization import optimize, select
+    from graphopt.optimization import arranged, optimize, select
     from graphopt.report import Report
 
     chosen, _ = select(level, passes, (), ())
     record = Report() if report is None else report
     lowered = optimize(
         model,
-        passes=[*chosen, *legal],
+        passes=arranged(chosen, legal),
         target=target,
         verify=verify,
         report=record,

@@ -105,7 +105,8 @@ def optimize(
         raise InputError(f"verify is one of {', '.join(get_args(Verify))}, not {verify!r}")
     pipeline, asked = select(level, passes, enable, disable, opset)
     if passes is None and level:
-        pipeline += _legalizing(aim, [*disable, *([] if opset is None else ["convert-opset"])])
+        fixed = [*disable, *(["convert-opset"] if opset is not None else [])]
+        pipeline = arranged(pipeline, _legalizing(aim, fixed))
     report.source = str(model) if isinstance(model, str | Path) else original.graph.name or ""
     report.pipeline = ",".join(map(str, pipeline))
     report.target = aim.name
@@ -307,6 +308,12 @@ def select(
     asked += [p.name for text in enable for p in parse_pipeline(text)]
     first = [] if opset is None else [load_pass("convert-opset", {"version": opset})]
     return first + [p for p in selected if p.name not in unwanted], asked
+
+
+def arranged(chosen: Sequence[Pass], legal: Sequence[Pass]) -> list[Pass]:
+    """Passes and those of a backend; its opset goes first, since what is fused depends on it."""
+    first = [single for single in legal if single.name == "convert-opset"]
+    return [*first, *chosen, *(single for single in legal if single not in first)]
 
 
 def _legalizing(target: Target, disable: Sequence[str]) -> list[Pass]:

@@ -49,7 +49,7 @@ class ConvertOpset(Pass):
         before = {ir.opset(root) for root in _roots(context.model)} - {0, self.version}
         if self.at_least:
             before = {version for version in before if version < self.version}
-        if not before or context.exhausted:
+        if not before or context.exhausted or _tells_unknown(context, newest):
             return
         work = Context(files.copy(context.model), deadline=context.deadline)
         work.record = context.record
@@ -64,6 +64,15 @@ class ConvertOpset(Pass):
         context.refresh()
         names = [f"opset {version}" for version in sorted(before)]
         context.changed("converted_opset", names, [f"opset {self.version}"])
+
+
+def _tells_unknown(context: Context, newest: int) -> bool:
+    """Refuse a model with an operator that only its runtime knows, in versions that it knows."""
+    for node in ir.all_nodes(context.model):
+        if not node.domain and not onnx.defs.has(node.op_type, newest, ""):
+            context.record.refuse(node, f"{node.op_type} is no operator of ONNX's")
+            return True
+    return False
 
 
 _NORMALIZING = ("Softmax", "LogSoftmax", "Hardmax")
