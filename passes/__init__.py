@@ -44,8 +44,11 @@ _FUSE = (
     "fuse-matmul-scale",
     "merge-gemms",
     "fuse-gelu",
+    "fuse-instancenorm",
+    "fuse-groupnorm",
     "fuse-layernorm",
     "fuse-rmsnorm",
+    "fuse-average-pool",
     "fuse-softmax",
     "fuse-rotary",
     "fuse-attention",
@@ -59,8 +62,14 @@ _FUSE = (
     "eliminate-dead",
 )
 
-_RAISE = "convert-opset{version=23,at_least=true}"
-"""From 20 there is Gelu, from 23 RMSNormalization."""
+_LAST = (
+    "convert-opset{version=23,at_least=true}",
+    *_FUSE[: _FUSE.index("fuse-average-pool")],
+    "fuse-average-pool{everywhere=true}",
+    "fuse-lpnorm",
+    *_FUSE[_FUSE.index("fuse-average-pool") + 1 :],
+)
+"""From opset 20 there is Gelu, from 23 RMSNormalization, RotaryEmbedding and Attention."""
 
-PIPELINES: tuple[tuple[str, ...], ...] = ((), _CLEAN, _FUSE, (_RAISE, *_FUSE))
+PIPELINES: tuple[tuple[str, ...], ...] = ((), _CLEAN, _FUSE, _LAST)
 """Passes by level, 0 to 3, as pipeline text."""

@@ -20,17 +20,17 @@ def fuse_layernorm(op: Op, node: ir.Node) -> ir.Value | None:
     for index in (0, 1)[: 1 if node.op_type == "Div" else 2]:
         reader = Reader(op, node)
         variance = divided_by_root(reader, node, index)
-        centred = None if variance is None else _centred(op, reader, node.inputs[index])
-        if variance is None or centred is None:
+        source = None if variance is None else centred(op, reader, node.inputs[index])
+        if variance is None or source is None:
             continue
         epsilon, spread = variance
         mean = reader.take(spread, "ReduceMean")
         square = None if mean is None else squared(reader, mean.inputs[0])
         if mean is None or square is None:
             continue
-        if square is not node.inputs[index] and _centred(op, reader, square) != centred:
+        if square is not node.inputs[index] and centred(op, reader, square) != source:
             continue
-        x, axes = centred
+        x, axes = source
         if mean_axes(op, mean) != axes:
             continue
         outside = reader.outside()
@@ -42,7 +42,7 @@ def fuse_layernorm(op: Op, node: ir.Node) -> ir.Value | None:
     return None
 
 
-def _centred(op: Op, reader: Reader, value: ir.Value | None) -> tuple[ir.Value, list[int]] | None:
+def centred(op: Op, reader: Reader, value: ir.Value | None) -> tuple[ir.Value, list[int]] | None:
     """(x, axes) where a value is x - mean of x over axes."""
     difference = reader.take(reader.uncast(value), "Sub")
     x = None if difference is None else difference.inputs[0]
