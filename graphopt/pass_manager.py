@@ -138,16 +138,23 @@ def parse_pipeline(text: str) -> list[Pass]:
     Raises:
         InputError: text that is no pipeline, or unknown passes and options.
     """
-    passes: list[Pass] = []
+    return [load_pass(name, options) for name, options in parse_items(text)]
+
+
+def parse_items(text: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Names with their options from a text like `name{option=value,other=[1,2]},name`.
+
+    Raises:
+        InputError: text that is not of that form.
+    """
     position, text = 0, text.strip()
     item = re.compile(r"\s*([A-Za-z][\w-]*)\s*(?:\{([^{}]*)\})?\s*(,|$)")
     while position < len(text):
         found = item.match(text, position)
         if found is None:
             raise InputError(f"not a pipeline: cannot read {text[position:][:40]!r}")
-        passes.append(load_pass(found[1], _parse_options(found[2] or "")))
+        yield found[1], _parse_options(found[2] or "")
         position = found.end()
-    return passes
 
 
 def _parse_options(text: str) -> dict[str, Any]:

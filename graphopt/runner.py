@@ -295,6 +295,8 @@ def _detach(model: ir.Model) -> tuple[bytes, dict[str, Array], dict[str, object]
         tensor = value.const_value
         if tensor is None or tensor.nbytes <= _INLINE_BYTES or value.is_graph_input():
             continue
+        if not any(use.node.graph is model.graph for use in value.uses()):
+            continue  # a session may have moved it elsewhere before it is attached
         if tensor.dtype in NUMPY_TYPES and tensor.dtype != ir.DataType.STRING:
             arrays[name] = np.ascontiguousarray(tensor.numpy())
             del copy.graph.initializers[name]

@@ -14,6 +14,7 @@ from graphopt.cli.compress import compress
 from graphopt.cli.inspect import inspect
 from graphopt.cli.list import doctor, passes, targets
 from graphopt.cli.optimize import optimize
+from graphopt.cli.surgery import edit, extract, merge, split
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -41,6 +42,10 @@ for command in (
     compile_command,
     run,
     bisect,
+    extract,
+    edit,
+    merge,
+    split,
     compress,
     passes,
     targets,
