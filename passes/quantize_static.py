@@ -12,12 +12,14 @@ what stands between them (`graphopt.quantizer.placement`).
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from graphopt import ir
 from graphopt.context import Context
 from graphopt.errors import InputError
+from graphopt.gram import Gram, accumulate
 from graphopt.pass_manager import Pass
 from graphopt.passes.convert_opset import ConvertOpset
 from graphopt.quantizer.calibration import calibrate
@@ -26,6 +28,10 @@ from graphopt.quantizer.insertion import Insertion
 from graphopt.quantizer.placement import Plan, Table, plan, table_for
 from graphopt.quantizer.ranges import Ranges
 from graphopt.quantizer.sketch import Sketch, Sketches
+from graphopt.taps import groups, tap
+
+_GRAM_SAMPLES = 64
+_GRAM_ROWS = 256  # output positions of a sample: 16,384 in all
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,8 @@ class QuantizeStatic(Pass):
     weights: str = ""
     """A type: int8, uint8, int4, e4m3 …; the table's by default."""
     per_channel: bool = True
+    rounding: str = "nearest"
+    """Of weights: nearest, or gptq, which makes up for errors within a layer."""
     keep: tuple[str, ...] = ()
     """Nodes that stay in floats."""
 
@@ -62,7 +70,24 @@ class QuantizeStatic(Pass):
             return
         names = [value.name or "" for value in made.tensors]
         sketches = calibrate(context.model, names, context.samples)
-        Insertion(context, made, choose(made, sketches, how)).run()
+        grams = self._grams(context, made)
+        Insertion(context, made, choose(made, sketches, how), grams).run()
+
+    def _grams(self, context: Context, made: Plan) -> Mapping[str, Gram]:
+        if self.rounding == "nearest":
+            return {}
+        if self.rounding != "gptq":
+            raise InputError(f"weights are rounded nearest or by gptq, not {self.rounding!r}")
+        assert context.samples is not None
+        samples = context.samples.take(_GRAM_SAMPLES)
+        nodes = [n for n in made.linear if ir.constant(n.inputs[1]) is not None]
+        tensors = {v.name or "": None for n in nodes if (v := n.inputs[0]) is not None}
+        found: dict[str, Gram] = {}
+        for group in groups(context.model, list(tensors), next(iter(samples))):
+            part = [n for n in nodes if n.inputs[0] is not None and n.inputs[0].name in group]
+            feeds = tap(context.model, group, samples)
+            found |= accumulate(part, feeds, rows=_GRAM_ROWS)
+        return found
 
     def table(self, context: Context) -> Table:
         """The target's table with what the options change of it."""

@@ -13,8 +13,10 @@ import numpy.typing as npt
 from graphopt import ir
 from graphopt.context import Context
 from graphopt.driver import drop_initializer, remove
+from graphopt.gram import Gram, weight_matrix, weight_tensor
 from graphopt.quantizer.grids import Grid
 from graphopt.quantizer.placement import Plan, Table, is_dequantized
+from graphopt.quantizer.rounding import Codes, Scheme, gptq
 
 Array = npt.NDArray[Any]
 
@@ -57,6 +59,8 @@ class Insertion:
     plan: Plan
     ranges: Mapping[ir.Value, tuple[float, float]]
     """By the first tensor of each group."""
+    grams: Mapping[str, Gram] = field(default_factory=dict[str, Gram])
+    """Sums of XᵀX of linear operators, by label: their weights are rounded with GPTQ."""
     _steps: dict[ir.Value, Step] = field(default_factory=dict[ir.Value, Step])
     _weights: dict[tuple[ir.Value, int], ir.Value] = field(
         default_factory=dict[tuple[ir.Value, int], ir.Value]
@@ -189,11 +193,30 @@ class Insertion:
             shape = [1] * array.ndim
             if scale.ndim:
                 shape[axis] = -1
-            tensor = grid.quantize(array, scale.reshape(shape), zero.reshape(shape))
+            tensor = self._rounded(node, array, scale)
+            if tensor is None:
+                tensor = grid.quantize(array, scale.reshape(shape), zero.reshape(shape))
             self._weights[key] = self._dequantized(weight, tensor, grid, scale, zero, axis, node)
         node.replace_input_with(1, self._weights[key])
         self._drop(weight)
         return scale
+
+    def _rounded(self, node: ir.Node, array: Array, scale: Array) -> ir.TensorProtocol | None:
+        """The weight in integers by GPTQ, where there is a XᵀX and the grid is symmetric."""
+        seen = self.grams.get(ir.label(node))
+        grid = self.table.weight
+        if seen is None or not grid.symmetric or grid.floating:
+            return None
+        matrix = weight_matrix(node, array)
+        bits = grid.limits[1].bit_length() + 1
+        scales = np.broadcast_to(scale.astype(np.float64).reshape(-1), (_channels(matrix),))
+        scales = scales.reshape(*matrix.shape[:2], 1)
+        start = Codes(
+            Scheme(bits), np.zeros(matrix.shape, np.int16), scales, np.zeros(scales.shape, np.int16)
+        )
+        codes = gptq(matrix, seen.xtx, Scheme(bits), start)
+        integers = weight_tensor(node, codes.codes, array.shape).astype(grid.dtype.numpy())
+        return ir.Tensor(integers, dtype=grid.dtype)
 
     def _place_bias(self, node: ir.Node, value: ir.Value, scale: npt.NDArray[np.float64]) -> None:
         array = ir.array(value)
@@ -259,6 +282,11 @@ class Insertion:
     def _drop(self, value: ir.Value) -> None:
         if not value.uses() and value.is_initializer() and not value.is_graph_output():
             drop_initializer(self.context, value)
+
+
+def _channels(matrix: Array) -> int:
+    """The output channels of a matrix [groups, out, k]."""
+    return matrix.shape[0] * matrix.shape[1]
 
 
 def bounds(node: ir.Node) -> tuple[float, float] | None:

@@ -153,7 +153,13 @@ class _Planner:
         result = self.result
         result.linear = {node: None for node in self.graph if self._is_linear(node)}
         if self.table.outputs:
-            while self._extend():
+            kinds = self.table.moving | self.table.chained
+            result.others = {
+                node: None
+                for node in self.graph
+                if node.op_type in kinds and not node.domain and ir.label(node) not in self.keep
+            }
+            while self._reduce():
                 pass
         self._collect()
         return result
@@ -177,21 +183,17 @@ class _Planner:
         bias = node.inputs[2] if len(node.inputs) > 2 else None
         return bias is None or ir.constant(bias) is not None
 
-    def _extend(self) -> bool:
-        """Let operators between quantized ones be quantized as well; whether any came."""
-        before = len(self.result.others)
-        for node in (*self.graph, *reversed(self.graph)):
-            if node in self.result.others or node.domain or ir.label(node) in self.keep:
-                continue
-            if node.op_type in self.table.moving:
-                wanted = self._moves(node)
-            elif node.op_type in self.table.chained:
-                wanted = self._chains(node)
-            else:
-                continue
-            if wanted:
-                self.result.others[node] = None
-        return len(self.result.others) > before
+    def _reduce(self) -> bool:
+        """Drop operators that do not stand between quantized ones; whether there were any."""
+        others = self.result.others
+        wrong = [
+            node
+            for node in others
+            if not (self._moves(node) if node.op_type in self.table.moving else self._chains(node))
+        ]
+        for node in wrong:
+            del others[node]
+        return bool(wrong)
 
     def _moves(self, node: ir.Node) -> bool:
         if node.op_type == "Resize" and ir.attribute(node, "mode", "nearest") == "cubic":
