@@ -4,27 +4,23 @@ Why: zeros take no room in a compressed file, and 2:4 is twice as fast on tensor
 On a CPU nothing gets faster: to that end prune channels.
 Numerics: lossy; the report says how far results moved.
 Needs: samples for `sparsegpt` (which is the default where there are any) and `wanda`. Layers that
-share weights with what is no Conv, Gemm or MatMul stay as they are.
+share weights with what is no Conv, Gemm or MatMul stay as they are; of layers that share them
+among each other the first one's inputs count.
 """
 
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-import numpy as np
-
-from graphopt import gram, ir, taps
+from graphopt import gram, ir
 from graphopt.context import Context
 from graphopt.errors import InputError
-from graphopt.gram import Gram
 from graphopt.pass_manager import Pass
+from graphopt.passes._grams import by_parts
 from graphopt.pruner.sparsity import Floats, Method, Pattern, sparsify
 
-_GRAM_BYTES = 1 << 28
-"""Of XᵀX held at once. Later layers then see the zeros of earlier ones, too."""
 _LEAST = 256  # weights below which there is nothing to gain
 
 Layers = dict[ir.Value, list[ir.Node]]
@@ -46,19 +42,14 @@ class SparsifyWeights(Pass):
         pattern = Pattern.parse(str(self.sparsity))
         method = self._method(context)
         layers = self._layers(context, pattern)
-        for part in _parts(layers) if method != "magnitude" else [list(layers)]:
-            context.check_time()
-            grams: dict[str, Gram] = {}
-            if method != "magnitude":
-                assert context.samples is not None
-                nodes = [node for weight in part for node in layers[weight]]
-                inputs = dict.fromkeys(node.inputs[0] for node in nodes)
-                wanted = [value for value in inputs if value is not None]
-                feeds = taps.tap(context.model, wanted, context.samples)
-                grams = gram.accumulate(nodes, feeds)
-            for weight in part:
-                xtx = sum((grams[ir.label(n)].xtx for n in layers[weight] if grams), start=0.0)
-                _store(context, weight, layers[weight], pattern, method, np.asarray(xtx))
+        firsts = [nodes[0] for nodes in layers.values()]
+        if method == "magnitude":
+            for node in firsts:
+                _store(context, node, pattern, method, None)
+            return
+        for part, grams in by_parts(context, firsts):
+            for node in part:
+                _store(context, node, pattern, method, grams[ir.label(node)].xtx)
 
     def _method(self, context: Context) -> Method:
         if not self.method:
@@ -94,35 +85,14 @@ def _form(node: ir.Node) -> tuple[object, ...]:
     return node.op_type, ir.attribute(node, "group", 1), ir.attribute(node, "transB", 0)
 
 
-def _parts(layers: Layers) -> Iterator[Sequence[ir.Value]]:
-    """The weights in order, as many at a time as have room for their XᵀX."""
-    part: list[ir.Value] = []
-    held = 0
-    for weight, nodes in layers.items():
-        array = ir.array(weight)
-        assert array is not None
-        groups, _, k = gram.weight_matrix(nodes[0], array).shape
-        size = 8 * groups * k * k
-        if part and held + size > _GRAM_BYTES:
-            yield part
-            part, held = [], 0
-        part.append(weight)
-        held += size
-    if part:
-        yield part
-
-
 def _store(
-    context: Context,
-    weight: ir.Value,
-    nodes: Sequence[ir.Node],
-    pattern: Pattern,
-    method: Method,
-    xtx: Floats,
+    context: Context, node: ir.Node, pattern: Pattern, method: Method, xtx: Floats | None
 ) -> None:
+    weight = node.inputs[1]
     array = ir.array(weight)
-    assert array is not None and weight.dtype is not None
-    matrix = sparsify(gram.weight_matrix(nodes[0], array), pattern, method, xtx)
-    tensor = gram.weight_tensor(nodes[0], matrix, array.shape).astype(weight.dtype.numpy())
-    weight.const_value = ir.Tensor(tensor, dtype=weight.dtype, name=weight.name)
-    context.changed(method, nodes, nodes)
+    assert weight is not None and array is not None and weight.dtype is not None
+    matrix = sparsify(gram.weight_matrix(node, array), pattern, method, xtx)
+    data: Any = gram.weight_tensor(node, matrix, array.shape).astype(weight.dtype.numpy())
+    weight.const_value = ir.Tensor(data, dtype=weight.dtype, name=weight.name)
+    users = list(weight.consumers())
+    context.changed(method, users, users)
