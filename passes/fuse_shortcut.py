@@ -64,7 +64,7 @@ def _channel_pads(op: Op, node: ir.Node) -> tuple[int, int] | None:
 
 
 def _strides(op: Op, node: ir.Node) -> list[int] | None:
-    """Steps along axes 2 and 3, where a Slice takes every s-th element of them from the first on."""
+    """Steps along axes 2 and 3, where a Slice takes every s-th element, from the first on."""
     if len(node.inputs) < 5:
         return None
     starts, ends, axes, steps = (op.const(value) for value in node.inputs[1:5])
