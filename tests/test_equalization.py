@@ -38,7 +38,7 @@ def rounded(model: ir.Model) -> ir.Model:
     for node in copy.graph:
         weights = ir.array(node.inputs[1]) if node.op_type == "Conv" else None
         if weights is not None:
-            matrix = weight_matrix(node, weights).reshape(weights.shape)
+            matrix: Any = weight_matrix(node, weights).reshape(weights.shape)
             step = np.abs(matrix).max() / 127
             value = node.inputs[1]
             assert value is not None
