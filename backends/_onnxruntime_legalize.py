@@ -20,7 +20,6 @@ them the kernels are at least as fast as those of com.microsoft. Attention again
 
 _CPU = (
     "fold-dequantize",
-    "merge-convs",
     "fuse-cdist",
     "fuse-one-hot",
     "fuse-shortcut",
