@@ -10,6 +10,7 @@ from graphopt import ir
 from graphopt.backends._tvm_shapes import Sizes
 
 _ir: Any = importlib.import_module("tvm.ir")
+_relax: Any = importlib.import_module("tvm.relax")
 
 
 @dataclass(frozen=True)
@@ -44,3 +45,10 @@ class Call:
 def is_constant(value: Any) -> bool:
     """Whether a Relax expression is a tensor that is known while compiling."""
     return isinstance(value, _ir.GenericConst)
+
+
+def constant(builder: Any, value: Any) -> Any:
+    """The array of a tensor that is known while compiling, or of a name for one; else None."""
+    while isinstance(value, _relax.Var):
+        value = builder.lookup_binding(value)
+    return value.value.numpy() if is_constant(value) else None

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from graphopt.backends import _tvm_link
 from graphopt.backends._tvm_import import import_model
-from graphopt.backends._tvm_kernels import Kernels
+from graphopt.backends._tvm_legalize import table
 from graphopt.backends._tvm_loops import Machine
 from graphopt.backends._tvm_schedule import Log, schedule_all
 from graphopt.backends._tvm_tiles import Registers
@@ -59,10 +59,9 @@ def lower(module: Any, aim: Any, machine: Machine) -> tuple[Any, Log]:
                 steps.CanonicalizeBindings(),
                 steps.ConvertLayout({"relax.nn.conv2d": ["NHWC", "HWIO"]}),
                 steps.Normalize(),
-                steps.FoldConstant(),
+                steps.LegalizeOps(customize_legalize_map=table(machine.registers)),
                 steps.CanonicalizeBindings(),
                 steps.DeadCodeElimination(),
-                steps.LegalizeOps(customize_legalize_map=Kernels(machine.registers).table()),
                 steps.AnnotateTIROpPattern(),
                 steps.FoldConstant(),
                 steps.FuseOps(),

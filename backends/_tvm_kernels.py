@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from graphopt.backends._tvm_call import is_constant
+from graphopt.backends._tvm_call import constant
 from graphopt.backends._tvm_indices import ceil, number, ravel, same, simple, sizes, unravel
 from graphopt.backends._tvm_indices import product as product_of
 from graphopt.backends._tvm_tiles import Registers, Tile, choose, vector
@@ -47,24 +47,21 @@ class Kernels:
         shapes = [sizes(value) for value in (left, right)]
         dtype = str(left.ty.dtype)
         if any(shape is None for shape in shapes) or dtype not in _FLOATS:
-            return _default("relax.matmul")(builder, call)
+            return default("relax.matmul")(builder, call)
         a, b = [list(shape or ()) for shape in shapes]
-        if len(b) == 2 and is_constant(right) and len(a) >= 2:
-            return self._dense(builder, left, right, a, b, dtype)
-        same = len(a) == len(b) >= 2 and all(
-            same(x, y) for x, y in zip(a[:-2], b[:-2], strict=True)
-        )
-        if not same:
-            return _default("relax.matmul")(builder, call)
+        matrix = constant(builder, right)
+        if len(b) == 2 and matrix is not None and len(a) >= 2:
+            return self._dense(builder, left, matrix, a, dtype)
+        alike = len(a) == len(b) >= 2 and all(map(same, a[:-2], b[:-2]))
+        if not alike:
+            return default("relax.matmul")(builder, call)
         return self._stacked(builder, left, right, a, b, dtype)
 
-    def _dense(
-        self, builder: Any, left: Any, right: Any, a: list[Any], b: list[Any], dtype: str
-    ) -> Any:
+    def _dense(self, builder: Any, left: Any, matrix: Any, a: list[Any], dtype: str) -> Any:
         rows = product_of(a[:-1])
-        columns = int(b[1])
+        columns = int(matrix.shape[1])
         tile = choose(number(rows), columns, self.registers, dtype)
-        packed = relax.const(pack(right.value.numpy(), tile))
+        packed = relax.const(pack(matrix, tile))
 
         def compute(x: Any, w: Any) -> Any:
             fits = number(rows) is not None and number(rows) % tile.rows == 0
@@ -117,35 +114,22 @@ class Kernels:
         attrs = call.attrs
         shape, dtype = sizes(data), str(data.ty.dtype)
         usual = attrs.data_layout == "NHWC" and attrs.kernel_layout == "HWIO"
-        if shape is None or not is_constant(weights) or not usual or dtype not in _FLOATS:
-            return _default("relax.nn.conv2d")(builder, call)
-        window = Window.of(attrs, weights.value.numpy().shape)
-        kernel, groups = weights.value.numpy(), int(attrs.groups)
+        kernel, groups = constant(builder, weights), int(attrs.groups)
+        if shape is None or kernel is None or not usual or dtype not in _FLOATS:
+            return default("relax.nn.conv2d")(builder, call)
+        window = Window.of(attrs, kernel.shape)
         _, _, inner, outer = kernel.shape
         channels = int(shape[3])
         if groups == channels == outer and inner == 1:
             return self._depthwise(builder, data, kernel, window, shape, dtype)
         if groups > 1:
-            return self._grouped(builder, data, kernel, window, shape, groups, dtype)
+            return self._spatial(builder, data, kernel, window, shape, groups, dtype)
         if window.is_pointwise():
             return self._pointwise(builder, data, kernel, shape, dtype)
         return self._spatial(builder, data, kernel, window, shape, 1, dtype)
 
     def _pointwise(self, builder: Any, data: Any, kernel: Any, shape: list[Any], dtype: str) -> Any:
-        matrix = relax.const(kernel.reshape(kernel.shape[2:]))
-        return self._dense(builder, data, matrix, shape, list(kernel.shape[2:]), dtype)
-
-    def _grouped(
-        self,
-        builder: Any,
-        data: Any,
-        kernel: Any,
-        window: Window,
-        shape: list[Any],
-        groups: int,
-        dtype: str,
-    ) -> Any:
-        return self._spatial(builder, data, kernel, window, shape, groups, dtype)
+        return self._dense(builder, data, kernel.reshape(kernel.shape[2:]), shape, dtype)
 
     def _spatial(
         self,
@@ -170,7 +154,10 @@ class Kernels:
         def compute(x: Any, w: Any) -> Any:
             width = ceil(wide, tile.rows)
             source = window.padded(x, shape, width)
-            dy, dx = (te.reduce_axis((0, size), name) for size, name in zip(window.size, "yx"))
+            dy, dx = (
+                te.reduce_axis((0, size), name)
+                for size, name in zip(window.size, "yx", strict=True)
+            )
             k = te.reduce_axis((0, inner), "k")
 
             def summand(n: Any, y: Any, x_: Any, block: Any, lane: Any) -> Any:
@@ -199,7 +186,10 @@ class Kernels:
             width = ceil(wide, tile.rows)
             blocks = -(-channels // tile.columns)
             source = window.padded(x, shape, width, blocks * tile.columns)
-            dy, dx = (te.reduce_axis((0, size), name) for size, name in zip(window.size, "yx"))
+            dy, dx = (
+                te.reduce_axis((0, size), name)
+                for size, name in zip(window.size, "yx", strict=True)
+            )
 
             def summand(n: Any, y: Any, x_: Any, block: Any, lane: Any) -> Any:
                 channel = block * tile.columns + lane
@@ -283,7 +273,7 @@ class Window:
 
 
 def pack(weights: Any, tile: Tile) -> Any:
-    """Weights [..., columns] as [blocks, ..., columns of a tile], the last block ending in zeros."""
+    """Weights [..., columns] as [blocks, ..., columns of a tile]; the last ends in zeros."""
     *rest, columns = weights.shape
     blocks = -(-columns // tile.columns)
     full = np.zeros((*rest, blocks * tile.columns), weights.dtype)
@@ -360,7 +350,7 @@ def _depthwise_tile(
     return Tile(fits[-1], vectors, lanes)
 
 
-def _default(name: str) -> Any:
+def default(name: str) -> Any:
     """TVM's own legalization of an operator."""
     legalize: Any = importlib.import_module("tvm.ir").Op.get(name).get_attr("FLegalize")
     return legalize

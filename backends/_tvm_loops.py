@@ -6,7 +6,6 @@ others keep the last axis in the lanes.
 
 from __future__ import annotations
 
-import importlib
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -148,12 +147,9 @@ def _across(
     if len(schedule.get(block).writes) > 1:
         return False
     rows = math.prod(extent(schedule, loop) for loop in spatial)
-    rest, inner = schedule.split(reduced[-1], [None, lanes])
+    _, inner = schedule.split(reduced[-1], [None, lanes])
     partial = schedule.rfactor(inner, len(spatial))
-    loops = schedule.get_loops(partial)
-    sorts = kinds(schedule, partial)
-    lane = loops[sorts.index(_SPATIAL, len(spatial))] if False else _lane_loop(schedule, partial)
-    others = [loop for loop in loops if not loop.same_as(lane)]
+    *others, lane = schedule.get_loops(partial)
     outer, sums = others[: len(spatial)], others[len(spatial) :]
     schedule.reorder(*outer, *sums, lane)
     schedule.vectorize(lane)
@@ -161,11 +157,6 @@ def _across(
         parallel(schedule, outer, machine.threads)
     schedule.decompose_reduction(partial, sums[0])
     return True
-
-
-def _lane_loop(schedule: Any, block: Any) -> Any:
-    """The innermost loop of a factored reduction: the one that was split off."""
-    return schedule.get_loops(block)[-1]
 
 
 def _beside(
@@ -196,6 +187,3 @@ def _beside(
     if work >= _PARALLEL_ELEMENTS:
         parallel(schedule, outer, machine.threads)
     schedule.decompose_reduction(block, reduced[0])
-
-
-schedule_module: Any = importlib.import_module("tvm.s_tir")

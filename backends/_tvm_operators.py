@@ -63,6 +63,42 @@ def _affine(call: Call) -> Any:
     return _op.add(_op.multiply(call.inputs[0], relax.const(alpha)), relax.const(beta))
 
 
+def _dequantize(call: Call) -> Any:
+    """Constant weights become floats; of others one scale for all or one per index of an axis."""
+    x, scale, zero = call.inputs[0], call.inputs[1], call.get(2)
+    if is_constant(x) and is_constant(scale) and (zero is None or is_constant(zero)):
+        return relax.const(_dequantized(call, x, scale, zero))
+    if call.attribute("block_size", 0) and scale.ty.ndim:
+        raise NotImplementedError("scales by block of what is no constant")
+    dtype = scale.ty.dtype
+    axis = int(call.attribute("axis", 1)) % max(x.ty.ndim, 1)
+    shape = [1] * x.ty.ndim
+    if scale.ty.ndim == 1 and x.ty.ndim:
+        shape[axis] = -1
+    value = _op.astype(x, dtype)
+    if zero is not None:
+        value = _op.subtract(value, _op.reshape(_op.astype(zero, dtype), shape))
+    return _op.multiply(value, _op.reshape(scale, shape))
+
+
+def _dequantized(call: Call, x: Any, scale: Any, zero: Any) -> Any:
+    array, factors = x.value.numpy(), scale.value.numpy()
+    offsets = np.zeros_like(factors) if zero is None else zero.value.numpy().astype(factors.dtype)
+    axis = int(call.attribute("axis", 1)) % max(array.ndim, 1)
+    block = int(call.attribute("block_size", 0))
+    if factors.ndim == array.ndim and block:
+        size = array.shape[axis]
+        factors, offsets = (
+            np.take(part.repeat(block, axis), np.arange(size), axis) for part in (factors, offsets)
+        )
+    elif factors.size > 1:
+        shape = [-1 if index == axis else 1 for index in range(array.ndim)]
+        factors, offsets = factors.reshape(shape), offsets.reshape(shape)
+    else:
+        factors, offsets = factors.reshape(()), offsets.reshape(())
+    return np.asarray((array.astype(factors.dtype) - offsets) * factors)
+
+
 def _gather(call: Call) -> Any:
     """Out of range reads the nearest element: TVM itself would read beyond the tensor."""
     data, indices = call.inputs
@@ -97,6 +133,7 @@ OPERATORS: dict[tuple[str, str], Converter] = {
     ("", "Expand"): _expand,
     ("", "ConstantOfShape"): _constant_of_shape,
     ("", "Range"): _range,
+    ("", "DequantizeLinear"): _dequantize,
     ("", "Gather"): _gather,
     ("", "LSTM"): _tvm_recurrent.convert,
     ("", "GRU"): _tvm_recurrent.convert,

@@ -12,7 +12,6 @@ from graphopt.backends._tvm_loops import (
     elementwise,
     extent,
     is_static,
-    parallel,
 )
 
 _tirx: Any = importlib.import_module("tvm.tirx")
@@ -188,8 +187,3 @@ class _Product:
 def _is_packed(read: Any) -> bool:
     """Whether a region is of weights in blocks: its last sizes are those of a tile."""
     return str(read.source.name).startswith("w")
-
-
-def fallback_parallel(schedule: Any, loops: list[Any], threads: int) -> Any:
-    """See `parallel`."""
-    return parallel(schedule, loops, threads)

@@ -1,0 +1,117 @@
+"""Exponential functions as polynomials, so that they run in vectors: libm's take one at a time.
+
+Coefficients: exp after Cephes (Moshier) `expf`, erf the rational approximation of Eigen's `erf`;
+both within 2 units in the last place of float32 over the whole range, beyond which they saturate.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from graphopt.backends._tvm_kernels import default
+
+te: Any = importlib.import_module("tvm.te")
+tirx: Any = importlib.import_module("tvm.tirx")
+
+_EXP = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2)
+_EXP_LOW = (1.6666665459e-1, 5.0000001201e-1)
+_LOG2_E, _LN2_HIGH, _LN2_LOW = 1.44269504, 0.693359375, -2.12194440e-4
+_EXP_RANGE = (-87.3, 88.3762626647949)
+_ERF_P = (-2.72614225801306e-10, 2.77068142495902e-08, -2.10102402082508e-06)
+_ERF_P_LOW = (-5.69250639462346e-05, -7.34990630326855e-04, -2.95459980854025e-03)
+_ERF_Q = (-1.45660718464996e-05, -2.13374055278905e-04, -1.68282697438203e-03)
+_ERF_Q_LOW = (-7.37332916720468e-03, -1.42647390514189e-02)
+_ERF_P_LAST = (-1.60960333262415e-02,)
+
+
+def exp(x: Any) -> Any:
+    """e to the x: 2 to a whole number, by the exponent's bits, times a polynomial."""
+    low, high = _EXP_RANGE
+    x = tirx.max(tirx.min(x, _f(high)), _f(low))
+    whole = tirx.floor(x * _f(_LOG2_E) + _f(0.5))
+    rest = x - whole * _f(_LN2_HIGH) - whole * _f(_LN2_LOW)
+    series = _polynomial(rest, (*_EXP, *_EXP_LOW))
+    series = series * rest * rest + rest + _f(1.0)
+    bits = (whole.astype("int32") + tirx.const(127, "int32")) << tirx.const(23, "int32")
+    return series * tirx.reinterpret("float32", bits)
+
+
+def erf(x: Any) -> Any:
+    """The error function."""
+    x = tirx.max(tirx.min(x, _f(4.0)), _f(-4.0))
+    square = x * x
+    above = _polynomial(square, (*_ERF_P, *_ERF_P_LOW, *_ERF_P_LAST))
+    below = _polynomial(square, (*_ERF_Q, *_ERF_Q_LOW))
+    return x * above / below
+
+
+def sigmoid(x: Any) -> Any:
+    """1 / (1 + exp(-x))."""
+    return _f(1.0) / (_f(1.0) + exp(_f(0.0) - x))
+
+
+def tanh(x: Any) -> Any:
+    """By exp, apart from small numbers, where the difference would lose digits."""
+    power = exp(x * _f(-2.0))
+    large = (_f(1.0) - power) / (_f(1.0) + power)
+    square = x * x
+    small = x * _polynomial(square, _TANH)
+    return tirx.Select(square < _f(0.04), small, large)
+
+
+_TANH = (0.0218694885, -0.0539682540, 0.1333333333, -0.3333333333, 1.0)
+"""Taylor's series of tanh(x) / x in x squared, the highest power first."""
+
+
+def softmax(builder: Any, call: Any) -> Any:
+    """Along the last axis, each row by itself; float32 only."""
+    (x,) = call.args
+    rank = int(x.ty.ndim)
+    if int(call.attrs.axis) not in (-1, rank - 1) or str(x.ty.dtype) != "float32" or rank < 1:
+        return default("relax.nn.softmax")(builder, call)
+    return builder.call_te(_softmax, x, primfunc_name_hint="softmax")
+
+
+def _softmax(x: Any) -> Any:
+    *outer, size = x.shape
+    a, b = te.reduce_axis((0, size), "a"), te.reduce_axis((0, size), "b")
+    top = te.compute(outer, lambda *i: te.max(x(*i, a), axis=a), name="top")
+    power = te.compute(x.shape, lambda *i: exp(x(*i) - top(*i[:-1])), name="power")
+    total = te.compute(outer, lambda *i: te.sum(power(*i, b), axis=b), name="total")
+    return te.compute(x.shape, lambda *i: power(*i) / total(*i[:-1]), name="share")
+
+
+def _each(name: str, function: Callable[[Any], Any]) -> Callable[[Any, Any], Any]:
+    """A legalization that applies a function to every element of a float32 tensor."""
+
+    def legalize(builder: Any, call: Any) -> Any:
+        if str(call.ty.dtype) != "float32":
+            return default(f"relax.{name}")(builder, call)
+
+        def compute(x: Any) -> Any:
+            return te.compute(x.shape, lambda *i: function(x(*i)), name=name)
+
+        return builder.call_te(compute, call.args[0], primfunc_name_hint=name)
+
+    return legalize
+
+
+def _polynomial(x: Any, coefficients: Sequence[float]) -> Any:
+    """By Horner's rule, the highest power first."""
+    total = _f(coefficients[0])
+    for coefficient in coefficients[1:]:
+        total = total * x + _f(coefficient)
+    return total
+
+
+def _f(value: float) -> Any:
+    return tirx.const(value, "float32")
+
+
+FAST: dict[str, Callable[[Any, Any], Any]] = {
+    **{f"relax.{f.__name__}": _each(f.__name__, f) for f in (exp, erf, sigmoid, tanh)},
+    "relax.nn.softmax": softmax,
+}
+"""Legalizations by operator."""
