@@ -132,12 +132,12 @@ def _compare(a: ir.Model, b: ir.Model) -> Diff:
     matches = _match(before, after)
     origin: dict[str, list[str]] = {}
     for node in after.values():
-        for source in _lineage(node):
+        for source in lineage(node):
             origin.setdefault(source, []).append(ir.label(node))
     for key, node in after.items():
         old = matches.get(key)
         if old is None:
-            result.added.append(Added(_ref(key, node), _lineage(node)))
+            result.added.append(Added(_ref(key, node), lineage(node)))
             continue
         changes = tuple(_changes(before[old], node))
         if changes:
@@ -192,7 +192,7 @@ def _match(before: Mapping[_Key, ir.Node], after: Mapping[_Key, ir.Node]) -> dic
     for key in before:
         by_label.setdefault(key[1], []).append(key)
     for key, node in after.items():
-        sources = _lineage(node)
+        sources = lineage(node)
         if key in matches or len(sources) != 1:
             continue
         for old in by_label.get(sources[0], ()):
@@ -207,8 +207,8 @@ def _same_kind(old: ir.Node | None, new: ir.Node) -> bool:
     return old is not None and (old.domain, old.op_type) == (new.domain, new.op_type)
 
 
-def _lineage(node: ir.Node) -> tuple[str, ...]:
-    """Where a node came from, as recorded in memory or in a file; nothing where it is not."""
+def lineage(node: ir.Node) -> tuple[str, ...]:
+    """Labels of the source's nodes that a node was made from, in memory or in a file."""
     if ir.SOURCES in node.meta:
         return ir.sources(node)
     text = node.metadata_props.get(ir.SOURCES)

@@ -204,6 +204,43 @@ class Report:
         """Names of the passes whose work was rejected."""
         return [record.name for record in self.passes if record.rolled_back]
 
+    @property
+    def refusals(self) -> dict[str, int]:
+        """At how many nodes rules declined, by reason, the most frequent first."""
+        counts: Counter[str] = Counter()
+        for record in self.passes:
+            counts.update({reason: len(nodes) for reason, nodes in record.refusals.items()})
+        return dict(counts.most_common())
+
+    @classmethod
+    def from_json(cls, text: str) -> Report:
+        """What `to_json` wrote: the passes with their rewrites and refusals; the rest as far as
+        it is text and numbers.
+
+        Raises:
+            ValueError: no JSON, or not of a report.
+        """
+        data: Any = json.loads(text)
+        try:
+            passes = [
+                PassRecord(
+                    str(record["name"]),
+                    [
+                        Rewrite(one["rule"], tuple(one["before"]), tuple(one["after"]))
+                        for one in record["rewrites"]
+                    ],
+                    {reason: set(nodes) for reason, nodes in record["refusals"].items()},
+                    float(record["seconds"]),
+                    str(record["rolled_back"]),
+                )
+                for record in data["passes"]
+            ]
+            return cls(
+                str(data["source"]), str(data["pipeline"]), str(data["target"]), passes=passes
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"no report: {error!r}") from None
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data; infinities become None so that the JSON is standard."""
         plain: dict[str, Any] = dataclasses.asdict(self)

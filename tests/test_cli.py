@@ -150,7 +150,7 @@ def test_shapes_can_be_set() -> None:
         (["optimize", CNN, "--dry-run", "--inputs", CNN], 2, "npz"),
         (["optimize", CNN, "--dry-run", "--time-limit", "0.001"], 124, "time limit"),
         (["passes", "no-such"], 2, "no-such"),
-        (["passes", "fuse-gelux"], 2, "fuse-gelu?"),
+        (["passes", "fuse-gelux"], 2, "fuse-gelu"),
         (["verify", CNN, CNN, "--seed", "-1"], 2, "--seed"),
         (["optimise"], 2, "'optimize'"),
         (["verify", CNN], 2, "verify --help"),

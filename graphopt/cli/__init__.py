@@ -11,6 +11,7 @@ from graphopt.cli.bisect import bisect
 from graphopt.cli.compare import diff, verify
 from graphopt.cli.compile import compile_command, run
 from graphopt.cli.compress import compress
+from graphopt.cli.explain import explain
 from graphopt.cli.inspect import inspect
 from graphopt.cli.list import doctor, passes, targets
 from graphopt.cli.optimize import optimize
@@ -38,6 +39,7 @@ for command in (
     verify,
     diff,
     inspect,
+    explain,
     bench,
     compile_command,
     run,

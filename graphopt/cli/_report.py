@@ -34,6 +34,12 @@ def show(
         out.print(_verdict(report.verification))
     for loss in report.losses:
         out.print(_loss(loss))
+    if report.refusals and not verbose:
+        total, most = sum(report.refusals.values()), next(iter(report.refusals))
+        out.print(
+            f"declined at {_count(total, 'node')} for {_count(len(report.refusals), 'reason')}, "
+            f"most often: {most} (-v lists them)"
+        )
     for note in report.notes:
         out.print(f"note: {note}")
 
