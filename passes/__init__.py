@@ -57,6 +57,7 @@ _FUSE = (
     "eliminate-common",
     "eliminate-division",
     "merge-matmuls",
+    "merge-convs",
     "sink-splits",
     "dedupe-initializers",
     "eliminate-dead",

@@ -27,9 +27,11 @@ def fuse_groupnorm(op: Op, node: ir.Node) -> ir.Value | None:
     view = None if groups is None else groups.producer()
     x = view.inputs[0] if view is not None and view.op_type == "Reshape" else None
     shape, grouped = (None if v is None else op.shape(v) for v in (x, groups))
-    if x is None or not shape or not grouped or shape != op.shape(node.outputs[0]):
+    if x is None or not shape or not grouped or len(shape) < 3 or len(grouped) != 3:
         return None
-    channels, count = ([*shape, None, None][1], [*grouped, None][1])
+    if shape != op.shape(node.outputs[0]):
+        return None
+    channels, count = shape[1], grouped[1]
     if not isinstance(channels, int) or not isinstance(count, int) or channels % count:
         return None
     if grouped[0] != shape[0] or op.uses(value) != 1 or op.uses(groups or x) != 1:

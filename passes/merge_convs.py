@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from graphopt import ir
-from graphopt.passes._linear import channel_axis
 from graphopt.passes._layout import UNARY
+from graphopt.passes._linear import channel_axis
 from graphopt.passes._slices import split
 from graphopt.rewriting import Op, rewrite
 
@@ -90,15 +90,15 @@ def _alike(a: _Branch, b: _Branch) -> bool:
 
 def _windows(node: ir.Node) -> dict[str, object]:
     """The attributes that say where windows lie, without those that have their default."""
-    plain = {name: ir.attribute(node, name) for name in node.attributes}
-    plain.pop("kernel_shape", None)  # that of the weights
-    unset = {
-        name
-        for name, value in plain.items()
-        if value in ("NOTSET", 1)
-        or (isinstance(value, list | tuple) and set(value) == {0 if name == "pads" else 1})
-    }
-    return {name: str(value) for name, value in plain.items() if name not in unset}
+    found: dict[str, object] = {}
+    for name in sorted(node.attributes):
+        value: list[int] | str | int = ir.attribute(node, name)
+        default = {"auto_pad": "NOTSET", "group": 1}.get(name)
+        numbers = set(value) if not isinstance(value, str | int) else {0, 1}
+        unset = numbers == {0 if name == "pads" else 1} or value == default
+        if name != "kernel_shape" and not unset:  # which is that of the weights
+            found[name] = str(value)
+    return found
 
 
 def _shared(branches: list[_Branch]) -> ir.Node | None:
