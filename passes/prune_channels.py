@@ -13,9 +13,8 @@ from typing import ClassVar
 
 from graphopt import files
 from graphopt.context import Context
-from graphopt.errors import InputError
 from graphopt.pass_manager import Pass
-from graphopt.pruner.pruning import Options, prune_once
+from graphopt.pruner.pruning import Options, parse_ratios, prune_once
 
 
 @dataclass(frozen=True)
@@ -38,6 +37,8 @@ class PruneChannels(Pass):
     """In place of a ratio: the share of parameters to keep."""
     flops: float = 0.0
     """In place of a ratio: the share of operations to keep."""
+    size: float = 0.0
+    """In place of a ratio: the share of the weights' bytes to keep."""
     ignore: tuple[str, ...] = ()
     """Patterns of nodes and weights that stay as they are."""
     only: tuple[str, ...] = ()
@@ -67,31 +68,15 @@ class PruneChannels(Pass):
             ratios=parse_ratios(self.ratios),
             params=self.params,
             flops=self.flops,
+            size=self.size,
             exact=self.exact,
             seed=self.seed,
         )
         done = prune_once(files.copy(context.model), options, context.samples)
         context.model = done.model
+        context.refresh()
         for name, (count, left) in done.counts.items():
             if left < count:
                 context.changed("prune-channels", [f"{name}: {count}"], [f"{name}: {left}"])
         for name, reason in done.groups.frozen.items():
             context.record.refusals.setdefault(reason, set()).add(name)
-
-
-def parse_ratios(texts: tuple[str, ...]) -> dict[str, float]:
-    """Ratios by pattern, of texts such as `conv1*=0.3`.
-
-    Raises:
-        InputError: a text of another form.
-    """
-    found: dict[str, float] = {}
-    for text in texts:
-        pattern, _, number = text.rpartition("=")
-        try:
-            found[pattern] = float(number)
-        except ValueError:
-            pattern = ""
-        if not pattern:
-            raise InputError(f"a ratio for some layers is written PATTERN=0.3, not {text!r}")
-    return found

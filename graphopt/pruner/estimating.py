@@ -16,9 +16,10 @@ __all__ = ["Estimator", "Size"]
 
 @dataclass(frozen=True)
 class Size:
-    """What a model holds and does: elements of constants, operations of one run."""
+    """What a model holds and does: elements and bytes of constants, operations of one run."""
 
     parameters: int
+    bytes: int
     flops: int
 
 
@@ -30,13 +31,14 @@ class Estimator:
 
     def __init__(self, groups: Groups) -> None:
         trace = groups.trace
-        self._constants: list[tuple[int, list[Axis]]] = []
+        self._constants: list[tuple[int, int, list[Axis]]] = []
         self._nodes: list[tuple[float, list[Axis]]] = []
         for value, axes in trace.axes.items():
             tensor = ir.constant(value)
             if tensor is not None:
                 count = math.prod(tensor.shape.numpy())
-                self._constants.append((count, [a for a in axes if trace.atoms.live(a)]))
+                lively = [axis for axis in axes if trace.atoms.live(axis)]
+                self._constants.append((count, tensor.nbytes, lively))
         live: dict[int, bool] = {}
         for node in ir.all_nodes(groups.model):
             flops = node_cost(node, trace.shapes).flops
@@ -57,9 +59,12 @@ class Estimator:
                 shares[id(axis)] = kept.count(axis) / len(axis)
             return shares[id(axis)]
 
-        parameters = sum(count * math.prod(map(share, axes)) for count, axes in self._constants)
+        left = [math.prod(map(share, axes)) for _, _, axes in self._constants]
+        pairs = list(zip(self._constants, left, strict=True))
+        parameters = sum(count * part for (count, _, _), part in pairs)
+        size = sum(count * part for (_, count, _), part in pairs)
         flops = sum(count * math.prod(map(share, axes)) for count, axes in self._nodes)
-        return Size(round(parameters), round(flops))
+        return Size(round(parameters), round(size), round(flops))
 
 
 def _summed(groups: Groups, node: ir.Node) -> list[Axis]:

@@ -29,6 +29,8 @@ class Slot:
 
     value: ir.Value
     axis: int
+    reader: ir.Node | None = None
+    """The product that sums over this axis of its weights; None where it is another axis."""
 
 
 @dataclass
@@ -136,7 +138,7 @@ def _collect(trace: Trace, exact: bool) -> Groups:
             if tensor is None:
                 used[roots[axis]] = True
             elif len(axis) > 1:
-                slots.append(Slot(value, index))
+                slots.append(Slot(value, index, _reader(value, index)))
                 if len(axes) > 1 and tensor.dtype != ir.DataType.BOOL:
                     weighty[roots[axis]] = True
     doubted = atoms.inexact(everything)
@@ -171,7 +173,8 @@ def _families(
     lookup = np.full(len(roots), -1)
     lookup[groups] = inverse
     for slot, own in zip(slots, members, strict=True):
-        for index in np.unique(lookup[own]).tolist():
+        numbers: list[int] = np.unique(lookup[own]).tolist()
+        for index in numbers:
             places[index].append(slot)
     found: list[Family] = []
     for index, slots_of in enumerate(places):
@@ -193,9 +196,33 @@ def _families(
     return found
 
 
+def _reader(value: ir.Value, axis: int) -> ir.Node | None:
+    """The node that sums over an axis of its weights: an input channel."""
+    sizes = value.const_value.shape.numpy() if value.const_value is not None else ()
+    for use in value.uses():
+        if use.idx != 1 or len(sizes) < 2:
+            continue
+        node = use.node
+        depthwise = _group(node) > 1 and sizes[1] == 1
+        summed = {
+            "Conv": -1 if depthwise else 1,
+            "ConvTranspose": 0,
+            "Gemm": 1 if ir.attribute(node, "transB", 0) else 0,
+            "MatMul": len(sizes) - 2,
+        }
+        if summed.get(node.op_type) == axis:
+            return node
+    return None
+
+
+def _group(node: ir.Node) -> int:
+    return int(str(ir.attribute(node, "group", 1)))
+
+
 def _title(slots: Sequence[Slot]) -> str:
     wide = [s for s in slots if len(s.value.shape or ()) > 1] or list(slots)
-    return str(wide[0].value.name)
+    makers = [s for s in wide if s.reader is None] or wide
+    return str(makers[0].value.name)
 
 
 def _reasons(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -14,17 +14,31 @@ from graphopt.errors import InputError, VerificationError
 from graphopt.pruner.adjusting import Kept
 from graphopt.pruner.applying import apply, mask
 from graphopt.pruner.atoms import Axis
-from graphopt.pruner.criteria import by_weights
+from graphopt.pruner.criteria import DATA_CRITERIA, by_weights
 from graphopt.pruner.estimating import Estimator, Size
 from graphopt.pruner.groups import Groups, find_groups
+from graphopt.pruner.measuring import by_activations, by_reconstruction
 from graphopt.pruner.preparing import prepare
 from graphopt.pruner.selection import Scores, Selection, by_pattern, check_ratio, meet, select
+from graphopt.pruner.slopes import by_slope
 from graphopt.random_inputs import workable_feeds
 from graphopt.runner import Runner
 from graphopt.samples import Samples
 from graphopt.shapes import Shapes
 
-__all__ = ["RECORD", "Options", "Positions", "Pruning", "Record", "prune_once", "record_of"]
+__all__ = [
+    "RECORD",
+    "Options",
+    "Positions",
+    "Pruning",
+    "Record",
+    "parse_ratios",
+    "prune_once",
+    "record_of",
+]
+
+_RANKED, _SLOPED = 256, 32
+"""Samples that criteria look at, at most."""
 
 RECORD = "graphopt.pruning"
 """Key of a pruned model's `meta`: a Record. It lives as long as the process, not in files."""
@@ -55,12 +69,14 @@ class Options:
     ratios: Mapping[str, float] = field(default_factory=dict[str, float])
     params: float = 0.0
     flops: float = 0.0
+    size: float = 0.0
     exact: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
         check_ratio(self.ratio)
-        for name, share in (("params", self.params), ("flops", self.flops)):
+        budgets = {"params": self.params, "flops": self.flops, "size": self.size}
+        for name, share in budgets.items():
             if not 0 <= share < 1:
                 raise InputError(f"{name} is the share to keep, between 0 and 1, not {share:g}")
         if self.scope not in ("uniform", "global", "sensitivity"):
@@ -155,7 +171,15 @@ def rank(
     groups: Groups, options: Options, samples: Samples | None, tell: Callable[[str], None]
 ) -> Scores:
     """Scores by the criterion that the options name."""
-    return by_weights(groups, options.criterion, options.seed)
+    if options.criterion not in DATA_CRITERIA:
+        return by_weights(groups, options.criterion, options.seed)
+    if samples is None:
+        raise InputError(f"criterion {options.criterion!r} needs data: --data")
+    if options.criterion == "reconstruction":
+        return by_reconstruction(groups, samples.take(_RANKED), tell)
+    if options.criterion == "taylor":
+        return by_slope(groups, samples.take(_SLOPED), tell)
+    return by_activations(groups, options.criterion, samples.take(_RANKED), tell)
 
 
 def choose(
@@ -178,10 +202,13 @@ def choose(
     def parameters(gone: Axis) -> float:
         return estimate(groups.kept(gone)).parameters / max(total.parameters, 1)
 
+    def weights(gone: Axis) -> float:
+        return estimate(groups.kept(gone)).bytes / max(total.bytes, 1)
+
     def operations(gone: Axis) -> float:
         return estimate(groups.kept(gone)).flops / max(total.flops, 1)
 
-    budgets = [(options.params, parameters), (options.flops, operations)]
+    budgets = [(options.params, parameters), (options.flops, operations), (options.size, weights)]
     found = [meet(by_ratio, size, limit) for limit, size in budgets if limit]
     return max(found, key=len) if found else by_ratio(options.ratio)
 
@@ -235,3 +262,21 @@ def remember(pruning: Pruning) -> None:
             kept.setdefault(name, {})[index] = left
     teacher = pruning.groups.model if earlier is None else earlier.teacher
     pruning.model.meta[RECORD] = Record(teacher, kept)
+
+
+def parse_ratios(texts: Sequence[str]) -> dict[str, float]:
+    """Ratios by pattern, of texts such as `conv1*=0.3`.
+
+    Raises:
+        InputError: a text of another form.
+    """
+    found: dict[str, float] = {}
+    for text in texts:
+        pattern, _, number = text.rpartition("=")
+        try:
+            found[pattern] = float(number)
+        except ValueError:
+            pattern = ""
+        if not pattern:
+            raise InputError(f"a ratio for some layers is written PATTERN=0.3, not {text!r}")
+    return found

@@ -94,7 +94,7 @@ def kept_count(family: Family, share: float, how: Selection) -> int:
 
 
 def by_pattern(groups: Groups, patterns: Mapping[str, float], rest: float) -> dict[str, float]:
-    """A ratio for each family: of the first pattern that matches a weight of it.
+    """A ratio for each family: of the first pattern that matches a weight that makes it.
 
     Raises:
         InputError: a pattern that matches nothing, or a ratio outside 0 to 1.
@@ -102,7 +102,7 @@ def by_pattern(groups: Groups, patterns: Mapping[str, float], rest: float) -> di
     unused = set(patterns)
     found: dict[str, float] = {}
     for family in groups.families:
-        names = [slot.value.name or "" for slot in family.slots]
+        names = [slot.value.name or "" for slot in family.slots if slot.reader is None]
         found[family.name] = rest
         for pattern, ratio in patterns.items():
             check_ratio(ratio, f"the ratio of {pattern!r}")

@@ -1,0 +1,375 @@
+"""Weights refitted after pruning, layer by layer, on data without labels.
+
+Going through the pruned model in order, each convolution or product is solved anew by ridge
+regression: from what it now reads to what the unpruned model computes there, on the channels that
+are left (Luo et al. 2017, ThiNet; He et al. 2017, Channel pruning for accelerating very deep neural
+networks, whose asymmetric form this is: errors made earlier are made up for later). Where a sum
+with an earlier value follows, the sum is what is fitted, so that residual streams are mended too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from graphopt import ir
+from graphopt.errors import InputError
+from graphopt.gram import LINEAR, column_blocks, weight_matrix, weight_tensor
+from graphopt.pruner.batching import batched
+from graphopt.pruner.pruning import Record
+from graphopt.samples import Samples
+from graphopt.taps import tap
+
+__all__ = ["Fit", "Recovery", "recover"]
+
+Reals = npt.NDArray[np.floating[Any]]
+Floats = npt.NDArray[np.float64]
+Tell = Callable[[str], None]
+
+METHODS = ("reconstruct", "bias", "statistics")
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """How to recover; the fields of the pass `recover`."""
+
+    method: str = "reconstruct"
+    """`reconstruct` weights and biases, correct each `bias` only, or only the `statistics` that
+    BatchNormalizations hold."""
+    samples: int = 512
+    """At most so many samples are used."""
+    ridge: float = 1e-3
+    """How strongly weights are held, relative to the mean square of what they multiply."""
+    rows: int = 1024
+    """At most so many positions of a sample enter each fit."""
+    batch: int = 16
+    """Samples run at once, where the model takes any number."""
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise InputError(f"method is one of {', '.join(METHODS)}, not {self.method!r}")
+        if self.samples < 1 or self.rows < 1 or self.batch < 1:
+            raise InputError("samples, rows and batch are at least 1")
+        if not self.ridge > 0:
+            raise InputError(f"ridge is greater than 0, not {self.ridge:g}")
+
+
+@dataclass
+class Fit:
+    """What refitting one layer did: mean square error relative to the target's variance."""
+
+    name: str
+    before: float
+    after: float
+
+
+@dataclass
+class _Sums:
+    """Of columns X with a 1 appended and targets Y, per group: XᵀX, XᵀY, and YᵀY's diagonal."""
+
+    xtx: list[Floats] = field(default_factory=list[Floats])
+    xty: list[Floats] = field(default_factory=list[Floats])
+    yty: list[Floats] = field(default_factory=list[Floats])
+    count: int = 0
+
+    def add(self, x: Reals, y: Reals) -> None:
+        """Count rows in: x [groups, rows, k], y [groups, rows, out]."""
+        x = np.concatenate([x, np.ones((*x.shape[:2], 1), x.dtype)], axis=2)
+        turned = x.transpose(0, 2, 1)
+        parts = (np.matmul(turned, x), np.matmul(turned, y), np.square(y).sum(1))
+        for held, part in zip((self.xtx, self.xty, self.yty), parts, strict=True):
+            if held:
+                held[0] += part
+            else:
+                held.append(part.astype(np.float64))
+        self.count += x.shape[1]
+
+
+def recover(
+    model: ir.Model,
+    record: Record,
+    samples: Samples,
+    options: Recovery,
+    progress: Tell | None = None,
+) -> list[Fit]:
+    """Refit a pruned model's weights in place, towards the model of the record.
+
+    Memory: the sums of one layer, and its inputs for one batch.
+
+    Raises:
+        InputError: samples that do not fit the model or that give values that are not finite.
+        GraphoptError: ONNX Runtime cannot run one of the models.
+    """
+    teacher = {v.name: v for node in record.teacher.graph for v in node.outputs}
+    data = samples.take(options.samples)
+    affected = _affected(model, record)
+    order = {node: index for index, node in enumerate(model.graph)}
+    nodes = [node for node in model.graph if node in affected and node.outputs[0].name in teacher]
+    fits: list[Fit] = []
+    for number, node in enumerate(nodes):
+        if progress is not None:
+            progress(f"refitting {number + 1} of {len(nodes)}: {ir.label(node)}")
+        if options.method == "statistics":
+            if node.op_type == "BatchNormalization":
+                _restate(model, node, data, options)
+        elif node.op_type in LINEAR and node.domain in ("", "ai.onnx"):
+            fit = _refit(model, node, record, data, options, order)
+            fits += [] if fit is None else [fit]
+    return fits
+
+
+def _affected(model: ir.Model, record: Record) -> set[ir.Node]:
+    """The nodes that read something else than before: channels pruned, or made of such."""
+    changed: set[ir.Value] = set()
+    found: set[ir.Node] = set()
+    for node in model.graph:
+        inputs = [value for value in node.inputs if value is not None]
+        if any(value in changed for value in inputs):
+            found.add(node)
+        if node in found or any(record.kept.get(value.name or "") for value in inputs):
+            changed.update(node.outputs)
+    return found
+
+
+def _refit(
+    model: ir.Model,
+    node: ir.Node,
+    record: Record,
+    data: Samples,
+    options: Recovery,
+    order: dict[ir.Node, int],
+) -> Fit | None:
+    weights = node.inputs[1]
+    tensor = ir.constant(weights)
+    if tensor is None or weights is None or len(weights.uses()) > 1 or _scaled(node):
+        return None
+    array = tensor.numpy()
+    if array.dtype.kind != "f" or weights.graph is not model.graph:
+        return None
+    sums = _collect(model, node, record, data, options, order)
+    if sums is None or not sums.count:
+        return None
+    matrix = weight_matrix(node, array).astype(np.float64)
+    bias, place = _bias(node, matrix)
+    if place is None:
+        return None
+    whole = np.concatenate([matrix, bias[:, :, None]], axis=2)
+    only_bias = options.method == "bias"
+    solved = _solve(sums, whole, options.ridge, only_bias)
+    before, after = _error(sums, whole), _error(sums, solved)
+    if not after <= before:
+        return Fit(ir.label(node), before, before)
+    if not only_bias:
+        fitted = weight_tensor(node, solved[:, :, :-1], array.shape).astype(array.dtype)
+        weights.const_value = ir.tensor(fitted, name=weights.name)
+    _set_bias(model, node, place, solved[:, :, -1].ravel().astype(array.dtype))
+    return Fit(ir.label(node), before, after)
+
+
+def _scaled(node: ir.Node) -> bool:
+    """Gemm's factors other than 1, which would have to be divided out again."""
+    return any(ir.attribute(node, name, 1.0) != 1.0 for name in ("alpha", "beta"))
+
+
+def _solve(sums: _Sums, whole: Floats, ridge: float, only_bias: bool) -> Floats:
+    """The change of weights and bias that is best by least squares, weights held by a ridge."""
+    xtx, xty = sums.xtx[0] / sums.count, sums.xty[0] / sums.count
+    size = xtx.shape[-1] - 1
+    rest = xty - np.matmul(xtx, whole.transpose(0, 2, 1))
+    if only_bias:
+        change = np.zeros_like(rest)
+        change[:, -1] = rest[:, -1]
+        return _sum(whole, change)
+    diagonal = np.einsum("gii->gi", xtx)[:, :size]
+    held = ridge * diagonal.mean(1) + 1e-12
+    left = xtx.copy()
+    np.einsum("gii->gi", left)[:, :size] += held[:, None]
+    left[:, size, size] += 1e-9
+    return _sum(whole, cast("Floats", np.linalg.solve(left, rest)))
+
+
+def _sum(whole: Floats, change: Floats) -> Floats:
+    found: Floats = whole + change.transpose(0, 2, 1)
+    return found
+
+
+def _error(sums: _Sums, whole: Floats) -> float:
+    """The squared error, relative to the targets' variance, both as means over all channels."""
+    count = sums.count
+    w = whole.transpose(0, 2, 1)
+    fitted = (w * np.matmul(sums.xtx[0], w)).sum(1) - 2 * (w * sums.xty[0]).sum(1)
+    mean = sums.xty[0][:, -1] / count
+    variance = float((sums.yty[0] / count - mean**2).sum())
+    return float((fitted + sums.yty[0]).sum()) / count / max(variance, 1e-30)
+
+
+def _collect(
+    model: ir.Model,
+    node: ir.Node,
+    record: Record,
+    data: Samples,
+    options: Recovery,
+    order: dict[ir.Node, int],
+) -> _Sums | None:
+    """Run both models up to a node and sum up what its fit needs."""
+    source, output = node.inputs[0], node.outputs[0]
+    addition = _addition(node, order)
+    aim = output if addition is None else addition[0].outputs[0]
+    other = None if addition is None else addition[1]
+    kept = record.kept.get(aim.name or "", {})
+    assert source is not None
+    asked = [source] if other is None else [source, other]
+    sums = _Sums()
+    rng = np.random.default_rng(0)
+    mine = tap(model, asked, batched(model, data, options.batch))
+    theirs = tap(record.teacher, [aim.name or ""], batched(record.teacher, data, options.batch))
+    for own, given in zip(mine, theirs, strict=True):
+        target = given[aim.name or ""]
+        for axis, positions in kept.items():
+            target = np.take(target, positions, axis)
+        if other is not None:
+            target = target - own[other.name or ""]
+        rows = _rows(node, target)
+        start = 0
+        for block in column_blocks(node, own[source.name or ""]):
+            part = rows[:, start : start + block.shape[1]]
+            if part.shape[1] != block.shape[1]:
+                return None  # the shapes are not what they seemed
+            start += block.shape[1]
+            share = options.rows * len(next(iter(own.values()))) / max(rows.shape[1], 1)
+            if share < 1:
+                count = max(1, round(share * block.shape[1]))
+                picked = rng.choice(block.shape[1], count, replace=False)
+                block, part = block[:, picked], part[:, picked]
+            sums.add(block, part)
+    if sums.count and not all(np.isfinite(held[0]).all() for held in (sums.xtx, sums.xty)):
+        raise InputError(f"{data.where}: values at {ir.label(node)} are not finite")
+    return sums
+
+
+def _addition(node: ir.Node, order: dict[ir.Node, int]) -> tuple[ir.Node, ir.Value] | None:
+    """The sum with an earlier value that a node's result goes into, and that value.
+
+    Only where nothing else reads the result and the value is made by what has been refitted.
+    """
+    output = node.outputs[0]
+    uses = list(output.uses())
+    if len(uses) != 1 or uses[0].node.op_type != "Add" or output.is_graph_output():
+        return None
+    add = uses[0].node
+    other = add.inputs[1 - uses[0].idx]
+    if other is None or other is output or ir.constant(other) is not None:
+        return None
+    mine, theirs = output.shape, other.shape
+    if mine is None or theirs is None or list(mine) != list(theirs):
+        return None
+    seen: set[ir.Node] = set()
+    stack = [other.producer()]
+    while stack:
+        earlier = stack.pop()
+        if earlier is None or earlier in seen:
+            continue
+        seen.add(earlier)
+        late = order.get(earlier, 0) > order[node]
+        if earlier is node or (late and earlier.op_type in LINEAR):
+            return None
+        stack += [value.producer() for value in earlier.inputs if value is not None]
+    return add, other
+
+
+def _rows(node: ir.Node, target: Reals) -> Reals:
+    """Results of a node as [groups, rows, out], to go with its columns."""
+    if node.op_type in ("Conv", "ConvTranspose"):
+        group = int(str(ir.attribute(node, "group", 1)))
+        batch, channels = target.shape[:2]
+        split = target.reshape(batch, group, channels // group, -1)
+        return split.transpose(1, 0, 3, 2).reshape(group, -1, channels // group)
+    return target.reshape(1, -1, target.shape[-1])
+
+
+def _bias(node: ir.Node, matrix: Floats) -> tuple[Floats, str | None]:
+    """The bias of a layer [groups, out], and where a new one is to be put.
+
+    `input`: the operator's own; `add`: the constant that an Add after a MatMul has; None: nowhere.
+    """
+    shape = matrix.shape[:2]
+    if node.op_type == "MatMul":
+        if matrix.shape[0] != 1:
+            return np.zeros(shape), None
+        # An Add that follows holds the bias; the fit is for the product alone, whose own bias
+        # is then what has to be added to that.
+        return np.zeros(shape), "add"
+    value = node.inputs[2] if len(node.inputs) > 2 else None
+    if value is None:
+        return np.zeros(shape), "input"
+    array = ir.array(value)
+    if array is None or len(value.uses()) > 1:
+        return np.zeros(shape), None
+    full = np.broadcast_to(array.astype(np.float64).ravel(), (shape[0] * shape[1],))
+    return full.reshape(shape), "input"
+
+
+def _set_bias(model: ir.Model, node: ir.Node, place: str, bias: Reals) -> None:
+    if place == "input":
+        value = node.inputs[2] if len(node.inputs) > 2 else None
+        if value is not None:
+            value.const_value = ir.tensor(bias, name=value.name)
+            value.shape = ir.Shape(bias.shape)
+            return
+        node.resize_inputs(3)
+        node.replace_input_with(2, _constant(model, node, bias))
+        return
+    uses = list(node.outputs[0].uses())
+    for use in uses:
+        other = use.node.inputs[1 - use.idx] if use.node.op_type == "Add" else None
+        array = ir.array(other)
+        if len(uses) == 1 and other is not None and array is not None and array.shape == bias.shape:
+            other.const_value = ir.tensor(
+                np.add(array, bias, dtype=np.float64).astype(array.dtype), name=other.name
+            )
+            return
+    output = node.outputs[0]
+    constant = _constant(model, node, bias)
+    add = ir.Node("", "Add", [output, constant])
+    made = add.outputs[0]
+    made.shape, made.type = output.shape, output.type
+    made.name = f"{output.name}__refitted"
+    output.replace_all_uses_with(made, replace_graph_outputs=True)
+    add.replace_input_with(0, output)
+    model.graph.insert_after(node, add)
+
+
+def _constant(model: ir.Model, node: ir.Node, array: Reals) -> ir.Value:
+    name = f"{node.outputs[0].name}__bias"
+    value = ir.Value(
+        name=name,
+        shape=ir.Shape(array.shape),
+        type=ir.TensorType(ir.DataType.from_numpy(array.dtype)),
+        const_value=ir.tensor(array, name=name),
+    )
+    model.graph.register_initializer(value)
+    return value
+
+
+def _restate(model: ir.Model, node: ir.Node, data: Samples, options: Recovery) -> None:
+    """Mean and variance of a BatchNormalization from what it now reads."""
+    source, mean, variance = node.inputs[0], node.inputs[3], node.inputs[4]
+    if source is None or ir.constant(mean) is None or ir.constant(variance) is None:
+        return
+    assert mean is not None and variance is not None
+    total, squares, count = np.zeros(1), np.zeros(1), 0
+    for own in tap(model, [source], batched(model, data, options.batch)):
+        x = own[source.name or ""].astype(np.float64)
+        axes = (0, *range(2, x.ndim))
+        total, squares = total + x.sum(axes), squares + np.square(x).sum(axes)
+        count += x.size // x.shape[1]
+    average = total / max(count, 1)
+    spread = np.maximum(squares / max(count, 1) - average**2, 0)
+    for value, array in ((mean, average), (variance, spread)):
+        kind = ir.array(value)
+        assert kind is not None
+        value.const_value = ir.tensor(array.astype(kind.dtype), name=value.name)
