@@ -82,6 +82,12 @@ class Manifest:
     """Where the model was cut: its pieces in the order in which they run."""
     fallback: Mapping[str, str] = dataclasses.field(default_factory=dict[str, str])
     """The nodes that the backend does not take, by label, each with the reason."""
+    measured: Mapping[str, float] = dataclasses.field(default_factory=dict[str, float])
+    """Where it was the fastest of several: median latencies in ms, by what was tried."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON data."""
+        return {**dataclasses.asdict(self), "target": self.target.to_dict()}
 
 
 def write(folder: Path, manifest: Manifest) -> Manifest:
@@ -89,7 +95,7 @@ def write(folder: Path, manifest: Manifest) -> Manifest:
     full = dataclasses.replace(
         manifest, files={name: sha256(folder / name) for name in present(folder)}
     )
-    data = {"format": FORMAT, **dataclasses.asdict(full), "target": full.target.to_dict()}
+    data = {"format": FORMAT, **full.to_dict()}
     text = json.dumps(data, indent=2, sort_keys=True, allow_nan=False)
     (folder / MANIFEST).write_text(text + "\n", "utf-8")
     return full
@@ -183,7 +189,7 @@ def _parse(path: Path, data: Any) -> Manifest:
         fields["outputs"] = _infos(fields["outputs"])
         fields["parts"] = tuple(_part(item) for item in fields["parts"])
         manifest = Manifest(**fields)
-        for name in ("options", "versions", "files", "fallback"):
+        for name in ("options", "versions", "files", "fallback", "measured"):
             if not isinstance(fields[name], dict):
                 raise TypeError(name)
     except (KeyError, TypeError, ValueError, InputError) as error:

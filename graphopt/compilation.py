@@ -6,6 +6,7 @@ Importing this module, and loading and running, needs neither onnx nor onnx-ir.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,11 +19,12 @@ from graphopt.target import Target
 
 if TYPE_CHECKING:
     from graphopt import ir
-    from graphopt.backends import Backend, Executable
+    from graphopt.backends import Array, Backend, Executable
     from graphopt.files import ModelLike
     from graphopt.optimization import Verify
     from graphopt.pass_manager import Pass
     from graphopt.report import Report
+    from graphopt.timing import Progress
 
 
 def compile(
@@ -40,6 +42,9 @@ def compile(
     cache: bool = True,
     time_limit: float | None = None,
     memory_limit: int | None = None,
+    tune: float = 0.0,
+    feeds: Mapping[str, Array] | None = None,
+    progress: Progress | None = None,
     report: Report | None = None,
 ) -> Path:
     """Compile a model into an artifact folder, which appears whole or not at all.
@@ -49,7 +54,8 @@ def compile(
         target: the device, see `Target.names`.
         out: the folder to make. An empty folder is filled; another artifact is replaced only with
             `overwrite`; anything else is never touched.
-        backend: a name of `graphopt.backends.names()`; None takes the first that can.
+        backend: a name of `graphopt.backends.names()`; None takes the first that can, `auto` the
+            fastest of those that are installed, measured here (`graphopt.selection`).
         options: the backend's options by name, see `describe_options`; text is converted.
         level: what `graphopt.optimize` does before; 0 leaves the model as it is, apart from what
             the backend needs.
@@ -61,6 +67,10 @@ def compile(
         cache: take what a native backend made of the same before, and keep what it makes.
         time_limit: seconds that a native compiler may take; an hour where not given.
         memory_limit: bytes that a native compiler may allocate.
+        tune: minutes to look for better options, by measuring here; the winner's are in the
+            manifest.
+        feeds: arrays by input name to measure with, for `auto` and `tune`; random if not given.
+        progress: called with the fraction done and what is being done, for `auto` and `tune`.
         report: filled with what was done before.
 
     Returns:
@@ -77,6 +87,37 @@ def compile(
     from graphopt import cache as kept
 
     aim = Target.parse(target)
+    if backend == "auto" or tune:
+        from graphopt import selection
+
+        again = functools.partial(
+            compile,
+            model,
+            aim,
+            fallback=fallback,
+            cache=cache,
+            time_limit=time_limit,
+            memory_limit=memory_limit,
+        )
+        asked: dict[str, Any] = {"level": level, "passes": passes, "verify": verify}
+        as_it_is: dict[str, Any] = {"level": 0, "verify": "off"}
+        best, search = selection.fastest(
+            files.load(model),
+            aim,
+            Path(out),
+            lambda place, name, some, lower: again(
+                place, backend=name, options=some, **(asked if lower is None else as_it_is)
+            ),
+            names=None if backend in (None, "auto") else [backend],
+            options=options or {},
+            feeds=feeds,
+            minutes=tune,
+            overwrite=overwrite,
+            progress=progress,
+        )
+        if report is not None:
+            report.notes += search.notes(best)
+        return Path(out)
     chosen = choose(aim, backend)
     settings = backends.make_options(chosen, options or {})
     folder = Path(out)

@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from graphopt.cli._common import MODEL, console, json_option, limits, progress, setting, write_json
+from graphopt.cli._common import (
+    MODEL,
+    Size,
+    console,
+    json_option,
+    limits,
+    progress,
+    setting,
+    write_json,
+)
 from graphopt.errors import InputError
+
+if TYPE_CHECKING:
+    from graphopt.report import Report
 
 
 @click.command("compile", no_args_is_help=True)
 @click.argument("model", type=MODEL)
 @click.option("--target", default="cpu", show_default=True, help="See `graphopt targets`.")
-@click.option("--backend", help="By default the first that can compile for the target.")
+@click.option(
+    "--backend",
+    help="By default the first that can compile for the target; `auto` takes the fastest.",
+)
 @click.option(
     "-o", "--output", required=True, type=click.Path(path_type=Path), help="The folder to make."
 )
@@ -42,33 +58,88 @@ from graphopt.errors import InputError
     show_default=True,
     help="Of the passes that run first.",
 )
+@click.option(
+    "--shapes",
+    multiple=True,
+    metavar="NAME=MIN/USUAL/MAX",
+    help="Sizes of an input to build for, such as x=1x3/4x3/8x3 (repeatable; TensorRT).",
+)
+@click.option(
+    "--tune",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    metavar="MINUTES",
+    help="Look for better options by measuring here.",
+)
+@click.option("--inputs", type=MODEL, help="An .npz to measure with, for `auto` and --tune.")
+@click.option(
+    "--fallback/--no-fallback",
+    default=True,
+    help="Whether ONNX Runtime may run what the backend does not take.",
+)
+@click.option("--cache/--no-cache", default=True, help="Whether to use and keep compiled models.")
 @click.option("--overwrite", is_flag=True, help="Replace an artifact that is there.")
+@json_option
 @click.option("-q", "--quiet", is_flag=True)
 @click.option("--time-limit", type=click.FloatRange(min=0), metavar="SECONDS")
+@click.option("--memory-limit", type=Size(), metavar="SIZE", help="Such as 4G.")
 def compile_command(model: Path, **options: Any) -> None:
     """Compile MODEL into a folder that runs without it.
 
     \b
     graphopt compile model.onnx --target cpu -o model.d
     graphopt compile model.onnx -o model.d --option format=ort --option threads=2
+    graphopt compile model.onnx -o model.d --backend auto --tune 2
+    graphopt compile model.onnx -o model.d --target cuda:sm_89 --backend tensorrt \\
+        --shapes x=1x3x224x224/4x3x224x224/8x3x224x224
     """
-    from graphopt import compilation
+    from graphopt import compilation, npz
+    from graphopt.report import Report
 
-    with limits(options["time_limit"], None), progress(options["quiet"]) as show:
+    settings = dict(map(setting, options["settings"]))
+    if options["shapes"]:
+        settings["shapes"] = ",".join(options["shapes"])
+    memory, report = options["memory_limit"], Report()
+    with limits(options["time_limit"], memory), progress(options["quiet"]) as show:
         show("compiling")
         folder = compilation.compile(
             model,
             options["target"],
             options["output"],
             backend=options["backend"],
-            options=dict(map(setting, options["settings"])),
+            options=settings,
             level=options["level"],
             passes=options["passes"],
             verify=options["verify"],
             overwrite=options["overwrite"],
+            fallback=options["fallback"],
+            cache=options["cache"],
+            memory_limit=memory,
+            tune=options["tune"],
+            feeds=None if options["inputs"] is None else npz.read(options["inputs"]),
+            progress=lambda done, what: show(f"{100 * done:.0f} % {what}"),
+            report=report,
         )
-    if not options["quiet"]:
-        console().print(f"{folder}: compiled for {options['target']}; run it with `graphopt run`")
+    _tell(folder, options, report)
+
+
+def _tell(folder: Path, options: Mapping[str, Any], report: Report) -> None:
+    """Say what was made, and what of it is not the backend's."""
+    from graphopt import artifact
+
+    manifest = artifact.read(folder)
+    if options["json_to"]:
+        data = {"folder": str(folder), "manifest": manifest.to_dict(), "report": report.to_dict()}
+        write_json(data, options["json_to"])
+    if options["quiet"] or options["json_to"] == "-":
+        return
+    out = console()
+    out.print(
+        f"{folder}: compiled for {manifest.target.name} with {manifest.backend}; "
+        "run it with `graphopt run`"
+    )
+    for note in report.notes:
+        out.print(f"note: {note}")
 
 
 @click.command(no_args_is_help=True)
