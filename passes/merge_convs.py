@@ -92,7 +92,7 @@ def _windows(node: ir.Node) -> dict[str, object]:
     """The attributes that say where windows lie, without those that have their default."""
     found: dict[str, object] = {}
     for name in sorted(node.attributes):
-        value: list[int] | str | int = ir.attribute(node, name)
+        value: Any = ir.attribute(node, name)
         default = {"auto_pad": "NOTSET", "group": 1}.get(name)
         numbers = set(value) if not isinstance(value, str | int) else {0, 1}
         unset = numbers == {0 if name == "pads" else 1} or value == default
