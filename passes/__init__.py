@@ -34,6 +34,7 @@ _FUSE = (
     "merge-gathers",
     "merge-clips",
     "merge-quantize",
+    "sink-quantize",
     "sink-transposes",
     "sink-views",
     "fuse-conv-batchnorm",
