@@ -12,31 +12,23 @@ what stands between them (`graphopt.quantizer.placement`).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from graphopt import ir
+from graphopt import files, ir
 from graphopt.context import Context
 from graphopt.errors import InputError
-from graphopt.gram import Gram, accumulate
 from graphopt.pass_manager import Pass
 from graphopt.passes.convert_opset import ConvertOpset
-from graphopt.quantizer.calibration import calibrate
 from graphopt.quantizer.grids import Grid, opset_for, parse_type
-from graphopt.quantizer.insertion import Insertion
-from graphopt.quantizer.placement import Plan, Table, plan, table_for
+from graphopt.quantizer.placement import Table, table_for
 from graphopt.quantizer.ranges import Ranges
-from graphopt.quantizer.sketch import Sketch, Sketches
-from graphopt.taps import groups, tap
-
-_GRAM_SAMPLES = 64
-_GRAM_ROWS = 256  # output positions of a sample: 16,384 in all
+from graphopt.quantizer.static import Static
 
 
 @dataclass(frozen=True)
 class QuantizeStatic(Pass):
-    """Fixed ranges from samples; operators of the target's table."""
+    """Fixed ranges from samples, for the operators of the target's table."""
 
     lossy: ClassVar[bool] = True
 
@@ -61,33 +53,10 @@ class QuantizeStatic(Pass):
             raise InputError("quantize-static needs data: --data")
         table = self.table(context)
         how = Ranges(self.ranges, self.percentile, self.power)
-        wanted = max(opset_for(table.activation.dtype), opset_for(table.weight.dtype))
-        ConvertOpset(wanted, at_least=True).run(context)
-        if ir.opset(context.model.graph) < wanted:
-            raise InputError(f"quantize-static needs opset {wanted}, and the model stays below it")
-        made = plan(context.model, context.shapes, table, self.keep)
-        if not made.linear:
-            return
-        names = [value.name or "" for value in made.tensors]
-        sketches = calibrate(context.model, names, context.samples)
-        grams = self._grams(context, made)
-        Insertion(context, made, choose(made, sketches, how), grams).run()
-
-    def _grams(self, context: Context, made: Plan) -> Mapping[str, Gram]:
-        if self.rounding == "nearest":
-            return {}
-        if self.rounding != "gptq":
-            raise InputError(f"weights are rounded nearest or by gptq, not {self.rounding!r}")
-        assert context.samples is not None
-        samples = context.samples.take(_GRAM_SAMPLES)
-        nodes = [n for n in made.linear if ir.constant(n.inputs[1]) is not None]
-        tensors = {v.name or "": None for n in nodes if (v := n.inputs[0]) is not None}
-        found: dict[str, Gram] = {}
-        for group in groups(context.model, list(tensors), next(iter(samples))):
-            part = [n for n in nodes if n.inputs[0] is not None and n.inputs[0].name in group]
-            feeds = tap(context.model, group, samples)
-            found |= accumulate(part, feeds, rows=_GRAM_ROWS)
-        return found
+        raise_opset(context, table)
+        base = files.copy(context.model)
+        static = Static(base, table, context.samples, how, self.rounding)
+        static.insert(context, self.keep)
 
     def table(self, context: Context) -> Table:
         """The target's table with what the options change of it."""
@@ -100,16 +69,12 @@ class QuantizeStatic(Pass):
         return dataclasses.replace(table, **changed)
 
 
-def choose(made: Plan, sketches: Sketches, how: Ranges) -> dict[ir.Value, tuple[float, float]]:
-    """The range of each group of tensors, by its first one, from what all of them hold."""
-    grid = made.table.activation
-    found: dict[ir.Value, tuple[float, float]] = {}
-    for group in made.groups:
-        together = Sketch()
-        for value in group:
-            together.merge(sketches.tensors[value.name or ""])
-        found[group[0]] = how.choose(together, levels=grid.levels, symmetric=grid.symmetric)
-    return found
+def raise_opset(context: Context, table: Table) -> None:
+    """Convert a model to the opset that knows a table's types. InputError where that fails."""
+    wanted = max(opset_for(table.activation.dtype), opset_for(table.weight.dtype))
+    ConvertOpset(wanted, at_least=True).run(context)
+    if ir.opset(context.model.graph) < wanted:
+        raise InputError(f"quantization needs opset {wanted}, and the model stays below it")
 
 
 def _grid(name: str, default: Grid) -> Grid:

@@ -19,6 +19,8 @@ from graphopt.quantizer.placement import Plan, Table, is_dequantized
 from graphopt.quantizer.rounding import Codes, Scheme, gptq
 
 Array = npt.NDArray[Any]
+Rounded = tuple[str, bytes]
+"""A linear operator's label, and the scales of its weights."""
 
 _INT32 = 2.0**31 - 1
 _RULE = "quantized"
@@ -61,6 +63,10 @@ class Insertion:
     """By the first tensor of each group."""
     grams: Mapping[str, Gram] = field(default_factory=dict[str, Gram])
     """Sums of XᵀX of linear operators, by label: their weights are rounded with GPTQ."""
+    rounded: dict[Rounded, ir.TensorProtocol] = field(
+        default_factory=dict[Rounded, ir.TensorProtocol]
+    )
+    """Weights that were rounded so before; more are added."""
     _steps: dict[ir.Value, Step] = field(default_factory=dict[ir.Value, Step])
     _weights: dict[tuple[ir.Value, int], ir.Value] = field(
         default_factory=dict[tuple[ir.Value, int], ir.Value]
@@ -207,6 +213,9 @@ class Insertion:
         grid = self.table.weight
         if seen is None or not grid.symmetric or grid.floating:
             return None
+        key = (ir.label(node), scale.tobytes())
+        if key in self.rounded:
+            return self.rounded[key]
         matrix = weight_matrix(node, array)
         bits = grid.limits[1].bit_length() + 1
         scales = np.broadcast_to(scale.astype(np.float64).reshape(-1), (_channels(matrix),))
@@ -216,7 +225,8 @@ class Insertion:
         )
         codes = gptq(matrix, seen.xtx, Scheme(bits), start)
         integers = weight_tensor(node, codes.codes, array.shape).astype(grid.dtype.numpy())
-        return ir.Tensor(integers, dtype=grid.dtype)
+        self.rounded[key] = ir.Tensor(integers, dtype=grid.dtype)
+        return self.rounded[key]
 
     def _place_bias(self, node: ir.Node, value: ir.Value, scale: npt.NDArray[np.float64]) -> None:
         array = ir.array(value)

@@ -1,0 +1,225 @@
+"""How far a quantized model is from the one that it was made of: outputs, answers, layers, time."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from graphopt import ir
+from graphopt.runner import Runner
+from graphopt.samples import Samples
+from graphopt.taps import groups, tap
+
+Array = npt.NDArray[Any]
+Outputs = Mapping[str, Any]
+Metric = Callable[[Sequence[Outputs], "Array | None"], float]
+"""A figure, higher is better, of the outputs for each sample and the labels."""
+
+LAYER_SAMPLES = 8
+
+
+@dataclass
+class Signal:
+    """Power of what should be, and of what differs."""
+
+    power: float = 0.0
+    noise: float = 0.0
+
+    def add(self, expected: Array, got: Array) -> None:
+        """Two arrays of the same shape; values that are not finite in both are left out."""
+        a, b = expected.astype(np.float64), got.astype(np.float64)
+        with np.errstate(invalid="ignore"):
+            gap = np.where(np.isfinite(a), a - b, 0.0)
+            a = np.where(np.isfinite(a), a, 0.0)
+        self.power += float(np.vdot(a, a))
+        self.noise += float(np.vdot(gap, gap))
+
+    @property
+    def db(self) -> float | None:
+        """The ratio of the powers in decibels; None where nothing differs."""
+        if self.noise == 0:
+            return None
+        if not math.isfinite(self.noise):
+            return -math.inf
+        return 10 * math.log10(max(self.power, 1e-300) / self.noise)
+
+
+@dataclass
+class Score:
+    """One model's outputs beside another's."""
+
+    samples: int = 0
+    sqnr_db: float | None = None
+    """Over all floating outputs, the one that is worst off; None where nothing differs."""
+    agreement: float | None = None
+    """Share of rows whose largest element is the same; None without rows of several."""
+    before: float | None = None
+    """The metric of the first model, where there is one."""
+    after: float | None = None
+
+
+@dataclass
+class _Compared:
+    signals: dict[str, Signal] = field(default_factory=dict[str, Signal])
+    same: int = 0
+    rows: int = 0
+
+    def add(self, expected: Outputs, got: Outputs) -> None:
+        for index, (name, value) in enumerate(expected.items()):
+            other = got.get(name)
+            if not isinstance(value, np.ndarray) or not isinstance(other, np.ndarray):
+                continue
+            a, b = cast(Array, value), cast(Array, other)
+            if a.shape != b.shape or a.dtype.kind != "f":
+                continue
+            self.signals.setdefault(name, Signal()).add(a, b)
+            rows = _rows(a)
+            if index == 0 and rows is not None:
+                self.same += int(np.sum(rows.argmax(-1) == b.reshape(rows.shape).argmax(-1)))
+                self.rows += len(rows)
+
+
+def score(
+    before: ir.Model,
+    after: ir.Model,
+    samples: Samples,
+    *,
+    metric: Metric | None = None,
+    threads: int = 1,
+    progress: Callable[[str], None] | None = None,
+) -> Score:
+    """Run two models on samples, with ONNX Runtime's optimizations, and compare the outputs.
+
+    The metric is `top1` where the samples have labels and none is given. Raises GraphoptError
+    where a model does not run.
+    """
+    runners = [Runner(model, threads=threads, optimize=True) for model in (before, after)]
+    compared = _Compared()
+    labels = samples.labels
+    figure = metric or (top1 if labels is not None else None)
+    kept: tuple[list[Outputs], list[Outputs]] = ([], [])
+    count = 0
+    for feeds in samples:
+        expected, got = (r.run({n: feeds[n] for n in r.inputs if n in feeds}) for r in runners)
+        compared.add(expected, got)
+        if figure is not None:
+            kept[0].append(expected)
+            kept[1].append(got)
+        count += 1
+        if progress is not None:
+            progress(f"comparison: {count} samples")
+    noises = [s.db for s in compared.signals.values()]
+    result = Score(count, min((d for d in noises if d is not None), default=None))
+    if compared.rows:
+        result.agreement = compared.same / compared.rows
+    if figure is not None:
+        result.before, result.after = (float(figure(outputs, labels)) for outputs in kept)
+    return result
+
+
+def top1(outputs: Sequence[Outputs], labels: Array | None) -> float:
+    """The share of samples whose label is the largest element of the first output."""
+    assert labels is not None
+    found: list[Array] = [_answers(next(iter(each.values()))) for each in outputs]
+    flat: Array = np.concatenate(found)[: len(labels)]
+    return float(np.mean(flat == labels.reshape(len(labels), -1)[: len(flat), 0]))
+
+
+def _answers(value: Array) -> Array:
+    rows = _rows(value)
+    return value.reshape(-1) if rows is None else rows.argmax(-1)
+
+
+def _rows(array: Array) -> Array | None:
+    """Scores as [rows, classes]: the last axis of more than one element is the classes'."""
+    shape = list(array.shape)
+    while len(shape) > 1 and shape[-1] == 1:
+        shape.pop()
+    if not shape or shape[-1] < 2:
+        return None
+    return array.reshape(-1, shape[-1])
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One intermediate tensor in both models."""
+
+    name: str
+    op: str
+    """The operator that makes it."""
+    sqnr_db: float | None
+
+
+def layers(
+    before: ir.Model,
+    after: ir.Model,
+    samples: Samples,
+    *,
+    limit: int = LAYER_SAMPLES,
+    memory_limit: int = 1 << 27,
+) -> list[Layer]:
+    """Every float tensor that both models have by the same name, in the first one's order."""
+    own = {v.name: v for node in before.graph for v in node.outputs if v.name}
+    other = {v.name for node in after.graph for v in node.outputs}
+    names = [name for name in own if name in other]
+    part = samples.take(limit)
+    found: dict[str, Signal] = {}
+    for group in groups(before, names, next(iter(part)), memory_limit=memory_limit):
+        pairs = zip(tap(before, group, part), tap(after, group, part), strict=True)
+        for expected, got in pairs:
+            for name, value in expected.items():
+                if value.dtype.kind == "f" and value.shape == got[name].shape:
+                    found.setdefault(name, Signal()).add(value, got[name])
+    result: list[Layer] = []
+    for name, signal in found.items():
+        producer = own[name].producer()
+        result.append(Layer(name, producer.op_type if producer else "", signal.db))
+    return result
+
+
+def interleaved(
+    models: Sequence[ir.Model], feeds: Mapping[str, Array], *, seconds: float, threads: int = 1
+) -> npt.NDArray[np.float64]:
+    """Milliseconds of runs of several models that take turns: [models, rounds].
+
+    ONNX Runtime with its optimizations. A round runs each model twice, in alternating order, and
+    counts the second time, when the caches are its own.
+    """
+    runners = [Runner(model, threads=threads, optimize=True) for model in models]
+    inputs = [{n: feeds[n] for n in r.inputs if n in feeds} for r in runners]
+    for runner, feed in zip(runners, inputs, strict=True):
+        for _ in range(3):
+            runner.run(feed)
+    rounds: list[list[float]] = []
+    end = time.monotonic() + seconds
+    while time.monotonic() < end or len(rounds) < 10:
+        rounds.append(_round(runners, inputs, reverse=len(rounds) % 2 == 1))
+    return np.array(rounds).T
+
+
+def _round(
+    runners: Sequence[Runner], inputs: Sequence[Mapping[str, Array]], *, reverse: bool
+) -> list[float]:
+    times = [0.0] * len(runners)
+    for index in _order(len(runners), reverse):
+        runners[index].run(inputs[index])
+        begin = time.perf_counter()
+        runners[index].run(inputs[index])
+        times[index] = 1e3 * (time.perf_counter() - begin)
+    return times
+
+
+def _order(count: int, reverse: bool) -> Iterator[int]:
+    return iter(reversed(range(count)) if reverse else range(count))
+
+
+def first(samples: Iterable[Mapping[str, Array]]) -> Mapping[str, Array]:
+    """The first sample."""
+    return next(itertools.islice(samples, 1))

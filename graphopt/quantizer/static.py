@@ -1,0 +1,111 @@
+"""Static quantization of one model, again and again: with all operators, or with some in floats.
+
+Sketches, sums of XᵀX and rounded weights are kept between the times, so that asking what happens
+when a layer stays in floats costs the making of a graph and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from graphopt import ir
+from graphopt.context import Context
+from graphopt.errors import InputError
+from graphopt.gram import Gram, accumulate
+from graphopt.quantizer.calibration import calibrate
+from graphopt.quantizer.insertion import Insertion, Rounded
+from graphopt.quantizer.placement import Plan, Table, plan
+from graphopt.quantizer.ranges import Ranges
+from graphopt.quantizer.sketch import Sketch, Sketches
+from graphopt.samples import Samples
+from graphopt.shapes import Shapes
+from graphopt.taps import groups, tap
+
+ROUNDINGS = ("nearest", "gptq")
+
+_GRAM_SAMPLES = 64
+_GRAM_ROWS = 64  # output positions of a sample: 4,096 in all
+
+
+@dataclass
+class Static:
+    """What is known of a float model, for quantizing it."""
+
+    model: ir.Model
+    """Stays as it is; what is quantized are copies of it."""
+    table: Table
+    samples: Samples
+    ranges: Ranges = field(default_factory=Ranges)
+    rounding: str = "nearest"
+    """Of weights: one of ROUNDINGS."""
+    cache: Path | None = None
+    progress: Callable[[str], None] | None = None
+    _sketches: Sketches | None = None
+    _grams: dict[str, Gram] | None = None
+    _rounded: dict[Rounded, ir.TensorProtocol] = field(
+        default_factory=dict[Rounded, ir.TensorProtocol]
+    )
+
+    def __post_init__(self) -> None:
+        if self.rounding not in ROUNDINGS:
+            raise InputError(f"weights are rounded {' or '.join(ROUNDINGS)}, not {self.rounding!r}")
+
+    def plan(self, model: ir.Model, shapes: Shapes, keep: Collection[str] = ()) -> Plan:
+        """What of the model, or of a copy of it, is quantized."""
+        return plan(model, shapes, self.table, keep)
+
+    def insert(self, context: Context, keep: Collection[str] = ()) -> bool:
+        """Quantize the model of a context, a copy; whether there was anything to quantize.
+
+        Nodes labelled in `keep` stay in floats. Raises InputError for samples that do not fit.
+        """
+        made = self.plan(context.model, context.shapes, keep)
+        if not made.linear:
+            return False
+        ranges = choose(made, self._calibrated(), self.ranges)
+        Insertion(context, made, ranges, self._accumulated(), self._rounded).run()
+        return True
+
+    def _calibrated(self) -> Sketches:
+        """Sketches of every tensor that is quantized where none is kept."""
+        if self._sketches is None:
+            everything = self.plan(self.model, Shapes(self.model))
+            names = [value.name or "" for value in everything.tensors]
+            self._sketches = calibrate(
+                self.model, names, self.samples, cache=self.cache, progress=self.progress
+            )
+        return self._sketches
+
+    def _accumulated(self) -> dict[str, Gram]:
+        if self.rounding == "nearest":
+            return {}
+        if self._grams is None:
+            self._grams = self._sums()
+        return self._grams
+
+    def _sums(self) -> dict[str, Gram]:
+        samples = self.samples.take(_GRAM_SAMPLES)
+        everything = self.plan(self.model, Shapes(self.model))
+        nodes = [n for n in everything.linear if ir.constant(n.inputs[1]) is not None]
+        tensors = {v.name or "": None for n in nodes if (v := n.inputs[0]) is not None}
+        found: dict[str, Gram] = {}
+        for group in groups(self.model, list(tensors), next(iter(samples))):
+            if self.progress is not None:
+                self.progress("sums for rounding")
+            part = [n for n in nodes if n.inputs[0] is not None and n.inputs[0].name in group]
+            found |= accumulate(part, tap(self.model, group, samples), rows=_GRAM_ROWS)
+        return found
+
+
+def choose(made: Plan, sketches: Sketches, how: Ranges) -> dict[ir.Value, tuple[float, float]]:
+    """The range of each group of tensors, by its first one, from what all of them hold."""
+    grid = made.table.activation
+    found: dict[ir.Value, tuple[float, float]] = {}
+    for group in made.groups:
+        together = Sketch()
+        for value in group:
+            together.merge(sketches.tensors.get(value.name or "", Sketch()))
+        found[group[0]] = how.choose(together, levels=grid.levels, symmetric=grid.symmetric)
+    return found
