@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from graphopt.measurement import measure
     from graphopt.optimization import optimize
     from graphopt.pass_manager import PassManager
+    from graphopt.pruning import prune
     from graphopt.report import Report
     from graphopt.rewriting import Refuse, rewrite
     from graphopt.target import Target
@@ -37,6 +38,7 @@ __all__ = [
     "load",
     "measure",
     "optimize",
+    "prune",
     "rewrite",
     "save",
     "verify",
@@ -54,6 +56,7 @@ _HOMES = {
     "load": "files",
     "measure": "measurement",
     "optimize": "optimization",
+    "prune": "pruning",
     "rewrite": "rewriting",
     "save": "files",
     "verify": "verification",

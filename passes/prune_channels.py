@@ -30,7 +30,7 @@ class PruneChannels(Pass):
     scope: str = "uniform"
     """uniform, global (the least important of all), sensitivity (measured on data)."""
     round_to: int = 0
-    """Keep multiples of so many channels; 0 takes the target's alignment."""
+    """Keep multiples of so many channels; 0 takes the target's alignment, without one 2 to 8."""
     least: float = 0.1
     """No family keeps less than this share."""
     params: float = 0.0
@@ -57,11 +57,12 @@ class PruneChannels(Pass):
             InputError: an option that does not fit, or nothing can be pruned.
             VerificationError: the result is not the masked original.
         """
+        alignment = context.target.alignment
         options = Options(
             ratio=self.ratio,
             criterion=self.criterion,
             scope=self.scope,
-            round_to=self.round_to or context.target.alignment,
+            round_to=self.round_to or (alignment if alignment > 1 else 0),
             least=self.least,
             ignore=self.ignore,
             only=self.only,

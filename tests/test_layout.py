@@ -42,7 +42,7 @@ FLOORS = [
 ]
 PUBLIC = {
     *("GraphoptError", "Model", "PassManager", "Refuse", "Report", "Target"),
-    *("compile", "compress", "load", "measure", "optimize", "rewrite", "save", "verify"),
+    *("compile", "compress", "load", "measure", "optimize", "prune", "rewrite", "save", "verify"),
 }
 
 

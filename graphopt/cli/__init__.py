@@ -15,6 +15,7 @@ from graphopt.cli.explain import explain
 from graphopt.cli.inspect import inspect
 from graphopt.cli.list import doctor, passes, targets
 from graphopt.cli.optimize import optimize
+from graphopt.cli.prune import prune
 from graphopt.cli.surgery import edit, extract, merge, split
 
 
@@ -48,6 +49,7 @@ for command in (
     edit,
     merge,
     split,
+    prune,
     compress,
     passes,
     targets,

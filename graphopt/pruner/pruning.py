@@ -62,7 +62,7 @@ class Options:
     ratio: float = 0.5
     criterion: str = "l2"
     scope: str = "uniform"
-    round_to: int = 1
+    round_to: int = 0
     least: float = 0.1
     ignore: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
@@ -81,8 +81,8 @@ class Options:
                 raise InputError(f"{name} is the share to keep, between 0 and 1, not {share:g}")
         if self.scope not in ("uniform", "global", "sensitivity"):
             raise InputError(f"scope is uniform, global or sensitivity, not {self.scope!r}")
-        if self.round_to < 1:
-            raise InputError(f"round_to is at least 1, not {self.round_to}")
+        if self.round_to < 0:
+            raise InputError(f"round_to is at least 1, or 0 for a default, not {self.round_to}")
         if not 0 <= self.least < 1:
             raise InputError(
                 f"least is a share to keep, at least 0 and below 1, not {self.least:g}"

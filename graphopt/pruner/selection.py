@@ -28,8 +28,9 @@ class Selection:
 
     scope: str = "uniform"
     """`uniform`, each family loses its share, or `global`, the least important of all go."""
-    round_to: int = 1
-    """What is kept of a family is a multiple of this many channels, or all of it."""
+    round_to: int = 0
+    """What is kept of a family is a multiple of this many channels, or all of it; 0 takes the
+    largest of 2, 4 and 8 that is at most an eighth of the family."""
     least: float = 0.1
     """No family keeps less than this share."""
 
@@ -87,7 +88,8 @@ def kept_count(family: Family, share: float, how: Selection) -> int:
     """How many groups of a family are left."""
     count = len(family.roots)
     keep = max(count - int(count * share + 1e-9), math.ceil(count * how.least), 1)
-    unit = how.round_to // math.gcd(how.round_to, family.width)
+    multiple = how.round_to or max(n for n in (1, 2, 4, 8) if n == 1 or n <= count // 8)
+    unit = multiple // math.gcd(multiple, family.width)
     if unit > 1:
         keep = min(-(-keep // unit) * unit, count)
     return keep

@@ -1,0 +1,358 @@
+"""`prune`: a model in, a smaller dense one out, with what that cost."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import numpy as np
+
+from graphopt import files, ir
+from graphopt.accuracy import top1
+from graphopt.errors import GateError, GraphoptError, InputError
+from graphopt.losses import measure_loss
+from graphopt.measurement import measure
+from graphopt.optimization import optimize
+from graphopt.pruner.batching import batched
+from graphopt.pruner.estimating import Size
+from graphopt.pruner.pruning import Options, Pruning, parse_ratios, prune_once, record_of
+from graphopt.pruner.recovery import Fit, Recovery
+from graphopt.pruner.recovery import recover as refit
+from graphopt.report import Loss
+from graphopt.runner import Runner
+from graphopt.samples import Samples, SamplesLike, open_samples
+from graphopt.target import Target
+from graphopt.timing import Plan
+
+__all__ = ["PruneReport", "prune"]
+
+Tell = Callable[[str], None]
+
+_ATTEMPTS = 6
+_FASTER = 0.97
+_BATCH = 32
+
+
+@dataclass
+class PruneReport:
+    """What pruning did: sizes before and after, what it cost, what stayed and why."""
+
+    source: str = ""
+    before: Size | None = None
+    after: Size | None = None
+    families: dict[str, tuple[int, int]] = field(default_factory=dict[str, tuple[int, int]])
+    """Weight that makes the channels → groups before and after."""
+    frozen: dict[str, str] = field(default_factory=dict[str, str])
+    """Weight and axis → why it stays as it is."""
+    unknown: dict[str, int] = field(default_factory=dict[str, int])
+    """Operators that pruning has no rule for, and how often they hold something back."""
+    masked_error: float | None = None
+    """Largest relative difference from the original with all that went set to zero."""
+    fits: list[Fit] = field(default_factory=list[Fit])
+    loss: Loss | None = None
+    accuracy: tuple[float, float] | None = None
+    """Before and after, on data with labels."""
+    latency_ms: tuple[float, float] | None = None
+    """Medians before and after on the target."""
+    latency_ratio: float | None = None
+    notes: list[str] = field(default_factory=list[str])
+
+    @property
+    def drop(self) -> float | None:
+        """What was lost: of the accuracy, else of the agreement, else the relative error."""
+        if self.accuracy is not None:
+            return self.accuracy[0] - self.accuracy[1]
+        if self.loss is None:
+            return None
+        if self.loss.agreement is not None:
+            return 1 - self.loss.agreement
+        noise = self.loss.sqnr_db
+        return 0.0 if noise is None else 10 ** (-noise / 20)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data; what is not finite becomes None."""
+
+        def plain(value: object) -> object:
+            if isinstance(value, float):
+                return value if math.isfinite(value) else None
+            if isinstance(value, dict):
+                items = cast("dict[str, object]", value).items()
+                return {key: plain(item) for key, item in items}
+            if isinstance(value, list | tuple):
+                return [plain(item) for item in cast("Sequence[object]", value)]
+            return value
+
+        data = cast("dict[str, Any]", plain(dataclasses.asdict(self)))
+        return {**data, "drop": plain(self.drop)}
+
+
+@ir.paused_gc()
+def prune(
+    model: files.ModelLike,
+    *,
+    ratio: float = 0.5,
+    criterion: str = "l2",
+    scope: str = "uniform",
+    ratios: Sequence[str] = (),
+    params: float = 0.0,
+    flops: float = 0.0,
+    size: float = 0.0,
+    latency: float = 0.0,
+    max_drop: float | None = None,
+    round_to: int = 0,
+    least: float = 0.1,
+    ignore: Sequence[str] = (),
+    only: Sequence[str] = (),
+    exact: bool = False,
+    iterations: int = 1,
+    data: SamplesLike | None = None,
+    recover: bool | Recovery = False,
+    target: str | Target = "portable",
+    benchmark: bool = True,
+    seed: int = 0,
+    progress: Tell | None = None,
+    report: PruneReport | None = None,
+) -> ir.Model:
+    """Take the least important channels, heads and units out of a model, which is left as it is.
+
+    Args:
+        model: a path, serialized bytes, an `onnx.ModelProto` or an `onnx_ir.Model`.
+        ratio: share of each family of coupled channels that goes, 0 to 1.
+        criterion: l1, l2, lp:P, median, bn-scale or random; with data activation, apoz,
+            reconstruction or taylor.
+        scope: `uniform`; `global`: the least important of all; `sensitivity`: ratios by what each
+            family's loss does to the outputs on data.
+        ratios: ratios of their own for weights: `conv1*=0.3`.
+        params, flops, size: in place of a ratio the share to keep of parameters, operations or
+            bytes of weights.
+        latency: in place of a ratio the share of the median latency to get down to, measured on
+            the target.
+        max_drop: the most to lose (accuracy where the data have labels, else agreement with the
+            original, else relative error), 0 to 1. Alone, the largest ratio within it is sought;
+            beside a budget it is a gate.
+        round_to: keep multiples of so many channels; 0: the target's alignment, or 2 to 8.
+        least: no family keeps less than this share.
+        ignore, only: patterns of nodes and weights that stay as they are, or are the only to go.
+        exact: leave alone what statistics such as LayerNormalization's run over.
+        iterations: in so many rounds of pruning (and recovery).
+        data: samples, see `graphopt.samples.open_samples`.
+        recover: refit what is left on the data; True, or how.
+        target: where latency is measured (portable: this machine) and what is rounded for.
+        benchmark: measure latency before and after.
+        seed: of the criterion random.
+        progress: called with what is being done.
+        report: filled with what was done.
+
+    Raises:
+        InputError: options that do not fit, data missing, or nothing that can be pruned.
+        GateError: `max_drop` or `latency` cannot be met.
+        VerificationError: the result is not the masked original.
+    """
+    report = report if report is not None else PruneReport()
+    original = files.load(model)
+    report.source = str(model) if isinstance(model, str) else original.graph.name or ""
+    aim = Target.parse(target)
+    alignment = aim.alignment if aim.alignment > 1 else 0
+    options = Options(
+        ratio=ratio,
+        criterion=criterion,
+        scope=scope,
+        round_to=round_to or alignment,
+        least=least,
+        ignore=tuple(ignore),
+        only=tuple(only),
+        ratios=parse_ratios(ratios),
+        params=params,
+        flops=flops,
+        size=size,
+        exact=exact,
+        seed=seed,
+    )
+    _check(max_drop, latency, iterations)
+    samples = None if data is None else open_samples(data, original)
+    if (recover or scope == "sensitivity") and samples is None:
+        wanted = "recovery" if recover else "scope sensitivity"
+        raise InputError(f"{wanted} needs data: --data")
+    how = Recovery() if recover is True else recover or None
+    job = _Job(original, options, samples, how, iterations, aim, progress or _silent, report)
+    return job.run(latency, max_drop, benchmark)
+
+
+def _silent(text: str) -> None:
+    """The progress of who does not want to know."""
+
+
+def _check(max_drop: float | None, latency: float, iterations: int) -> None:
+    if max_drop is not None and not 0 <= max_drop <= 1:
+        raise InputError(f"max_drop is between 0 and 1, not {max_drop:g}")
+    if not 0 <= latency < 1:
+        raise InputError(f"latency is the share to get down to, between 0 and 1, not {latency:g}")
+    if iterations < 1:
+        raise InputError(f"iterations are at least 1, not {iterations}")
+
+
+@dataclass
+class _Job:
+    """One call of `prune`."""
+
+    original: ir.Model
+    options: Options
+    samples: Samples | None
+    recovery: Recovery | None
+    iterations: int
+    target: Target
+    tell: Tell
+    report: PruneReport
+
+    def run(self, latency: float, max_drop: float | None, benchmark: bool) -> ir.Model:
+        """Prune by ratio or budget, or look for what a limit allows; then take the figures."""
+        self.tell("cleaning up")
+        clean = optimize(self.original, level=1, verify="end")
+        budget = self.options.params or self.options.flops or self.options.size
+        if latency:
+            result = self._within_latency(clean, latency)
+        elif max_drop is not None and not budget:
+            result = self._within_drop(clean, max_drop)
+        else:
+            result = self._rounds(clean, self.options)
+        self.tell("comparing with the original")
+        self._judge(result)
+        if max_drop is not None and (self.report.drop or 0.0) > max_drop:
+            raise GateError(f"the drop is {self.report.drop:.4f}, more than {max_drop:g} allowed")
+        if benchmark and self.report.latency_ratio is None:
+            self._time(result)
+        return result
+
+    def _rounds(self, clean: ir.Model, options: Options) -> ir.Model:
+        """All rounds of pruning and recovery, noted in the report."""
+        model = files.copy(clean)
+        report, rounds = self.report, self.iterations
+        report.fits.clear()
+        share = 1 / rounds
+        part = dataclasses.replace(
+            options,
+            ratio=1 - (1 - options.ratio) ** share,
+            ratios={k: 1 - (1 - v) ** share for k, v in options.ratios.items()},
+            **{k: getattr(options, k) ** share for k in ("params", "flops", "size")},
+        )
+        first: Pruning | None = None
+        for number in range(rounds):
+            done = prune_once(model, part, self.samples, progress=self.tell)
+            self._note(done, first)
+            first = first or done
+            model = done.model
+            record = record_of(model)
+            if self.recovery is not None and self.samples is not None and record is not None:
+                fits = refit(model, record, self.samples, self.recovery, self.tell)
+                report.fits = fits if number == rounds - 1 else []
+        return model
+
+    def _note(self, done: Pruning, first: Pruning | None) -> None:
+        report = self.report
+        report.before = done.before if first is None else first.before
+        report.after = done.after
+        if first is None:
+            report.families, report.notes = done.counts, list(done.notes)
+        else:
+            report.families = {
+                name: (count, done.counts.get(name, (0, left))[1])
+                for name, (count, left) in report.families.items()
+            }
+        report.frozen = done.groups.frozen
+        report.unknown = dict(done.groups.unknown)
+        report.masked_error = done.error
+
+    def _within_drop(self, clean: ir.Model, limit: float) -> ir.Model:
+        """The largest ratio whose drop stays within the limit, by bisection."""
+        if self.samples is None:
+            raise InputError("a limit on the drop (--max-drop) needs data: --data")
+        low, high = 0.0, 0.9
+        best: ir.Model | None = None
+        kept = dict(vars(self.report))
+        for _ in range(_ATTEMPTS):
+            ratio = (low + high) / 2
+            self.tell(f"trying ratio {ratio:.3f}")
+            candidate = self._rounds(clean, dataclasses.replace(self.options, ratio=ratio))
+            self._judge(candidate)
+            if (self.report.drop or 0.0) <= limit:
+                low, best = ratio, candidate
+                kept = dict(vars(self.report))
+            else:
+                high = ratio
+        if best is None:
+            raise GateError(
+                f"even ratio {high:.3f} loses {self.report.drop:.4f}, more than {limit:g} allowed"
+            )
+        for name, value in kept.items():
+            setattr(self.report, name, value)
+        return best
+
+    def _within_latency(self, clean: ir.Model, limit: float) -> ir.Model:
+        """As few operations less as bring the latency down, by measuring."""
+        share, got = limit, 1.0
+        for _ in range(_ATTEMPTS):
+            self.tell(f"trying {share:.0%} of the operations")
+            candidate = self._rounds(clean, dataclasses.replace(self.options, flops=share))
+            self._time(candidate)
+            got = self.report.latency_ratio or 1.0
+            if got <= limit:
+                return candidate
+            share *= 0.97 * limit / got
+        raise GateError(
+            f"the latency comes down to {got:.0%} of the original's, not to {limit:.0%}"
+        )
+
+    def _judge(self, result: ir.Model) -> None:
+        """The outputs beside the original's, and the accuracy where there are labels."""
+        report, samples = self.report, self.samples
+        report.loss = measure_loss("prune", self.original, result, samples)
+        labels = None if samples is None else samples.labels
+        if samples is None or labels is None:
+            return
+        report.accuracy = (
+            _accuracy(self.original, samples, labels),
+            _accuracy(result, samples, labels),
+        )
+
+    def _time(self, result: ir.Model) -> None:
+        """Latency before and after, interleaved."""
+        self.tell("measuring latency")
+        report = self.report
+        target = "cpu" if self.target.device == "any" else self.target
+        feeds = None if self.samples is None else next(iter(self.samples))
+        plan = Plan(seconds=1.0, runs=30)
+        try:
+            found = measure(
+                {"before": self.original, "after": result},
+                feeds,
+                target=target,
+                process=False,
+                plan=plan,
+            )
+        except GraphoptError as error:
+            report.notes.append(f"the latency could not be measured: {error}")
+            return
+        old, new = found.models
+        if old.latency is None or new.latency is None or new.ratio is None:
+            return
+        report.latency_ms = (old.latency.p50_ms, new.latency.p50_ms)
+        report.latency_ratio = new.ratio.value
+        if report.latency_ratio > _FASTER:
+            report.notes.append(
+                f"the result is not faster: {report.latency_ratio:.0%} of the original's latency"
+            )
+
+
+def _accuracy(model: ir.Model, samples: Samples, labels: ir.Array) -> float:
+    """The share of samples whose label is the best-scored class."""
+    runner = Runner(model, optimize=True)
+    parts: dict[str, list[ir.Array]] = {}
+    for feeds in batched(model, samples, _BATCH):
+        for name, value in runner.run(feeds).items():
+            if isinstance(value, np.ndarray):
+                parts.setdefault(name, []).append(cast("ir.Array", value))
+    outputs = {name: np.concatenate(values) for name, values in parts.items() if values[0].ndim}
+    return top1(outputs, labels)
