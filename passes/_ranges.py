@@ -1,38 +1,153 @@
-"""What is known of the numbers in a tensor from the operator that makes it."""
+"""What is known of the numbers in a tensor from the operators that make it, NaN apart."""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
 
 from graphopt import ir
 from graphopt.rewriting import Op
 
-_NOT_NEGATIVE = frozenset({"Relu", "Sigmoid", "Softmax", "Exp", "Abs", "Sqrt", "HardSigmoid"})
+Range = tuple[float, float]
+"""No element is below the first number or above the second."""
+
+_ALL: Range = (-math.inf, math.inf)
+_BOUNDED: dict[str, Range] = {
+    **dict.fromkeys(("Sigmoid", "HardSigmoid", "Softmax"), (0.0, 1.0)),
+    **dict.fromkeys(("Tanh", "Sin", "Cos", "Erf", "Softsign", "Sign"), (-1.0, 1.0)),
+    "Atan": (-1.571, 1.571),
+}
 _PASSING = frozenset(
     {
         *("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Identity", "Slice", "Gather"),
-        *("MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool", "Expand", "Tile"),
+        *("MaxPool", "GlobalAveragePool", "GlobalMaxPool", "Expand", "Tile", "Split", "ReduceMean"),
+        *("ReduceMax", "ReduceMin", "DepthToSpace", "SpaceToDepth", "Dropout", "LogSoftmax"),
     }
 )
 """Operators whose result holds nothing but numbers of, or averages over, their first operand."""
-
+_WHOLE = {ir.DataType.FLOAT: 2.0**127, ir.DataType.DOUBLE: 2.0**1023, ir.DataType.FLOAT16: 65504.0}
 _DEPTH = 8
 
 
-def never_negative(op: Op, value: ir.Value, depth: int = _DEPTH) -> bool:
+def never_negative(op: Op, value: ir.Value) -> bool:
     """Whether no element of a tensor can be below 0 (NaN apart)."""
+    return limits(op, value)[0] >= 0
+
+
+def finite(op: Op, value: ir.Value) -> bool:
+    """Whether no element of a tensor can be infinite (NaN apart)."""
+    dtype = op.dtype(value)
+    if dtype is not None and dtype.is_integer():
+        return True
+    low, high = limits(op, value)
+    return math.isfinite(low) and math.isfinite(high)
+
+
+def limits(op: Op, value: ir.Value | None, depth: int = _DEPTH) -> Range:
+    """The range of a tensor's elements, which is too wide rather than too narrow."""
+    dtype = None if value is None else op.dtype(value)
+    if value is None or dtype is None:
+        return _ALL
+    tensor = ir.constant(value)
+    if tensor is not None:
+        return _of_constant(tensor)
+    if dtype == ir.DataType.BOOL:
+        return 0.0, 1.0
     node = value.producer()
     if node is None or node.domain or not depth:
-        return False
-    if node.op_type in _NOT_NEGATIVE:
-        return True
-    if node.op_type == "Clip":
-        low = op.attr(node, "min")
-        if len(node.inputs) > 1 and node.inputs[1] is not None:
-            low = op.scalar(node.inputs[1])
-        return low is not None and low >= 0
-    if node.op_type in _PASSING:
-        inputs = node.inputs[:1]
-    elif node.op_type in ("Concat", "Add", "Mul", "Min"):
-        inputs = node.inputs
-    else:
-        return False
-    return all(v is not None and never_negative(op, v, depth - 1) for v in inputs)
+        return _ALL if not dtype.is_integer() else _of_type(dtype)
+    low, high = _of_node(op, node, depth)
+    if dtype.is_integer():
+        least, most = _of_type(dtype)
+        return (low, high) if least <= low and high <= most else (least, most)
+    most = _WHOLE.get(dtype, 0.0)
+    return (-math.inf if low < -most else low), (math.inf if high > most else high)
+
+
+def _of_constant(tensor: ir.TensorProtocol) -> Range:
+    if tensor.dtype == ir.DataType.STRING or tensor.size == 0 or tensor.size > 1 << 16:
+        return _ALL
+    array = tensor.numpy().astype(np.float64)
+    if np.any(np.isnan(array)):
+        return _ALL
+    return float(array.min()), float(array.max())
+
+
+def _of_type(dtype: ir.DataType) -> Range:
+    try:
+        info = np.iinfo(dtype.numpy())
+    except ValueError:
+        return _ALL
+    return float(info.min), float(info.max)
+
+
+def _of_node(op: Op, node: ir.Node, depth: int) -> Range:
+    kind = node.op_type
+    if kind in _BOUNDED:
+        return _BOUNDED[kind]
+    first = limits(op, node.inputs[0], depth - 1) if node.inputs else _ALL
+    if kind in _PASSING:
+        return (-math.inf, 0.0) if kind == "LogSoftmax" else first
+    if kind == "Cast":
+        return first
+    if kind == "AveragePool":
+        return min(first[0], 0.0), max(first[1], 0.0)
+    if kind == "Clip":
+        return _clipped(op, node, first)
+    if kind in _MONOTONE:
+        function = _MONOTONE[kind]
+        return function(first[0]), function(first[1])
+    if kind == "Abs":
+        reach = max(abs(first[0]), abs(first[1]))
+        return (0.0 if first[0] <= 0 <= first[1] else min(map(abs, first))), reach
+    others = [limits(op, v, depth - 1) for v in node.inputs]
+    if kind == "Where":
+        return min(others[1][0], others[2][0]), max(others[1][1], others[2][1])
+    if kind in ("Concat", "Min", "Max"):
+        lows, highs = [r[0] for r in others], [r[1] for r in others]
+        if kind == "Concat":
+            return min(lows), max(highs)
+        return (min(lows), min(highs)) if kind == "Min" else (max(lows), max(highs))
+    return _arithmetic(kind, others)
+
+
+def _arithmetic(kind: str, operands: list[Range]) -> Range:
+    if len(operands) != 2:
+        return _ALL
+    a, b = operands
+    if kind == "Add":
+        return a[0] + b[0], a[1] + b[1]
+    if kind == "Sub":
+        return a[0] - b[1], a[1] - b[0]
+    if kind == "Div" and not b[0] <= 0 <= b[1]:
+        b = (1 / b[1], 1 / b[0])
+    elif kind != "Mul":
+        return _ALL
+    products = [x * y for x in a for y in b if x and y] + [0.0] * (0 in a or 0 in b)
+    return min(products), max(products)
+
+
+def _clipped(op: Op, node: ir.Node, first: Range) -> Range:
+    low, high = op.attr(node, "min"), op.attr(node, "max")
+    bounds = [*node.inputs, None, None][1:3]
+    low = low if bounds[0] is None else op.scalar(bounds[0])
+    high = high if bounds[1] is None else op.scalar(bounds[1])
+    least = first[0] if low is None else max(first[0], low)
+    most = first[1] if high is None else min(first[1], high)
+    return min(least, most), max(least, most)
+
+
+def _exponential(x: float) -> float:
+    return math.exp(min(x, 700.0)) if x <= 700 else math.inf
+
+
+_MONOTONE: dict[str, Callable[[float], float]] = {
+    "Relu": lambda x: max(x, 0.0),
+    "Exp": _exponential,
+    "Sqrt": lambda x: math.sqrt(max(x, 0.0)),
+    "Softplus": lambda x: max(x, 0.0) + 0.7,
+    "Floor": lambda x: math.floor(x) if math.isfinite(x) else x,
+    "Ceil": lambda x: math.ceil(x) if math.isfinite(x) else x,
+}
