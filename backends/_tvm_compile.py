@@ -42,9 +42,9 @@ def compile_model(model: ir.Model, target: Target, options: Options, folder: Pat
         lowered, log = lower(module, aim, Machine(Registers.of(target), threads))
         executable = tvm.compile(lowered, aim)
         _export(executable, folder / LIBRARY, target)
-    except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, AssertionError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise GraphoptError(f"tvm: {type(error).__name__}: {lines[-1][:300]}") from error
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as e:
+        lines = str(e).strip().splitlines() or [type(e).__name__]
+        raise GraphoptError(f"tvm: {type(e).__name__}: {lines[-1][:300]}") from e
     (folder / LOG).write_text(json.dumps(dataclasses.asdict(log), indent=1) + "\n", "utf-8")
 
 
@@ -53,11 +53,10 @@ def lower(module: Any, aim: Any, machine: Machine) -> tuple[Any, Log]:
     steps = relax.transform
     with aim, warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        module = steps.DecomposeOpsForInference()(module)
+        module = _channels_last(steps.CanonicalizeBindings()(module))
         module = tvm.transform.Sequential(
             [
-                steps.DecomposeOpsForInference(),
-                steps.CanonicalizeBindings(),
-                steps.ConvertLayout({"relax.nn.conv2d": ["NHWC", "HWIO"]}),
                 steps.Normalize(),
                 steps.LegalizeOps(customize_legalize_map=table(machine.registers)),
                 steps.CanonicalizeBindings(),
@@ -70,6 +69,19 @@ def lower(module: Any, aim: Any, machine: Machine) -> tuple[Any, Log]:
             ]
         )(module)
         return schedule_all(module, machine)
+
+
+def _channels_last(module: Any) -> Any:
+    """The module with channels last as far as that goes; as it is where TVM cannot."""
+    try:
+        return relax.transform.ConvertLayout({"relax.nn.conv2d": ["NHWC", "HWIO"]})(module)
+    except (
+        RuntimeError,
+        ValueError,
+        TypeError,
+        IndexError,
+    ):  # some operator's inference of layouts
+        return module
 
 
 def _export(executable: Any, path: Path, target: Target) -> None:

@@ -25,6 +25,7 @@ from graphopt.backends._tvm_tiles import Registers, Tile, choose, vector
 te: Any = importlib.import_module("tvm.te")
 tirx: Any = importlib.import_module("tvm.tirx")
 relax: Any = importlib.import_module("tvm.relax")
+topi: Any = importlib.import_module("tvm.topi")
 
 _FUSABLE = 4
 """TVM's number for operators that elementwise ones may be fused to."""
@@ -113,6 +114,8 @@ class Kernels:
         data, weights = call.args
         attrs = call.attrs
         shape, dtype = sizes(data), str(data.ty.dtype)
+        if attrs.data_layout == "NCHW" and constant(builder, weights) is not None:
+            return self._channels_first(builder, call)
         usual = attrs.data_layout == "NHWC" and attrs.kernel_layout == "HWIO"
         kernel, groups = constant(builder, weights), int(attrs.groups)
         if shape is None or kernel is None or not usual or dtype not in _FLOATS:
@@ -127,6 +130,25 @@ class Kernels:
         if window.is_pointwise():
             return self._pointwise(builder, data, kernel, shape, dtype)
         return self._spatial(builder, data, kernel, window, shape, 1, dtype)
+
+    def _channels_first(self, builder: Any, call: Any) -> Any:
+        """Between two transpositions, where the layout of the whole model could not be changed."""
+        data, weights = call.args
+        kernel = constant(builder, weights).transpose(2, 3, 1, 0)
+        last = builder.emit(builder.call_te(topi.transpose, data, [0, 2, 3, 1]))
+        attrs = call.attrs
+        plain = relax.op.nn.conv2d(
+            last,
+            relax.const(np.ascontiguousarray(kernel)),
+            attrs.strides,
+            attrs.padding,
+            attrs.dilation,
+            int(attrs.groups),
+            "NHWC",
+            "HWIO",
+        )
+        result = builder.emit(self.conv2d(builder, builder.normalize(plain)))
+        return builder.call_te(topi.transpose, result, [0, 3, 1, 2])
 
     def _pointwise(self, builder: Any, data: Any, kernel: Any, shape: list[Any], dtype: str) -> Any:
         return self._dense(builder, data, kernel.reshape(kernel.shape[2:]), shape, dtype)

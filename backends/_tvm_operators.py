@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from graphopt.backends import _tvm_recurrent
+from graphopt.backends import _tvm_convolutions, _tvm_recurrent
 from graphopt.backends._tvm_call import Call, is_constant
 
 relax: Any = importlib.import_module("tvm.relax")
@@ -61,6 +61,48 @@ def _affine(call: Call) -> Any:
     alpha = np.float32(call.attribute("alpha", 1.0))
     beta = np.float32(call.attribute("beta", 0.0))
     return _op.add(_op.multiply(call.inputs[0], relax.const(alpha)), relax.const(beta))
+
+
+def _chain(function: Callable[[Any, Any], Any]) -> Converter:
+    """Of any number of inputs, two at a time: the importer stacks them."""
+
+    def convert(call: Call) -> Any:
+        total = call.inputs[0]
+        for value in call.inputs[1:]:
+            total = call.emit(function(total, value))
+        return total
+
+    return convert
+
+
+def _clip(call: Call) -> Any:
+    """By maximum and minimum with tensors of the same rank, which changes of layout pass."""
+    x = call.inputs[0]
+    for index, name, function in ((1, "min", _op.maximum), (2, "max", _op.minimum)):
+        bound, given = call.get(index), call.attribute(name, None)
+        if bound is None and given is not None:
+            bound = relax.const(np.asarray(given, str(x.ty.dtype)))
+        if bound is not None:
+            x = call.emit(function(x, _ranked(bound, x)))
+    return x
+
+
+def _leaky_relu(call: Call) -> Any:
+    x, alpha = call.inputs[0], np.float32(call.attribute("alpha", 0.01))
+    slope = _ranked(relax.const(np.asarray(alpha, str(x.ty.dtype))), x)
+    scaled = call.emit(_op.multiply(x, slope))
+    return _op.maximum(x, scaled) if 0 <= alpha <= 1 else _op.where(_positive(x), x, scaled)
+
+
+def _positive(x: Any) -> Any:
+    return _op.greater(x, _ranked(relax.const(np.zeros((), str(x.ty.dtype))), x))
+
+
+def _ranked(scalar: Any, like: Any) -> Any:
+    """A scalar as a tensor of the rank of another."""
+    if is_constant(scalar):
+        return relax.const(scalar.value.numpy().reshape((1,) * like.ty.ndim))
+    return _op.reshape(scalar, (1,) * like.ty.ndim)
 
 
 def _dequantize(call: Call) -> Any:
@@ -133,6 +175,13 @@ OPERATORS: dict[tuple[str, str], Converter] = {
     ("", "Expand"): _expand,
     ("", "ConstantOfShape"): _constant_of_shape,
     ("", "Range"): _range,
+    ("", "Conv"): _tvm_convolutions.conv,
+    ("", "ConvTranspose"): _tvm_convolutions.conv_transpose,
+    ("", "Clip"): _clip,
+    ("", "LeakyRelu"): _leaky_relu,
+    ("", "Max"): _chain(_op.maximum),
+    ("", "Min"): _chain(_op.minimum),
+    ("", "Sum"): _chain(_op.add),
     ("", "DequantizeLinear"): _dequantize,
     ("", "Gather"): _gather,
     ("", "LSTM"): _tvm_recurrent.convert,

@@ -1,0 +1,137 @@
+"""Converters of convolutions that the importer, or the schedules, would rather have otherwise.
+
+One axis becomes two, of which the first is 1; a transposed convolution becomes a plain one of the
+input with zeros between its elements (Dumoulin and Visin, "A guide to convolution arithmetic for
+deep learning", 2016).
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import numpy as np
+
+from graphopt.backends._tvm_call import Call, is_constant
+
+relax: Any = importlib.import_module("tvm.relax")
+_op: Any = relax.op
+
+
+def conv(call: Call) -> Any:
+    """Conv of any number of axes."""
+    x, weights, bias = call.inputs[0], call.inputs[1], call.get(2)
+    axes = x.ty.ndim - 2
+    if axes > 2:
+        raise NotImplementedError(f"a convolution over {axes} axes")
+    shape = [int(size) for size in weights.ty.shape.values]
+    strides = list(call.attribute("strides", [1] * axes))
+    dilations = list(call.attribute("dilations", [1] * axes))
+    pads = _pads(call, x, shape[2:], strides, dilations)
+    if axes == 1:
+        n, c, w = x.ty.shape.values
+        x = call.emit(_op.reshape(x, (n, c, 1, w)))
+        weights = _reshaped(call, weights, (*shape[:2], 1, shape[2]))
+        strides, dilations, pads = [1, *strides], [1, *dilations], [0, pads[0], 0, pads[1]]
+    result = call.emit(
+        _op.nn.conv2d(x, weights, strides, pads, dilations, groups=int(call.attribute("group", 1)))
+    )
+    if axes == 1:
+        n, c, _, w = result.ty.shape.values
+        result = call.emit(_op.reshape(result, (n, c, w)))
+    return _biased(call, result, bias)
+
+
+def conv_transpose(call: Call) -> Any:
+    """ConvTranspose over two axes with constant weights."""
+    x, weights, bias = call.inputs[0], call.inputs[1], call.get(2)
+    if x.ty.ndim != 4 or not is_constant(weights):
+        raise NotImplementedError("a transposed convolution not over two axes, or of two inputs")
+    kernel, groups = weights.value.numpy(), int(call.attribute("group", 1))
+    strides = [int(s) for s in call.attribute("strides", [1, 1])]
+    dilations = [int(d) for d in call.attribute("dilations", [1, 1])]
+    pads = _transposed_pads(call, kernel.shape[2:], strides, dilations)
+    n, c, high, wide = x.ty.shape.values
+    if strides != [1, 1]:
+        x = call.emit(_op.reshape(x, (n, c, high, 1, wide, 1)))
+        x = call.emit(_op.nn.pad(x, [0] * 7 + [strides[0] - 1] + [0] * 3 + [strides[1] - 1]))
+        x = call.emit(_op.reshape(x, (n, c, high * strides[0], wide * strides[1])))
+    borders = [(size - 1) * step for size, step in zip(kernel.shape[2:], dilations, strict=True)]
+    around = [border - pad for border, pad in zip(borders * 2, pads, strict=True)]
+    around[2] -= strides[0] - 1
+    around[3] -= strides[1] - 1
+    if min(around) < 0:
+        ends = [high * strides[0] + min(around[2], 0), wide * strides[1] + min(around[3], 0)]
+        x = call.emit(_op.strided_slice(x, [2, 3], [max(-a, 0) for a in around[:2]], ends))
+        around = [max(a, 0) for a in around]
+    channels, per_group, *size = kernel.shape
+    turned = kernel[:, :, ::-1, ::-1].reshape(groups, channels // groups, per_group, *size)
+    turned = turned.transpose(0, 2, 1, 3, 4).reshape(groups * per_group, channels // groups, *size)
+    plain = relax.const(np.ascontiguousarray(turned))
+    result = call.emit(_op.nn.conv2d(x, plain, [1, 1], around, dilations, groups=groups))
+    return _biased(call, result, bias)
+
+
+def _biased(call: Call, result: Any, bias: Any) -> Any:
+    if bias is None:
+        return result
+    shape = (1, int(bias.ty.shape[0]), *(1,) * (result.ty.ndim - 2))
+    return _op.add(result, _reshaped(call, bias, shape))
+
+
+def _reshaped(call: Call, value: Any, shape: tuple[int, ...]) -> Any:
+    if is_constant(value):
+        return relax.const(value.value.numpy().reshape(shape))
+    return call.emit(_op.reshape(value, shape))
+
+
+def _pads(
+    call: Call, x: Any, kernel: list[int], strides: list[int], dilations: list[int]
+) -> list[int]:
+    """Pads of a convolution: those before along each axis, then those after."""
+    auto = call.attribute("auto_pad", "NOTSET")
+    axes = len(kernel)
+    if auto in ("NOTSET", "VALID", ""):
+        given = list(call.attribute("pads", [0] * 2 * axes))
+        return [0] * 2 * axes if auto == "VALID" else given
+    before: list[int] = []
+    after: list[int] = []
+    for axis in range(axes):
+        size = x.ty.shape.values[axis + 2]
+        if not hasattr(size, "value"):
+            raise NotImplementedError(f"auto_pad {auto} of a size known at run time only")
+        reach = (kernel[axis] - 1) * dilations[axis] + 1
+        outputs = -(-int(size) // strides[axis])
+        total = max((outputs - 1) * strides[axis] + reach - int(size), 0)
+        small, large = total // 2, total - total // 2
+        before.append(small if auto == "SAME_UPPER" else large)
+        after.append(large if auto == "SAME_UPPER" else small)
+    return before + after
+
+
+def _transposed_pads(
+    call: Call, kernel: tuple[int, ...], strides: list[int], dilations: list[int]
+) -> list[int]:
+    """What is cut off before and after along each axis; negative where outputs are added."""
+    extra = [int(e) for e in call.attribute("output_padding", [0, 0])]
+    wanted = call.attribute("output_shape", None)
+    auto = call.attribute("auto_pad", "NOTSET")
+    if wanted is None and auto in ("NOTSET", "VALID", ""):
+        pads = [0] * 4 if auto == "VALID" else list(call.attribute("pads", [0] * 4))
+        return [*pads[:2], pads[2] - extra[0], pads[3] - extra[1]]
+    before: list[int] = []
+    after: list[int] = []
+    for axis in range(2):
+        reach = (kernel[axis] - 1) * dilations[axis] + 1
+        total = reach + extra[axis] - strides[axis]
+        if wanted is not None:
+            size = call.inputs[0].ty.shape.values[axis + 2]
+            if not hasattr(size, "value"):
+                raise NotImplementedError("output_shape of a size known at run time only")
+            total = strides[axis] * (int(size) - 1) + extra[axis] + reach
+            total -= int(wanted[len(wanted) - 2 + axis])
+        cut = max(total, 0)
+        first = cut - cut // 2 if auto == "SAME_LOWER" else cut // 2
+        before.append(first)
+        after.append(total - first - extra[axis])
+    return before + after
