@@ -9,7 +9,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -28,9 +28,20 @@ if TYPE_CHECKING:
     from graphopt.pass_manager import Pass
 
 _OLDEST = (1, 20)
-_PROVIDERS = {"any": "CPUExecutionProvider", "cpu": "CPUExecutionProvider"} | {
-    "cuda": "CUDAExecutionProvider"
+_DEVICES = {"any": "cpu", "cpu": "cpu", "cuda": "cuda"}
+"""What runs a target unless an option says otherwise."""
+_PROVIDERS = {
+    "cpu": ("CPUExecutionProvider",),
+    "cuda": ("CUDAExecutionProvider", "CPUExecutionProvider"),
+    "tensorrt": ("TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"),
+    "openvino": ("OpenVINOExecutionProvider", "CPUExecutionProvider"),
 }
+"""In order of preference: a node goes to the first that takes it."""
+_WHEELS = {"cuda": "onnxruntime-gpu", "tensorrt": "onnxruntime-gpu tensorrt"} | {
+    "openvino": "onnxruntime-openvino"
+}
+_MEMORY = {"CUDAExecutionProvider": "cuda", "TensorrtExecutionProvider": "cuda"}
+"""Where providers have memory of their own."""
 _LEVELS = {
     "off": "ORT_DISABLE_ALL",
     "basic": "ORT_ENABLE_BASIC",
@@ -66,6 +77,8 @@ class Options:
     """Keep freed memory for the next run instead of giving it back."""
     graph_level: Literal["off", "basic", "extended", "layout", "all"] = "all"
     """ONNX Runtime's own graph optimization: at load for .onnx, at compilation for .ort."""
+    provider: Literal["auto", "cpu", "cuda", "tensorrt", "openvino"] = "auto"
+    """What runs the nodes; `auto` is the target's device."""
     format: Literal["onnx", "ort"] = "onnx"
     """.ort loads faster, but from `layout` on only on CPUs like the one that compiled it."""
 
@@ -99,7 +112,7 @@ class OnnxRuntime:
     def can_compile(self, target: Target) -> str | None:
         """Files are portable, so everything that a provider exists for."""
         return self.is_available() or (
-            None if target.device in _PROVIDERS else f"no provider for {target.device}"
+            None if target.device in _DEVICES else f"no provider for {target.device}"
         )
 
     def can_run(self, target: Target) -> str | None:
@@ -107,11 +120,7 @@ class OnnxRuntime:
         reason = self.can_compile(target)
         if reason is not None:
             return reason
-        provider, there = _PROVIDERS[target.device], _ort().get_available_providers()
-        if provider not in there:
-            hint = ": pip install onnxruntime-gpu" if target.device == "cuda" else ""
-            return f"this onnxruntime has no {provider}, only {', '.join(there)}{hint}"
-        return target.foreign()
+        return _lacks(_DEVICES[target.device]) or target.foreign()
 
     def supports(self, model: ir.Model, target: Target) -> dict[str, str]:
         """Tried by making sessions without the large weights: whole first, then node by node."""
@@ -148,7 +157,7 @@ class OnnxRuntime:
             settings.add_session_config_entry("session.save_model_format", "ORT")
         settings.graph_optimization_level = _level(level)
         try:
-            _session(path, settings, "cpu")
+            _session(path, settings, _PROVIDERS["cpu"])
         except GraphoptError as error:
             refused = self.supports(model, target)
             nodes = "; ".join(f"node {label}: {why}" for label, why in list(refused.items())[:3])
@@ -165,7 +174,11 @@ class OnnxRuntime:
         path = next((folder / f for f in ("model.ort", "model.onnx") if f in manifest.files), None)
         if path is None:
             raise InputError(f"{folder}: its manifest names no model.onnx or model.ort")
-        return OnnxRuntimeExecutable(path, manifest, make_options(self, manifest.options))
+        options = make_options(self, manifest.options)
+        reason = _lacks(options.provider) if options.provider != "auto" else None
+        if reason is not None:
+            raise MissingError(f"{folder} cannot run here: {reason}")
+        return OnnxRuntimeExecutable(path, manifest, options)
 
 
 class OnnxRuntimeExecutable:
@@ -175,9 +188,12 @@ class OnnxRuntimeExecutable:
         self.inputs: tuple[TensorInfo, ...] = manifest.inputs
         self.outputs: tuple[TensorInfo, ...] = manifest.outputs
         self._path = path
-        self._device = manifest.target.device
+        chosen = options.provider
+        self._providers = _PROVIDERS[
+            _DEVICES[manifest.target.device] if chosen == "auto" else chosen
+        ]
         self._options = options
-        self._session = _session(path, _settings(options), self._device)
+        self._session = _session(path, _settings(options), self._providers)
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Output]:
         """All outputs by name."""
@@ -185,8 +201,14 @@ class OnnxRuntimeExecutable:
         return {info.name: result for info, result in zip(self.outputs, results, strict=True)}
 
     def benchmark(self, feeds: Mapping[str, Array], runs: int) -> npt.NDArray[np.int64]:
-        """Nanoseconds per run, with the garbage collector held off."""
-        call = self._caller(self._session, feeds)
+        """Nanoseconds per run, with the garbage collector held off.
+
+        On a GPU inputs and outputs stay in its memory meanwhile.
+        """
+        memory = _MEMORY.get(self._providers[0])
+        call: Callable[[], object] = (
+            self._caller(self._session, feeds) if memory is None else self._bound(feeds, memory)
+        )
         clock, times = time.perf_counter_ns, np.empty(runs, np.int64)
         collecting = gc.isenabled()
         gc.disable()
@@ -208,11 +230,34 @@ class OnnxRuntimeExecutable:
             settings = _settings(self._options)
             settings.enable_profiling = True
             settings.profile_file_prefix = str(Path(folder) / "profile")
-            session = _session(self._path, settings, self._device)
+            session = _session(self._path, settings, self._providers)
             call = self._caller(session, feeds)
             for _ in range(_PROFILE_WARMUP + runs):
                 call()
             return _op_times(json.loads(Path(session.end_profiling()).read_bytes()), runs)
+
+    def _bound(self, feeds: Mapping[str, Array], memory: str) -> Callable[[], object]:
+        """A function that runs the session on feeds that are in a device's memory already."""
+        check_feeds(self.inputs, feeds)
+        binding, session, errors = self._session.io_binding(), self._session, _errors()
+        values = {
+            name: _ort().OrtValue.ortvalue_from_numpy(_plain(feed), memory, 0)
+            for name, feed in feeds.items()
+        }
+        for name, value in values.items():
+            binding.bind_ortvalue_input(name, value)
+        for info in self.outputs:
+            binding.bind_output(info.name, memory)
+
+        def call() -> object:
+            try:
+                session.run_with_iobinding(binding)
+                binding.synchronize_outputs()
+            except errors as error:
+                raise _failure(error) from None
+            return values  # which the binding does not keep alive
+
+        return call
 
     def _caller(self, session: Any, feeds: Mapping[str, Array]) -> Callable[[], list[Output]]:
         """A function that runs the session on feeds that are checked and converted once."""
@@ -292,21 +337,41 @@ def _settings(options: Options) -> Any:
     return settings
 
 
-def _session(model: Path | bytes, settings: Any, device: str) -> Any:
-    """A session; GraphoptError with one line where ONNX Runtime refuses the model."""
-    provider = _PROVIDERS[device]
-    providers = list(dict.fromkeys((provider, "CPUExecutionProvider")))
+def _lacks(name: str) -> str | None:
+    """Why the wheel that is installed has no provider of a name, and which wheel has; or None."""
+    provider, there = _PROVIDERS[name][0], _ort().get_available_providers()
+    if provider in there:
+        return None
+    hint = f": pip install {_WHEELS[name]}" if name in _WHEELS else ""
+    return f"this onnxruntime has no {provider}, only {', '.join(there)}{hint}"
+
+
+def _session(model: Path | bytes, settings: Any, providers: Sequence[str]) -> Any:
+    """A session.
+
+    Raises:
+        GraphoptError: ONNX Runtime refuses the model; one line.
+        MissingError: the provider is in the wheel, but does not start here.
+    """
     source = str(model) if isinstance(model, Path) else model
+    there = _ort().get_available_providers()
     try:
-        return _ort().InferenceSession(source, settings, providers=providers)
+        made = _ort().InferenceSession(
+            source, settings, providers=[name for name in providers if name in there]
+        )
     except _errors() as error:
         raise _failure(error) from None
+    if providers[0] not in made.get_providers():
+        raise MissingError(
+            f"onnxruntime's {providers[0]} does not start here: its driver or libraries are missing"
+        )
+    return made
 
 
 def _refusal(model: bytes) -> str | None:
     """Why ONNX Runtime does not take a serialized model, or None."""
     try:
-        _session(model, _settings(Options(threads=1, graph_level="off")), "cpu")
+        _session(model, _settings(Options(threads=1, graph_level="off")), _PROVIDERS["cpu"])
     except GraphoptError as error:
         return str(error)
     return None

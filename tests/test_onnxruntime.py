@@ -243,3 +243,48 @@ def test_a_weight_outside_the_folder_is_not_read(tmp_path: Path) -> None:
     artifact.write(folder, manifest)
     with pytest.raises(GraphoptError, match="escapes"):
         compilation.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("provider", "wheel"), [("cuda", "onnxruntime-gpu"), ("openvino", "onnxruntime-openvino")]
+)
+def test_providers_of_other_wheels(tmp_path: Path, provider: str, wheel: str) -> None:
+    onnxruntime: Any = importlib.import_module("onnxruntime")
+    if any(provider in name.lower() for name in onnxruntime.get_available_providers()):
+        pytest.skip(f"this onnxruntime has {provider}")
+    folder = compilation.compile(
+        conv(), "cpu", tmp_path / "a", level=0, options={"provider": provider}
+    )
+    with pytest.raises(MissingError, match=f"pip install {wheel}"):
+        compilation.load(folder)
+
+
+def test_a_provider_that_does_not_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As CUDA's does not without a driver: ONNX Runtime then goes on without it, and says so only
+    in its log."""
+    onnxruntime: Any = importlib.import_module("onnxruntime")
+    folder = compilation.compile(
+        conv(), "cpu", tmp_path / "a", level=0, options={"provider": "cuda"}
+    )
+    session = onnxruntime.InferenceSession
+
+    def without(*arguments: Any, providers: list[str]) -> Any:
+        return session(*arguments, providers=["CPUExecutionProvider"])
+
+    names = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: names)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", without)
+    with pytest.raises(MissingError, match="CUDAExecutionProvider does not start here"):
+        compilation.load(folder)
+
+
+def test_bound_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is done on a GPU, with the CPU's memory in place of it."""
+    folder = compilation.compile(conv(), "cpu", tmp_path / "a", level=0)
+    module = importlib.import_module("graphopt.backends.onnxruntime")
+    monkeypatch.setattr(module, "_MEMORY", {"CPUExecutionProvider": "cpu"})
+    executable = compilation.load(folder)
+    times = executable.benchmark({"x": np.ones((1, 16, 8, 8), np.float32)}, 5)
+    assert times.shape == (5,)
+    with pytest.raises(InputError, match="input 'x' is missing"):
+        executable.benchmark({}, 5)
