@@ -216,15 +216,7 @@ class Insertion:
         key = (ir.label(node), scale.tobytes())
         if key in self.rounded:
             return self.rounded[key]
-        matrix = weight_matrix(node, array)
-        bits = grid.limits[1].bit_length() + 1
-        scales = np.broadcast_to(scale.astype(np.float64).reshape(-1), (_channels(matrix),))
-        scales = scales.reshape(*matrix.shape[:2], 1)
-        start = Codes(
-            Scheme(bits), np.zeros(matrix.shape, np.int16), scales, np.zeros(scales.shape, np.int16)
-        )
-        codes = gptq(matrix, seen.xtx, Scheme(bits), start)
-        integers = weight_tensor(node, codes.codes, array.shape).astype(grid.dtype.numpy())
+        integers = gptq_integers(node, array, scale, grid, seen)
         self.rounded[key] = ir.Tensor(integers, dtype=grid.dtype)
         return self.rounded[key]
 
@@ -294,9 +286,20 @@ class Insertion:
             drop_initializer(self.context, value)
 
 
-def _channels(matrix: Array) -> int:
-    """The output channels of a matrix [groups, out, k]."""
-    return matrix.shape[0] * matrix.shape[1]
+def gptq_integers(node: ir.Node, weight: Array, scale: Array, grid: Grid, seen: Gram) -> Array:
+    """A linear operator's weight in the integers of a symmetric grid, rounded by GPTQ.
+
+    `scale` is one number or one per output channel.
+    """
+    matrix = weight_matrix(node, weight)
+    shape = (*matrix.shape[:2], 1)
+    scales = np.broadcast_to(scale.astype(np.float64).reshape(-1), shape[0] * shape[1])
+    scheme = Scheme(grid.limits[1].bit_length() + 1)
+    nothing = np.zeros(matrix.shape, np.int16)
+    start = Codes(scheme, nothing, scales.reshape(shape), np.zeros(shape, np.int16))
+    codes = gptq(matrix, seen.xtx, scheme, start).codes
+    integers: Array = weight_tensor(node, codes, weight.shape).astype(grid.dtype.numpy())
+    return integers
 
 
 def bounds(node: ir.Node) -> tuple[float, float] | None:
