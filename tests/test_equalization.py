@@ -38,12 +38,12 @@ def rounded(model: ir.Model) -> ir.Model:
     for node in copy.graph:
         weights = ir.array(node.inputs[1]) if node.op_type == "Conv" else None
         if weights is not None:
-            matrix: Any = weight_matrix(node, weights).reshape(weights.shape)
-            step = np.abs(matrix).max() / 127
+            matrix = weight_matrix(node, weights)
+            step = float(np.abs(matrix).max()) / 127
             value = node.inputs[1]
             assert value is not None
-            near: Any = np.round(matrix / step) * step
-            value.const_value = ir.tensor(near.astype(np.float32))
+            near = (np.rint(matrix / step) * step).astype(np.float32)
+            value.const_value = ir.tensor(near.reshape(weights.shape))
     return copy
 
 

@@ -8,7 +8,7 @@ given: the squared change of the layer's output is tr(E·XᵀX·Eᵀ) for a chan
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -72,13 +72,15 @@ class Codes:
     def values(self) -> Floats:
         """The weights that these codes stand for."""
         whole = (self.codes - self.spread(self.zero)).astype(np.float64)
-        return cast(Floats, whole * self.spread(self.scale))
+        values: Floats = whole * self.spread(self.scale)
+        return values
 
     def round(self, weights: Floats) -> npt.NDArray[np.int16]:
         """The nearest codes of weights of the same shape."""
         whole = np.rint(weights / self.spread(self.scale)) + self.spread(self.zero)
         limited = np.clip(whole, self.scheme.lowest, self.scheme.highest)
-        return cast("npt.NDArray[np.int16]", limited.astype(np.int16))
+        codes: npt.NDArray[np.int16] = limited.astype(np.int16)
+        return codes
 
 
 def _blocks(weights: Floats, block: int) -> Floats:
