@@ -42,6 +42,8 @@ _FUSE = (
     "sink-views",
     "fuse-conv-batchnorm",
     "fuse-conv-affine",
+    "fuse-batchnorm-affine",
+    "merge-branches",
     "fuse-pad",
     "fuse-space-to-depth",
     "fuse-matmul-add",
