@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graphopt.backends import _tvm_link
+from graphopt.backends._tvm_executable import LIBRARY, NOTES
 from graphopt.backends._tvm_import import import_model
 from graphopt.backends._tvm_legalize import table
 from graphopt.backends._tvm_loops import Machine
+from graphopt.backends._tvm_ranges import index_ranges
 from graphopt.backends._tvm_schedule import Log, schedule_all
 from graphopt.backends._tvm_tiles import Registers
 from graphopt.errors import GraphoptError
@@ -24,9 +26,6 @@ if TYPE_CHECKING:
 
 tvm: Any = importlib.import_module("tvm")
 relax: Any = importlib.import_module("tvm.relax")
-
-LIBRARY = "model.so"
-LOG = "kernels.json"
 
 
 def compile_model(model: ir.Model, target: Target, options: Options, folder: Path) -> None:
@@ -45,7 +44,8 @@ def compile_model(model: ir.Model, target: Target, options: Options, folder: Pat
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as e:
         lines = str(e).strip().splitlines() or [type(e).__name__]
         raise GraphoptError(f"tvm: {type(e).__name__}: {lines[-1][:300]}") from e
-    (folder / LOG).write_text(json.dumps(dataclasses.asdict(log), indent=1) + "\n", "utf-8")
+    notes = {"ranges": index_ranges(model), **dataclasses.asdict(log)}
+    (folder / NOTES).write_text(json.dumps(notes, indent=1, sort_keys=True) + "\n", "utf-8")
 
 
 def lower(module: Any, aim: Any, machine: Machine) -> tuple[Any, Log]:

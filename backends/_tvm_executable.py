@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import json
 import os
 import time
 from collections.abc import Mapping
@@ -21,7 +22,9 @@ from graphopt.errors import GraphoptError, InputError
 if TYPE_CHECKING:
     from graphopt.backends._tvm_options import Options
 
-_LIBRARY = "model.so"
+LIBRARY = "model.so"
+NOTES = "kernels.json"
+"""What became of each kernel, and the ranges of inputs that are indices."""
 _WARMUP = 3
 _SPREAD = -1
 """TVM's code for worker threads that are bound to no core."""
@@ -39,9 +42,9 @@ def load(folder: Path, manifest: Manifest, options: Options) -> TvmExecutable:
     Raises:
         GraphoptError: TVM refuses the library.
     """
-    if _LIBRARY not in manifest.files:
-        raise InputError(f"{folder}: its manifest names no {_LIBRARY}")
-    return TvmExecutable(folder / _LIBRARY, manifest, options)
+    if LIBRARY not in manifest.files:
+        raise InputError(f"{folder}: its manifest names no {LIBRARY}")
+    return TvmExecutable(folder / LIBRARY, manifest, options)
 
 
 class TvmExecutable:
@@ -55,6 +58,7 @@ class TvmExecutable:
         tvm = _import(self._threads)
         self._tvm = tvm
         self._device = tvm.cuda(0) if manifest.target.device == "cuda" else tvm.cpu()
+        self._ranges = _ranges(path.with_name(NOTES))
         try:
             library = tvm.runtime.load_module(str(path))
             machine: Any = importlib.import_module("tvm.runtime.vm").VirtualMachine
@@ -107,6 +111,10 @@ class TvmExecutable:
 
     def _arguments(self, feeds: Mapping[str, Array]) -> list[Any]:
         check_feeds(self.inputs, feeds)
+        for name, size in self._ranges.items():
+            feed = np.asarray(feeds[name])
+            if feed.size and not -size <= int(feed.min()) <= int(feed.max()) < size:
+                raise GraphoptError(f"input {name!r} has an index that is not below {size}")
         # threads are the process's, not the machine's: another executable may have asked for others
         _set_threads(self._threads)
         return [
@@ -145,6 +153,15 @@ class _Stopwatch:
         self._calls[name] = count + 1
         key = (f"{name}#{count}" if count else name, name)
         self.rows[key] = self.rows.get(key, 0) + now - self._start
+
+
+def _ranges(path: Path) -> dict[str, int]:
+    """Sizes that the indices in inputs have to stay below."""
+    try:
+        found = json.loads(path.read_bytes()).get("ranges", {})
+        return {str(name): int(size) for name, size in found.items()}
+    except (OSError, ValueError, AttributeError) as error:
+        raise InputError(f"{path}: not what graphopt wrote ({error})") from None
 
 
 def _unwatched(*_: object) -> None:

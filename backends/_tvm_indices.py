@@ -69,3 +69,15 @@ def ravel(indices: Sequence[Any], shape: Sequence[Any]) -> Any:
     for index, size in zip(indices, shape, strict=True):
         total = total * size + index
     return total
+
+
+def divides(step: int, size: Any) -> bool:
+    """Whether a size is known to be a multiple of step."""
+    known = number(size)
+    return known is not None and known % step == 0
+
+
+def fits(need: Any, have: Any) -> bool:
+    """Whether one size is known to be at most another."""
+    low, high = number(need), number(have)
+    return low is not None and high is not None and low <= high

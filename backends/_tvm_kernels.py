@@ -18,7 +18,17 @@ from typing import Any
 import numpy as np
 
 from graphopt.backends._tvm_call import constant
-from graphopt.backends._tvm_indices import ceil, number, ravel, same, simple, sizes, unravel
+from graphopt.backends._tvm_indices import (
+    ceil,
+    divides,
+    fits,
+    number,
+    ravel,
+    same,
+    simple,
+    sizes,
+    unravel,
+)
 from graphopt.backends._tvm_indices import product as product_of
 from graphopt.backends._tvm_tiles import Registers, Tile, choose, vector
 
@@ -65,15 +75,15 @@ class Kernels:
         packed = relax.const(pack(matrix, tile))
 
         def compute(x: Any, w: Any) -> Any:
-            fits = number(rows) is not None and number(rows) % tile.rows == 0
-            source = _copied_rows(x, a, rows, tile) if not fits else None
+            whole = divides(tile.rows, rows)
+            source = _copied_rows(x, a, rows, tile) if not whole else None
             k = te.reduce_axis((0, a[-1]), "k")
 
             def summand(row: Any, block: Any, lane: Any) -> Any:
                 value = x(*unravel(row, a[:-1]), k) if source is None else source(row, k)
                 return te.sum(value * w(block, k, lane), axis=[k])
 
-            shape = (rows if fits else ceil(rows, tile.rows), w.shape[0], tile.columns)
+            shape = (rows if whole else ceil(rows, tile.rows), w.shape[0], tile.columns)
             product = te.compute(shape, summand, name="product", attrs=_tile_attrs(tile, True))
             return _flat_result(product, [*a[:-1], columns], tile)
 
@@ -89,8 +99,8 @@ class Kernels:
 
         def compute(x: Any, y: Any) -> Any:
             stack = a[:-2]
-            high = number(rows) is not None and number(rows) % tile.rows == 0
-            wide = number(columns) is not None and number(columns) % tile.columns == 0
+            high = divides(tile.rows, rows)
+            wide = divides(tile.columns, columns)
             left_ = x if high else _extended(x, -2, ceil(rows, tile.rows))
             right_ = y if wide else _extended(y, -1, ceil(columns, tile.columns))
             k = te.reduce_axis((0, a[-1]), "k")
@@ -277,10 +287,7 @@ class Window:
         tall = (rows - 1) * self.strides[0] + (self.size[0] - 1) * self.dilation[0] + 1
         broad = (width - 1) * self.strides[1] + (self.size[1] - 1) * self.dilation[1] + 1
         deep = depth if channels is None else channels
-        enough = all(
-            number(have) is not None and number(need) is not None and number(need) <= number(have)
-            for have, need in ((high, tall), (wide, broad))
-        )
+        enough = fits(tall, high) and fits(broad, wide)
         if top == left == 0 and enough and deep == depth:
             return x
 

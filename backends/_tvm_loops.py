@@ -15,7 +15,8 @@ from graphopt.backends._tvm_tiles import Registers
 
 _PARALLEL_ELEMENTS = 16384
 """Fewer are done before another thread has woken up."""
-_SPATIAL, _REDUCED = 0, 2
+_LONG_SUM = 2048
+_SPATIAL = 0
 _UNKNOWN_EXTENT = 64
 
 
@@ -130,6 +131,16 @@ def reduce(schedule: Any, block: Any, machine: Machine) -> None:
         lanes = lanes_for(schedule, reduced[-1], widest)
         if lanes > 1 and _across(schedule, block, spatial, reduced, lanes, machine):
             return
+    terms = math.prod(extent(schedule, loop) for loop in reduced)
+    if len(reduced) > 1 and terms >= _LONG_SUM and len(schedule.get(block).writes) == 1:
+        # sums of sums: one after the other, rounding errors would add up
+        partial, count = schedule.rfactor(reduced[0], 0), len(spatial)
+        *kept, first = schedule.get_loops(partial)[: count + 1]
+        rest = schedule.get_loops(partial)[count + 1 :]
+        _beside(schedule, partial, [first, *kept], rest, widest, machine)
+        *kept, last = schedule.get_loops(block)
+        _beside(schedule, block, kept, [last], widest, machine)
+        return
     _beside(schedule, block, spatial, reduced, widest, machine)
 
 

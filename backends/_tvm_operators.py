@@ -130,9 +130,8 @@ def _dequantized(call: Call, x: Any, scale: Any, zero: Any) -> Any:
     block = int(call.attribute("block_size", 0))
     if factors.ndim == array.ndim and block:
         size = array.shape[axis]
-        factors, offsets = (
-            np.take(part.repeat(block, axis), np.arange(size), axis) for part in (factors, offsets)
-        )
+        every = np.arange(int(size)) // block
+        factors, offsets = (np.take(part, every, axis) for part in (factors, offsets))
     elif factors.size > 1:
         shape = [-1 if index == axis else 1 for index in range(array.ndim)]
         factors, offsets = factors.reshape(shape), offsets.reshape(shape)

@@ -34,10 +34,16 @@ def multiply(schedule: Any, machine: Machine) -> None:
     names = [str(schedule.get(block).name_hint) for block in blocks]
     at = names.index(PRODUCT)
     product, tail = blocks[at], blocks[at + 1 :]
+    before: list[Any] = []
+    for block, name in zip(blocks[:at], names[:at], strict=True):
+        if name.startswith(PADDED):
+            before.append(block)
+        else:  # something that only the tail reads
+            schedule.compute_inline(block)
     for block in tail[:-1]:
         schedule.compute_inline(block)
     notes = {str(key): int(value) for key, value in schedule.get(product).annotations.items()}
-    _Product(schedule, machine, product, tail[-1], blocks[:at], notes).run()
+    _Product(schedule, machine, product, tail[-1], before, notes).run()
 
 
 class _Product:
@@ -104,9 +110,11 @@ class _Product:
     def _flatten_result(self) -> None:
         s = self._schedule
         shape = [simple(size) for size in s.get(self._result).writes[0].source.ty.shape]
-        mapping = _tirx.IndexMap.from_func(
-            lambda *index: [ravel(index[:-1], shape[:-1]), index[-1]], ndim=len(shape)
-        )
+
+        def flat(*index: Any) -> list[Any]:
+            return [ravel(index[:-1], shape[:-1]), index[-1]]
+
+        mapping = _tirx.IndexMap.from_func(flat, ndim=len(shape))
         s.transform_block_layout(self._result, mapping)
 
     def _banded(self, outer: list[Any], high: Any, block: Any) -> tuple[list[Any], Any]:

@@ -9,7 +9,9 @@ import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from graphopt.backends._tvm_call import Call
+import numpy as np
+
+from graphopt.backends._tvm_call import Call, is_constant
 
 relax: Any = importlib.import_module("tvm.relax")
 _op: Any = relax.op
@@ -84,12 +86,12 @@ def _one_way(
         else _op.full((batch, hidden), relax.const(0.0, x.ty.dtype))
         for state in (call.get(5), call.get(6))
     ]
-    projected = _op.matmul(x, _op.permute_dims(w))
+    projected = _op.matmul(x, _transposed(call, w))
     if b is not None:
-        projected = _op.add(projected, _op.strided_slice(b, [0], [0], [wide]))
+        projected = _op.add(projected, _cut(call, b, 0, 0, wide))
     projected = call.emit(projected)
-    recurrent = call.emit(_op.permute_dims(r))
-    extra = None if b is None else call.emit(_op.strided_slice(b, [0], [wide], [2 * wide]))
+    recurrent = _transposed(call, r)
+    extra = None if b is None else _cut(call, b, 0, wide, 2 * wide)
     cell = _Cell(call, hidden, recurrent, extra, way, ways)
     h, c = states
     outputs: list[Any] = [None] * steps
@@ -125,10 +127,10 @@ class _Cell:
 
     def _part(self, value: Any, first: int, last: int) -> Any:
         axis = 1 if value.ty.ndim == 2 else 0
-        return _op.strided_slice(value, [axis], [first * self._hidden], [last * self._hidden])
+        return _cut(self._call, value, axis, first * self._hidden, last * self._hidden)
 
     def _product(self, h: Any, first: int, last: int) -> Any:
-        product = _op.matmul(h, self._call.emit(self._part(self._recurrent, first, last)))
+        product = _op.matmul(h, self._part(self._recurrent, first, last))
         if self._bias is not None:
             product = _op.add(product, self._part(self._bias, first, last))
         return self._call.emit(product)
@@ -159,4 +161,22 @@ class _Cell:
 
 def _slice(call: Call, value: Any, way: int) -> Any:
     """The part of a weight, bias or state that belongs to one direction."""
+    if is_constant(value):
+        return relax.const(np.ascontiguousarray(value.value.numpy()[way]))
     return call.emit(_op.squeeze(_op.strided_slice(value, [0], [way], [way + 1]), [0]))
+
+
+def _cut(call: Call, value: Any, axis: int, start: int, end: int) -> Any:
+    """The part of a matrix or vector from one index of an axis to another."""
+    if is_constant(value):
+        array = value.value.numpy()
+        return relax.const(
+            np.ascontiguousarray(array[(slice(None),) * axis + (slice(start, end),)])
+        )
+    return call.emit(_op.strided_slice(value, [axis], [start], [end]))
+
+
+def _transposed(call: Call, value: Any) -> Any:
+    if is_constant(value):
+        return relax.const(np.ascontiguousarray(value.value.numpy().T))
+    return call.emit(_op.permute_dims(value))
