@@ -411,7 +411,9 @@ def _overridable(model: ir.Model, freeze: bool, report: Report) -> None:
         for value in listed:
             graph.inputs.remove(value)
         if listed:
-            report.notes.append(f"{len(listed)} initializers were also inputs; now they are constants")
+            report.notes.append(
+                f"{len(listed)} initializers were also inputs; now they are constants"
+            )
     elif listed:
         report.notes.append(
             f"{len(listed)} initializers are also inputs, which callers may override, so they are "

@@ -8,6 +8,10 @@ Needs: ONNX Runtime's CPU, a Conv or ConvTranspose, an input that is not quantiz
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
+
 from graphopt import ir
 from graphopt.rewriting import Op, Refuse, rewrite
 
@@ -38,7 +42,10 @@ def fold_dequantize(op: Op, node: ir.Node) -> ir.Value | None:
     spread = [1] * values.ndim
     if scale.size > 1:
         spread[axis] = -1
-    zero = 0 if len(parts) < 3 or parts[2] is None else parts[2].astype("int32").reshape(spread)
-    floats = (values.astype("int32") - zero).astype(scale.dtype) * scale.reshape(spread)
-    made = op.initializer(floats.astype(scale.dtype), "weight")
+    levels: Any = values.astype(np.int32)
+    zero = parts[2] if len(parts) > 2 else None
+    if zero is not None:
+        levels = levels - zero.astype(np.int32).reshape(spread)
+    factors: Any = scale.reshape(spread)
+    made = op.initializer(levels.astype(scale.dtype) * factors, "weight")
     return op.build(node.op_type, [node.inputs[0], made, *node.inputs[2:]], node.attributes)[0]

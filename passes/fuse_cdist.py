@@ -16,8 +16,13 @@ DOMAIN = "com.microsoft"
 @rewrite.on("Scan", benefit=3)
 def fuse_cdist(op: Op, node: ir.Node) -> dict[ir.Value, ir.Value] | None:
     """Over rows p of P, with x as the state: sum((x - p)^2) along the last axis -> CDist(P, x)."""
-    body = ir.attribute(node, "body")
-    if op.attr(node, "num_scan_inputs") != 1 or len(node.inputs) != 2 or len(body.inputs) != 2:
+    body = next(ir.subgraphs(node), None)
+    if (
+        body is None
+        or op.attr(node, "num_scan_inputs") != 1
+        or len(node.inputs) != 2
+        or len(body.inputs) != 2
+    ):
         return None
     if any(op.attr(node, f"scan_{side}put_{what}") for side in ("in", "out") for what in _WHERE):
         return None

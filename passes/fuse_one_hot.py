@@ -12,6 +12,8 @@ import numpy as np
 from graphopt import ir
 from graphopt.rewriting import Op, Refuse, rewrite
 
+_INTEGERS = (ir.DataType.INT32, ir.DataType.INT64)
+
 
 @rewrite.on("MatMul", benefit=3)
 def fuse_one_hot(op: Op, node: ir.Node) -> ir.Value | None:
@@ -40,7 +42,7 @@ def _gathered(op: Op, ids: ir.Value, encoded: ir.Value, table: ir.Array) -> ir.V
     shape, dtype, wide = op.shape(ids), op.dtype(ids), op.shape(encoded)
     if shape is None or wide is None or not shape or shape[-1] != 1 or len(shape) != len(wide):
         raise Refuse("the numbers have no last axis of one")
-    if dtype not in (ir.DataType.INT32, ir.DataType.INT64) or op.opset < 12:
+    if dtype is None or dtype not in _INTEGERS or op.opset < 12:
         raise Refuse("the numbers are no integers, or the opset is below 12")
     if not np.all(np.isfinite(table.astype(np.float64))):
         raise Refuse("a weight is not finite")
