@@ -6,7 +6,8 @@ import dataclasses
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -15,11 +16,12 @@ import numpy as np
 
 from graphopt import artifact, backends, compilation
 from graphopt.accuracy import Metric, fixed_batch, predict, take, top1, worst_difference
-from graphopt.backends import Array, Executable, OpTime, Output
+from graphopt.backends import Array, Backend, Executable, OpTime, Output
 from graphopt.errors import GraphoptError, InputError, MissingError
 from graphopt.machine import Machine, ProcessCost, process_cost
 from graphopt.target import Target
 from graphopt.timing import Latency, Plan, Progress, Ratio, Samples, benchmark, ratio, silent
+from graphopt.worker import Worker
 
 if TYPE_CHECKING:
     from graphopt.files import ModelLike
@@ -42,6 +44,7 @@ class Measured:
     """One model's figures; None where one was not asked for or cannot be had."""
 
     name: str
+    backend: str
     nodes: int | None
     """Constants apart, subgraphs and functions included; None for a compiled model."""
     bytes: int
@@ -95,6 +98,7 @@ class _Ready:
     name: str
     folder: Path
     executable: Executable
+    backend: str
     nodes: int | None
     bytes: int
 
@@ -106,7 +110,7 @@ def measure(
     *,
     metric: Metric | None = None,
     target: str | Target = "cpu",
-    backend: str | None = None,
+    backend: str | Sequence[str] | None = None,
     options: Mapping[str, Any] | None = None,
     plan: Plan | None = None,
     latency: bool = True,
@@ -128,8 +132,10 @@ def measure(
         labels: one per sample.
         metric: accuracy from outputs and labels; `top1` where not given.
         target: what to compile for; this machine has to be able to run it.
-        backend: a name of `graphopt.backends.names()`; None takes the first that can.
-        options: the backend's options by name.
+        backend: a name of `graphopt.backends.names()`; None takes the first that can. With several
+            each model is measured with each of them, in processes of their own; one that cannot
+            take a model is left out, with a note.
+        options: of backends by name; one is an option of all backends that have it.
         plan: how long to measure.
         latency: take the latency, the models interleaved.
         process: take load time and peak memory, in a process of its own for each model.
@@ -146,23 +152,38 @@ def measure(
     """
     tell = progress or silent
     wanted = _Wanted(plan or Plan(), latency, process, per_op, seed, metric or top1, trust)
-    machine = Machine.here()
+    machine, notes = Machine.here(), list[str]()
     aim = Target.parse(target)
-    chosen = compilation.choose(aim, backend)
-    plain = dataclasses.asdict(backends.make_options(chosen, options or {}))
-    reason = chosen.can_run(aim)
-    if reason is not None:
-        raise MissingError(f"{chosen.name} cannot run {aim.name} here: {reason}")
-    named = _named(models)
-    with tempfile.TemporaryDirectory(prefix="graphopt-measure-") as temporary:
+    names = [backend] if backend is None or isinstance(backend, str) else list(backend)
+    chosen = [compilation.choose(aim, name) for name in names]
+    settings = _settings(chosen, options or {})
+    for each in chosen:
+        reason = each.can_run(aim)
+        if reason is not None:
+            raise MissingError(f"{each.name} cannot run {aim.name} here: {reason}")
+    with tempfile.TemporaryDirectory(prefix="graphopt-measure-") as temporary, ExitStack() as stack:
         ready: list[_Ready] = []
-        for index, (name, model) in enumerate(named.items()):
-            tell(0.0, f"loading {name}")
-            place = Path(temporary) / str(index)
-            ready.append(_prepare(name, model, place, aim, chosen.name, plain, trust))
+        for name, model in _named(models).items():
+            for each in chosen:
+                tell(0.0, f"loading {name}")
+                place = Path(temporary) / str(len(ready))
+                try:
+                    made = _prepare(name, model, place, aim, each.name, settings[each.name], trust)
+                except GraphoptError as error:
+                    if len(chosen) == 1:
+                        raise
+                    notes.append(f"{name} with {each.name}: {error}")
+                    continue
+                if len(chosen) > 1:
+                    title = f"{name} {each.name}" if len(_named(models)) > 1 else each.name
+                    worker = stack.enter_context(Worker(made.folder, trust=True))
+                    made = dataclasses.replace(made, name=title, executable=worker)
+                ready.append(made)
+        if not ready:
+            raise GraphoptError("; ".join(notes))
         given = feeds
         if given is None:
-            given = _random(next(iter(named.values())), ready[0], seed, bindings or {})
+            given = _random(next(iter(_named(models).values())), ready[0], seed, bindings or {})
         single = given
         if labels is not None:
             if not len(labels):
@@ -170,16 +191,15 @@ def measure(
             batch = fixed_batch(ready[0].executable, given, len(labels)) or 1
             single = take(given, len(labels), 0, batch)
         rows = _rows(ready, given, single, labels, wanted, tell)
-    notes: list[str] = []
     if machine.busy:
         notes.append(f"the machine was busy (load {machine.load_average:.1f}): times are uncertain")
     return Measurement(
         models=rows,
         machine=machine,
         target=aim.name,
-        backend=chosen.name,
-        versions=chosen.versions(),
-        options=plain,
+        backend=", ".join(each.name for each in chosen),
+        versions={name: v for each in chosen for name, v in each.versions().items()},
+        options=settings[chosen[0].name],
         plan=wanted.plan,
         feeds=tuple(_describe(name, value) for name, value in single.items()),
         data=f"random, seed {seed}" if feeds is None else "given",
@@ -230,6 +250,7 @@ def _rows(
     return tuple(
         Measured(
             name=each.name,
+            backend=each.backend,
             nodes=each.nodes,
             bytes=each.bytes,
             latency=Latency.of(timed[i].nanoseconds) if timed else None,
@@ -273,7 +294,9 @@ def _prepare(
     """Compile a model into `place`, or take the artifact that it is, and load it."""
     if isinstance(model, str | os.PathLike) and Path(model).is_dir():
         folder = Path(model)
-        return _Ready(name, folder, compilation.load(folder, trust=trust), None, _size(folder))
+        made_with = artifact.read(folder).backend
+        ready = compilation.load(folder, trust=trust)
+        return _Ready(name, folder, ready, made_with, None, _size(folder))
     from graphopt import files
     from graphopt.report import Stats
 
@@ -285,7 +308,20 @@ def _prepare(
         size = Path(model).stat().st_size
     # this process compiled it: what it may run needs no further trust
     executable = compilation.load(place, trust=True)
-    return _Ready(name, place, executable, Stats.of(loaded).nodes, size)
+    return _Ready(name, place, executable, backend, Stats.of(loaded).nodes, size)
+
+
+def _settings(chosen: Sequence[Backend], options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """All options of each backend. InputError for one that none of them has."""
+    settings: dict[str, dict[str, Any]] = {}
+    for backend in chosen:
+        known = backends.describe_options(backend)
+        own = {name: value for name, value in options.items() if name in known or len(chosen) == 1}
+        settings[backend.name] = dataclasses.asdict(backends.make_options(backend, own))
+    for name in options:
+        if not any(name in own for own in settings.values()):
+            raise InputError(f"no backend has an option {name!r}")
+    return settings
 
 
 def _size(folder: Path) -> int:

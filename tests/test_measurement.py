@@ -256,3 +256,29 @@ def test_the_machine_without_proc(monkeypatch: pytest.MonkeyPatch) -> None:
     assert machine.peak_memory() > 1e6 / 1024
     assert machine.Machine.here().governor == ""
     assert measurement.Machine.here().cores >= 1
+
+
+def test_several_backends_in_processes_of_their_own() -> None:
+    """Twice the same one: the only one that is everywhere."""
+    found = measure(linear(), {"x": X}, backend=["ort", "ort"], plan=BRIEF, process=False)
+    assert [each.backend for each in found.models] == ["onnxruntime", "onnxruntime"]
+    assert found.models[1].ratio is not None
+    assert found.models[1].worst_difference == 0
+    with pytest.raises(InputError, match="no backend has an option 'beads'"):
+        measure(linear(), backend=["ort", "ort"], options={"beads": 1})
+
+
+def test_a_backend_that_cannot_take_a_model_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    once = compilation.compile
+    calls: list[str] = []
+
+    def second_fails(*arguments: Any, **options: Any) -> Path:
+        calls.append(options["backend"])
+        if len(calls) == 2:
+            raise GraphoptError("node 7: unheard of")
+        return once(*arguments, **options)
+
+    monkeypatch.setattr(compilation, "compile", second_fails)
+    found = measure(linear(), {"x": X}, backend=["ort", "ort"], plan=BRIEF, process=False)
+    assert len(found.models) == 1
+    assert any("with onnxruntime: node 7: unheard of" in note for note in found.notes)

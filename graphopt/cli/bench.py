@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +36,11 @@ if TYPE_CHECKING:
 )
 @click.option("--target", default="cpu", show_default=True)
 @click.option("--backend", help="By default the first that runs the target.")
+@click.option(
+    "--backends",
+    metavar="NAME,NAME",
+    help="Each model with each of them, in processes of their own; `all` are those usable here.",
+)
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True)
 @click.option(
     "--option",
@@ -78,6 +83,7 @@ def bench(models: Sequence[Path], **options: Any) -> None:
     \b
     graphopt bench model.onnx
     graphopt bench model.onnx small.onnx --threads 2 --per-op
+    graphopt bench model.onnx --backends ort,tvm
     graphopt bench model.onnx small.onnx --inputs samples.npz --json -
     """
     from graphopt import measurement, npz
@@ -91,7 +97,7 @@ def bench(models: Sequence[Path], **options: Any) -> None:
             feeds,
             labels,
             target=options["target"],
-            backend=options["backend"],
+            backend=_backends(options),
             options={"threads": options["threads"], **dict(map(setting, options["settings"]))},
             plan=Plan(options["warmup"], 10, options["seconds"], options["runs"]),
             per_op=options["per_op"],
@@ -104,6 +110,23 @@ def bench(models: Sequence[Path], **options: Any) -> None:
         write_json(result.to_dict(), options["json_to"])
     if not options["quiet"] and options["json_to"] != "-":
         _show(console(), result)
+
+
+def _backends(options: Mapping[str, Any]) -> str | list[str] | None:
+    """The backend or backends that were asked for."""
+    if options["backends"] is None or options["backend"] is not None:
+        if options["backends"] is not None:
+            raise InputError("give --backend or --backends, not both")
+        backend: str | None = options["backend"]
+        return backend
+    if options["backends"] != "all":
+        return [name for name in options["backends"].split(",") if name]
+    from graphopt import backends
+    from graphopt.target import Target
+
+    target = Target.parse(options["target"])
+    every = map(backends.get, backends.names())
+    return [b.name for b in every if b.can_compile(target) is None and b.can_run(target) is None]
 
 
 def _titles(models: Sequence[Path]) -> dict[str, Path]:
@@ -164,7 +187,7 @@ def _show(out: Console, result: Measurement) -> None:
     threads = result.options.get("threads", "")
     out.print(
         f"{machine.cpu}, {machine.cores} cores, threads {threads}, "
-        f"{result.backend} {', '.join(result.versions.values())}; data {result.data}"
+        f"{', '.join(' '.join(pair) for pair in result.versions.items())}; data {result.data}"
     )
     for note in result.notes:
         out.print(f"note: {note}")

@@ -9,6 +9,14 @@ import click
 
 from graphopt.cli._common import console, json_option, write_json
 
+_PACKAGES = {
+    **dict.fromkeys(("numpy", "onnx", "onnx-ir", "onnxruntime", "onnx-graphsurgeon"), ""),
+    "onnxscript": "'graphopt[onnxscript]'",
+    "apache-tvm": "'graphopt[tvm]'",
+    "tensorrt-rtx-cu13-bindings": "'graphopt[tensorrt]'",
+}
+"""What graphopt stands on or can use, and what to install for it where that has another name."""
+
 
 @click.command()
 @click.argument("name", required=False)
@@ -109,27 +117,33 @@ def doctor(json_to: str | None) -> None:
     import importlib.metadata
     import platform
 
-    from graphopt import backends
+    from graphopt import backends, places
+    from graphopt.backends import _cuda_driver
     from graphopt.target import host
 
     packages: dict[str, str] = {}
-    for name in ("numpy", "onnx", "onnx-ir", "onnxruntime", "onnx-graphsurgeon", "onnxscript"):
+    for name, source in _PACKAGES.items():
         try:
             packages[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            packages[name] = f"not installed: pip install {name}"
+            packages[name] = f"not installed: pip install {source or name}"
     data: dict[str, Any] = {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu": host().to_dict(),
         "packages": packages,
         "backends": {n: backends.get(n).is_available() or "ok" for n in backends.names()},
+        "devices": {"cuda": _cuda_driver.missing() or _cuda_driver.architecture()},
+        "folders": {
+            "compiled models": str(places.cache("compiled")),
+            "logs of compilers": str(places.state("logs")),
+        },
     }
     if json_to:
         write_json(data, json_to)
     if json_to != "-":
         out = console()
         out.print(f"python {data['python']} on {data['platform']}")
-        for section in ("packages", "backends"):
+        for section in ("packages", "backends", "devices", "folders"):
             for name, text in data[section].items():
-                out.print(f"{section[:-1]:8} {name:18} {text}")
+                out.print(f"{section[:-1]:8} {name:27} {text}")
