@@ -184,35 +184,6 @@ def optional_of_value(op: Op, node: ir.Node) -> ir.Value | None:
     return made.inputs[0] if made is not None and made.op_type == "Optional" else None
 
 
-@rewrite.on("SequenceAt")
-def element_of_list(op: Op, node: ir.Node) -> ir.Value | None:
-    """An element, by a known position, of a sequence that was just made of its elements."""
-    elements, index = _elements(node), op.scalar(node.inputs[1])
-    if elements is None or not isinstance(index, int):
-        return None
-    if not -len(elements) <= index < len(elements):
-        return None
-    return elements[index]
-
-
-@rewrite.on("ConcatFromSequence")
-def concat_of_list(op: Op, node: ir.Node) -> ir.Value | None:
-    """Concat of a sequence that was just made of its elements."""
-    elements = _elements(node)
-    if not elements or op.attr(node, "new_axis", 0):
-        return None
-    return op.Concat(*elements, axis=op.attr(node, "axis"))
-
-
-def _elements(node: ir.Node) -> list[ir.Value] | None:
-    """The members of the sequence at the first input, where a SequenceConstruct lists them."""
-    sequence = node.inputs[0]
-    made = None if sequence is None else sequence.producer()
-    if made is None or made.op_type != "SequenceConstruct" or made.domain != "":
-        return None
-    return [value for value in made.inputs if value is not None]
-
-
 def _values(op: Op, node: ir.Node, index: int, default: Any = None) -> Any:
     """Elements of an input, in order, where they are followed; `default` where it is absent."""
     value = node.inputs[index] if index < len(node.inputs) else None
@@ -239,6 +210,4 @@ RULES: tuple[Rule, ...] = (
     blocks_of_one,
     reduce_nothing,
     optional_of_value,
-    element_of_list,
-    concat_of_list,
 )
