@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from graphopt import ir
 from graphopt.rewriting import Op, Refuse
+from graphopt.target import Target
 
 MICROSOFT = "com.microsoft"
+
+
+def has_blocked_layout(target: Target) -> bool:
+    """Whether ONNX Runtime convolves in blocks of channels (NCHWc): its builds do on x86 alone."""
+    return target.device == "cpu" and target.arch == "x86_64"
 
 
 def require_cpu_kernel(

@@ -3,7 +3,7 @@
 Why: ONNX Runtime clips within a convolution of its blocked layout, but a Max or Min by itself has
 to leave that layout and return to it: three passes over the tensor in place of one.
 Numerics: exact.
-Needs: ONNX Runtime's CPU, float, a bound between operators of the blocked layout.
+Needs: ONNX Runtime's CPU on x86, float, a bound between operators of the blocked layout.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from graphopt import ir
+from graphopt.passes._vendor import has_blocked_layout
 from graphopt.rewriting import Op, rewrite
 
 _BLOCKED = frozenset(
@@ -22,7 +23,7 @@ _FUSED = frozenset({"Relu", "LeakyRelu", "Sigmoid", "Tanh", "HardSigmoid", "Clip
 @rewrite.on("Max", "Min")
 def convert_max_conv(op: Op, node: ir.Node) -> ir.Value | None:
     """Max(x, c), from one Conv and to another -> Clip(Conv(x, ones, group=channels), c)."""
-    if len(node.inputs) != 2 or op.target.device != "cpu" or op.opset < 11:
+    if len(node.inputs) != 2 or op.opset < 11 or not has_blocked_layout(op.target):
         return None
     for x, bound in (node.inputs, reversed(node.inputs)):
         limit = op.scalar(bound)

@@ -3,7 +3,7 @@
 Why: ONNX Runtime keeps convolutions and their sums in a blocked layout, which the two leave and
 re-enter; with a 1x1 convolution by ones and zeros the whole stage stays in it.
 Numerics: rounding; where a value is not finite, its neighbours' channels become NaN.
-Needs: ONNX Runtime's CPU, float, at most 256 channels.
+Needs: ONNX Runtime's CPU on x86, float, at most 256 channels.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from graphopt import ir
+from graphopt.passes._vendor import has_blocked_layout
 from graphopt.rewriting import Op, Refuse, rewrite
 
 _CHANNELS = 256
@@ -35,8 +36,8 @@ def fuse_shortcut(op: Op, node: ir.Node) -> ir.Value | None:
     if shape is None or len(shape) != 4 or not isinstance(shape[1], int):
         return None
     total = shape[1] + sum(pads)
-    if op.target.device != "cpu":
-        raise Refuse("it pays in ONNX Runtime's blocked layout on CPUs")
+    if not has_blocked_layout(op.target):
+        raise Refuse("it pays in ONNX Runtime's blocked layout, on x86")
     if op.dtype(x) != ir.DataType.FLOAT or total > _CHANNELS:
         raise Refuse("only for floats and few channels")
     weight = np.zeros((total, shape[1], 1, 1), np.float32)

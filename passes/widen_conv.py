@@ -4,7 +4,7 @@ Why: ONNX Runtime makes 8 or 16 channels at a time, however few there are. r col
 channels fill these lanes: the kernel is r-1 wider, the positions are r times fewer. 3 channels of
 9x9 on 720x720, 16 lanes: 0.33 of the time (measured on Zen 5).
 Numerics: rounding; where a value is not finite, columns beside its own become NaN.
-Needs: ONNX Runtime's CPU, float, constant weights, one group, strides and dilations of 1, a known
+Needs: ONNX Runtime's CPU on x86, float, constant weights, one group, strides and dilations of 1, a known
 width that r divides.
 """
 
@@ -16,6 +16,7 @@ import numpy as np
 
 from graphopt import ir
 from graphopt.passes._linear import floats
+from graphopt.passes._vendor import has_blocked_layout
 from graphopt.rewriting import Op, Refuse, rewrite
 
 _GAIN = 0.6
@@ -33,7 +34,7 @@ def widen_conv(op: Op, node: ir.Node) -> ir.Value | None:
     lanes = op.target.alignment
     if x is None or weights is None or weights.ndim != 4 or 2 * weights.shape[0] > lanes:
         return None
-    if op.target.device != "cpu" or op.dtype(x) != ir.DataType.FLOAT:
+    if not has_blocked_layout(op.target) or op.dtype(x) != ir.DataType.FLOAT:
         return None
     plain = all(set(op.attr(node, name) or [1]) == {1} for name in ("strides", "dilations"))
     if not plain or op.attr(node, "group", 1) != 1:
