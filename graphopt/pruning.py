@@ -17,8 +17,10 @@ from graphopt.losses import measure_loss
 from graphopt.measurement import measure
 from graphopt.optimization import optimize
 from graphopt.pruner.batching import batched
+from graphopt.pruner.distillation import train
 from graphopt.pruner.estimating import Size
-from graphopt.pruner.pruning import Options, Pruning, parse_ratios, prune_once, record_of
+from graphopt.pruner.pruning import Options, Pruning, parse_ratios, prune_once
+from graphopt.pruner.records import record_of
 from graphopt.pruner.recovery import Fit, Recovery
 from graphopt.pruner.recovery import recover as refit
 from graphopt.report import Loss
@@ -52,6 +54,8 @@ class PruneReport:
     masked_error: float | None = None
     """Largest relative difference from the original with all that went set to zero."""
     fits: list[Fit] = field(default_factory=list[Fit])
+    training: tuple[float, float] | None = None
+    """Error of the outputs before and after training, relative to their variance."""
     loss: Loss | None = None
     accuracy: tuple[float, float] | None = None
     """Before and after, on data with labels."""
@@ -112,6 +116,7 @@ def prune(
     recover: bool | Recovery = False,
     target: str | Target = "portable",
     benchmark: bool = True,
+    scan: str = "",
     seed: int = 0,
     progress: Tell | None = None,
     report: PruneReport | None = None,
@@ -142,6 +147,7 @@ def prune(
         recover: refit what is left on the data; True, or how.
         target: where latency is measured (portable: this machine) and what is rounded for.
         benchmark: measure latency before and after.
+        scan: file that keeps what the sensitivity scan found, to go on from there.
         seed: of the criterion random.
         progress: called with what is being done.
         report: filled with what was done.
@@ -170,6 +176,7 @@ def prune(
         size=size,
         exact=exact,
         seed=seed,
+        scan=scan,
     )
     _check(max_drop, latency, iterations)
     samples = None if data is None else open_samples(data, original)
@@ -230,7 +237,7 @@ class _Job:
         """All rounds of pruning and recovery, noted in the report."""
         model = files.copy(clean)
         report, rounds = self.report, self.iterations
-        report.fits.clear()
+        report.fits = []
         share = 1 / rounds
         part = dataclasses.replace(
             options,
@@ -239,15 +246,15 @@ class _Job:
             **{k: getattr(options, k) ** share for k in ("params", "flops", "size")},
         )
         first: Pruning | None = None
-        for number in range(rounds):
+        for _ in range(rounds):
             done = prune_once(model, part, self.samples, progress=self.tell)
             self._note(done, first)
             first = first or done
             model = done.model
             record = record_of(model)
             if self.recovery is not None and self.samples is not None and record is not None:
-                fits = refit(model, record, self.samples, self.recovery, self.tell)
-                report.fits = fits if number == rounds - 1 else []
+                report.fits = refit(model, record, self.samples, self.recovery, self.tell)
+                report.training = train(model, record, self.samples, self.recovery, self.tell)
         return model
 
     def _note(self, done: Pruning, first: Pruning | None) -> None:

@@ -47,6 +47,8 @@ class PruneChannels(Pass):
     """Ratios of their own: 'PATTERN=0.3'."""
     exact: bool = False
     """Leave alone what statistics such as LayerNormalization's run over."""
+    scan: str = ""
+    """File that keeps the sensitivity scan."""
     seed: int = 0
     """Of the criterion random."""
 
@@ -72,6 +74,7 @@ class PruneChannels(Pass):
             size=self.size,
             exact=self.exact,
             seed=self.seed,
+            scan=self.scan,
         )
         done = prune_once(files.copy(context.model), options, context.samples)
         context.model = done.model

@@ -14,7 +14,8 @@ from typing import ClassVar
 from graphopt.context import Context
 from graphopt.errors import InputError
 from graphopt.pass_manager import Pass
-from graphopt.pruner.pruning import record_of
+from graphopt.pruner.distillation import train
+from graphopt.pruner.records import record_of
 from graphopt.pruner.recovery import Recovery
 from graphopt.pruner.recovery import recover as refit
 
@@ -33,6 +34,10 @@ class Recover(Pass):
     """How strongly weights are held where they are."""
     rows: int = 256
     """Positions of a sample that enter the fit of a layer."""
+    epochs: int = 0
+    """Then train all weights on the outputs of the unpruned model, so often through the data."""
+    rate: float = 2e-4
+    """Of that training."""
 
     def run(self, context: Context) -> None:
         """Refit the context's model.
@@ -40,7 +45,14 @@ class Recover(Pass):
         Raises:
             InputError: no data, or an option that does not fit.
         """
-        options = Recovery(self.method, self.samples, self.ridge, self.rows)
+        options = Recovery(
+            self.method,
+            self.samples,
+            self.ridge,
+            self.rows,
+            epochs=self.epochs,
+            rate=self.rate,
+        )
         record = record_of(context.model)
         if record is None:
             context.record.refusals.setdefault("nothing was pruned before it", set()).add("model")
@@ -52,3 +64,7 @@ class Recover(Pass):
                 context.changed(
                     "recover", [f"{fit.name}: {fit.before:.3g}"], [f"{fit.name}: {fit.after:.3g}"]
                 )
+        trained = train(context.model, record, context.samples, options, None)
+        if trained is not None:
+            first, last = trained
+            context.changed("train", [f"outputs: {first:.3g}"], [f"outputs: {last:.3g}"])

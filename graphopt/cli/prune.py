@@ -22,6 +22,7 @@ from graphopt.errors import InputError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from graphopt.pruner.recovery import Recovery
     from graphopt.pruning import PruneReport
 
 _SHARE = click.FLOAT
@@ -79,6 +80,19 @@ _LISTED = 5  # weights named for each reason
 @click.option("--iterations", type=click.INT, default=1, show_default=True, metavar="N")
 @click.option("--data", metavar="DATA", help="Samples: .npz, folder, file.py:name, or `random`.")
 @click.option("--recover", is_flag=True, help="Refit what is left on the data; no labels needed.")
+@click.option(
+    "--epochs",
+    type=click.IntRange(0),
+    default=0,
+    metavar="N",
+    help="With --recover: then train on the original's outputs, N times through the data.",
+)
+@click.option(
+    "--scan",
+    default="",
+    metavar="FILE",
+    help="With --scope sensitivity: keep the measured curves there, and go on from them.",
+)
 @click.option("--samples", type=click.IntRange(1), default=512, help="For recovery, at most.")
 @click.option("--target", default="portable", show_default=True, help="See `graphopt targets`.")
 @click.option("--no-benchmark", is_flag=True, help="Do not measure latency.")
@@ -108,19 +122,18 @@ def prune(model: Path, **options: Any) -> None:
         same = output.samefile(model)
         raise InputError(f"{output} {'is the input' if same else 'exists'}; use --overwrite")
     from graphopt import files, pruning
-    from graphopt.pruner.recovery import Recovery
 
     report = pruning.PruneReport(source=str(model))
     passed = (
         *("ratio", "criterion", "scope", "ratios", "params", "flops", "size", "latency"),
         *("max_drop", "round_to", "ignore", "only", "exact", "iterations", "data", "target"),
-        "seed",
+        *("seed", "scan"),
     )
     with limits(options["time_limit"], None), progress(options["quiet"]) as show:
         result = pruning.prune(
             model,
             **{name: options[name] for name in passed},
-            recover=Recovery(samples=options["samples"]) if options["recover"] else False,
+            recover=_recovery(options),
             benchmark=not options["no_benchmark"],
             progress=show,
             report=report,
@@ -131,6 +144,16 @@ def prune(model: Path, **options: Any) -> None:
         write_json({**report.to_dict(), "output": str(output)}, options["json_to"])
     if not options["quiet"] and options["json_to"] != "-":
         _tell(console(), report, output, verbose=options["verbose"])
+
+
+def _recovery(options: dict[str, Any]) -> Recovery | bool:
+    from graphopt.pruner.recovery import Recovery
+
+    if not options["recover"]:
+        if options["epochs"]:
+            raise InputError("--epochs belongs to --recover")
+        return False
+    return Recovery(samples=options["samples"], rows=256, epochs=options["epochs"])
 
 
 def _tell(out: Console, report: PruneReport, output: Path, *, verbose: bool) -> None:
@@ -186,6 +209,10 @@ def _tell_loss(out: Console, report: PruneReport) -> None:
             f"  {'recovery':<11} {len(report.fits)} layers refitted, mean relative error "
             f"{old_mean:.3g} -> {mean:.3g}"
         )
+
+    if report.training is not None:
+        first, last = report.training
+        out.print(f"  {'training':<11} error of the outputs {first:.3g} -> {last:.3g}")
 
 
 def _tell_frozen(out: Console, report: PruneReport, verbose: bool) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import cast
 
 import numpy as np
 
@@ -19,40 +18,19 @@ from graphopt.pruner.estimating import Estimator, Size
 from graphopt.pruner.groups import Groups, find_groups
 from graphopt.pruner.measuring import by_activations, by_reconstruction
 from graphopt.pruner.preparing import prepare
+from graphopt.pruner.records import RECORD, Record, positions, record_of
 from graphopt.pruner.selection import Scores, Selection, by_pattern, check_ratio, meet, select
+from graphopt.pruner.sensitivity import path, scan
 from graphopt.pruner.slopes import by_slope
 from graphopt.random_inputs import workable_feeds
 from graphopt.runner import Runner
 from graphopt.samples import Samples
 from graphopt.shapes import Shapes
 
-__all__ = [
-    "RECORD",
-    "Options",
-    "Positions",
-    "Pruning",
-    "Record",
-    "parse_ratios",
-    "prune_once",
-    "record_of",
-]
+__all__ = ["Options", "Pruning", "parse_ratios", "prune_once"]
 
 _RANKED, _SLOPED = 256, 32
 """Samples that criteria look at, at most."""
-
-RECORD = "graphopt.pruning"
-"""Key of a pruned model's `meta`: a Record. It lives as long as the process, not in files."""
-
-Positions = dict[str, dict[int, Axis]]
-"""Value name → axis → which positions of the unpruned model's axis are left."""
-
-
-@dataclass(frozen=True)
-class Record:
-    """What recovery needs to know: the model before anything was pruned, and what is left of it."""
-
-    teacher: ir.Model
-    kept: Positions
 
 
 @dataclass(frozen=True)
@@ -72,6 +50,8 @@ class Options:
     size: float = 0.0
     exact: bool = False
     seed: int = 0
+    scan: str = ""
+    """File that keeps the sensitivity scan."""
 
     def __post_init__(self) -> None:
         check_ratio(self.ratio)
@@ -193,11 +173,10 @@ def choose(
     """The groups that go: by ratio, or as few as a budget of parameters and operations allows."""
     total = estimate(groups.kept(np.zeros(0, np.int64)))
 
-    def by_ratio(ratio: float) -> Axis:
-        ratios: Mapping[str, float] | float = ratio
-        if options.ratios:
-            ratios = by_pattern(groups, options.ratios, ratio)
-        return select(groups, scores, ratios, options.how)
+    if options.scope == "sensitivity":
+        by_ratio = _by_sensitivity(groups, scores, options, estimate, samples, tell)
+    else:
+        by_ratio = _uniformly(groups, scores, options)
 
     def parameters(gone: Axis) -> float:
         return estimate(groups.kept(gone)).parameters / max(total.parameters, 1)
@@ -211,6 +190,43 @@ def choose(
     budgets = [(options.params, parameters), (options.flops, operations), (options.size, weights)]
     found = [meet(by_ratio, size, limit) for limit, size in budgets if limit]
     return max(found, key=len) if found else by_ratio(options.ratio)
+
+
+def _uniformly(groups: Groups, scores: Scores, options: Options) -> Callable[[float], Axis]:
+    """The groups that go by ratio: of each family or of all together."""
+
+    def by_ratio(ratio: float) -> Axis:
+        ratios: Mapping[str, float] | float = ratio
+        if options.ratios:
+            ratios = by_pattern(groups, options.ratios, ratio)
+        return select(groups, scores, ratios, options.how)
+
+    return by_ratio
+
+
+def _by_sensitivity(
+    groups: Groups,
+    scores: Scores,
+    options: Options,
+    estimate: Estimator,
+    samples: Samples | None,
+    tell: Callable[[str], None],
+) -> Callable[[float], Axis]:
+    """The groups that go by ratio: the steps that cost the outputs least, up to that share."""
+    if samples is None:
+        raise InputError("scope sensitivity needs data: --data")
+    curves = scan(groups, scores, samples, options.how, tell, options.scan)
+    by = "parameters" if options.params or options.size else "flops"
+    steps = path(groups, curves, estimate, options.how, by)
+    fixed = by_pattern(groups, options.ratios, -1.0) if options.ratios else {}
+
+    def by_ratio(ratio: float) -> Axis:
+        shares = {family.name: 0.0 for family in groups.families}
+        shares.update(steps[: round(ratio * len(steps))])
+        shares.update({name: share for name, share in fixed.items() if share >= 0})
+        return select(groups, scores, shares, options.how)
+
+    return by_ratio
 
 
 def _verify(pruning: Pruning, samples: Samples | None) -> float | None:
@@ -239,28 +255,11 @@ def _verify(pruning: Pruning, samples: Samples | None) -> float | None:
     return worst
 
 
-def record_of(model: ir.Model) -> Record | None:
-    """What was noted when a model was pruned; None where it was not, or was loaded since."""
-    found: object = cast("Mapping[str, object]", model.meta).get(RECORD)
-    return found if isinstance(found, Record) else None
-
-
 def remember(pruning: Pruning) -> None:
     """Note in the pruned model what is left of the first one, through all rounds."""
     earlier = record_of(pruning.groups.model)
-    kept: Positions = {}
-    for value, axes in pruning.groups.trace.axes.items():
-        name = value.name or ""
-        older = earlier.kept.get(name, {}) if earlier is not None else {}
-        for index, axis in enumerate(axes):
-            base = older.get(index)
-            left = pruning.kept.positions(axis)
-            if base is not None and len(base) == len(axis):
-                left = base[left]
-            elif len(left) == len(axis):
-                continue
-            kept.setdefault(name, {})[index] = left
     teacher = pruning.groups.model if earlier is None else earlier.teacher
+    kept = positions(pruning.groups, pruning.kept, earlier)
     pruning.model.meta[RECORD] = Record(teacher, kept)
 
 

@@ -9,7 +9,7 @@ with an earlier value follows, the sum is what is fitted, so that residual strea
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -20,15 +20,18 @@ from graphopt import ir
 from graphopt.errors import InputError
 from graphopt.gram import LINEAR, column_blocks, weight_matrix, weight_tensor
 from graphopt.pruner.batching import batched
-from graphopt.pruner.pruning import Record
+from graphopt.pruner.records import Record
+from graphopt.runner import Runner
 from graphopt.samples import Samples
 from graphopt.taps import tap
 
-__all__ = ["Fit", "Recovery", "recover"]
+__all__ = ["Fit", "Recovery", "outputs_of", "recover"]
 
 Reals = npt.NDArray[np.floating[Any]]
 Floats = npt.NDArray[np.float64]
 Tell = Callable[[str], None]
+
+_BATCH = 32
 
 METHODS = ("reconstruct", "bias", "statistics")
 
@@ -44,16 +47,22 @@ class Recovery:
     """At most so many samples are used."""
     ridge: float = 1e-3
     """How strongly weights are held, relative to the mean square of what they multiply."""
-    rows: int = 1024
+    rows: int = 256
     """At most so many positions of a sample enter each fit."""
     batch: int = 16
     """Samples run at once, where the model takes any number."""
+    epochs: int = 0
+    """Then train all weights on the outputs of the unpruned model, so often through the data."""
+    rate: float = 2e-4
+    """Of that training."""
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise InputError(f"method is one of {', '.join(METHODS)}, not {self.method!r}")
         if self.samples < 1 or self.rows < 1 or self.batch < 1:
             raise InputError("samples, rows and batch are at least 1")
+        if self.epochs < 0 or not self.rate > 0:
+            raise InputError("epochs are at least 0, and the rate is greater than 0")
         if not self.ridge > 0:
             raise InputError(f"ridge is greater than 0, not {self.ridge:g}")
 
@@ -95,9 +104,12 @@ def recover(
     samples: Samples,
     options: Recovery,
     progress: Tell | None = None,
+    *,
+    only: Collection[str] | None = None,
 ) -> list[Fit]:
     """Refit a pruned model's weights in place, towards the model of the record.
 
+    `only` names the results of nodes that are refitted, all others staying as they are.
     Memory: the sums of one layer, and its inputs for one batch.
 
     Raises:
@@ -109,6 +121,8 @@ def recover(
     affected = _affected(model, record)
     order = {node: index for index, node in enumerate(model.graph)}
     nodes = [node for node in model.graph if node in affected and node.outputs[0].name in teacher]
+    if only is not None:
+        nodes = [node for node in nodes if node.outputs[0].name in only]
     fits: list[Fit] = []
     for number, node in enumerate(nodes):
         if progress is not None:
@@ -373,3 +387,10 @@ def _restate(model: ir.Model, node: ir.Node, data: Samples, options: Recovery) -
         kind = ir.array(value)
         assert kind is not None
         value.const_value = ir.tensor(array.astype(kind.dtype), name=value.name)
+
+
+def outputs_of(model: ir.Model, data: Samples) -> Iterator[dict[str, Any]]:
+    """The model's outputs, batch by batch."""
+    runner = Runner(model, optimize=True)
+    for feeds in batched(model, data, _BATCH):
+        yield runner.run(feeds)

@@ -1,0 +1,139 @@
+"""What the outputs lose where one family is pruned, and ratios that follow from it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+
+from graphopt import atomic, ir
+from graphopt.errors import InputError
+from graphopt.pruner.applying import apply
+from graphopt.pruner.atoms import Axis
+from graphopt.pruner.estimating import Estimator, Size
+from graphopt.pruner.groups import Family, Groups
+from graphopt.pruner.measuring import readers
+from graphopt.pruner.records import Record, positions
+from graphopt.pruner.recovery import Recovery, outputs_of, recover
+from graphopt.pruner.selection import Scores, Selection, kept_count
+from graphopt.pruner.slopes import distance
+from graphopt.samples import Samples
+
+__all__ = ["SHARES", "Curves", "path", "scan"]
+
+SHARES = (0.25, 0.5, 0.75)
+Curves = dict[str, dict[float, float]]
+"""Family → share of it that goes → what the outputs lose, relative to their variance."""
+Tell = Callable[[str], None]
+
+_SAMPLES = 64
+_STEP = 1 / 16
+
+
+def scan(
+    groups: Groups,
+    scores: Scores,
+    samples: Samples,
+    how: Selection,
+    tell: Tell,
+    file: str = "",
+) -> Curves:
+    """Prune each family by itself at several ratios, refit what reads it, and compare outputs.
+
+    With a file the results are kept there as they come, and what is there already for the same
+    model, data and ranking is not done again.
+
+    Raises:
+        InputError: a file that is none of this kind.
+    """
+    data = samples.take(_SAMPLES)
+    key = _key(groups, scores, data, how)
+    curves = _read(file, key)
+    before = list(outputs_of(groups.model, data))
+    for number, family in enumerate(groups.families):
+        if len(curves.get(family.name, {})) == len(SHARES):
+            continue
+        tell(f"sensitivity {number + 1} of {len(groups.families)}: {family.name}")
+        found: dict[float, float] = {}
+        for share in SHARES:
+            gone = _least(family, scores, share, how)
+            after = outputs_of(_refitted(groups, gone, family, data), data)
+            pairs = zip(before, after, strict=True)
+            found[share] = float(np.mean([distance(a, b) for a, b in pairs]))
+        curves[family.name] = found
+        if file:
+            text = json.dumps({"key": key, "curves": curves}, indent=1).encode()
+            _write(Path(file), text)
+    return curves
+
+
+def _write(file: Path, text: bytes) -> None:
+    atomic.write(file, lambda out: out.write(text))
+
+
+def _least(family: Family, scores: Scores, share: float, how: Selection) -> Axis:
+    order = np.argsort(scores[family.roots], kind="stable")
+    return family.roots[order[: len(family.roots) - kept_count(family, share, how)]]
+
+
+def _refitted(groups: Groups, gone: Axis, family: Family, data: Samples) -> ir.Model:
+    kept = groups.kept(gone)
+    model = apply(groups, kept)
+    record = Record(groups.model, positions(groups, kept, None))
+    names = {node.outputs[0].name or "" for node in readers([family])}
+    recover(model, record, data, Recovery(samples=_SAMPLES, rows=64), only=names)
+    return model
+
+
+def _key(groups: Groups, scores: Scores, data: Samples, how: Selection) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(f"{data.key} {how}".encode())
+    for family in groups.families:
+        digest.update(family.name.encode())
+        digest.update(np.argsort(scores[family.roots], kind="stable").astype(np.int64).tobytes())
+    return digest.hexdigest()
+
+
+def _read(file: str, key: str) -> Curves:
+    if not file or not Path(file).exists():
+        return {}
+    try:
+        data = json.loads(Path(file).read_text(encoding="utf-8"))
+        curves = cast("dict[str, dict[str, float]]", data["curves"])
+        if data["key"] != key:
+            return {}
+        return {n: {float(s): float(d) for s, d in c.items()} for n, c in curves.items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(f"{file} holds no sensitivity scan: {error}") from error
+
+
+def path(
+    groups: Groups, curves: Curves, estimate: Estimator, how: Selection, by: str
+) -> list[tuple[str, float]]:
+    """Steps, each a family and the share of it that goes then, the cheapest first.
+
+    A step costs what the outputs lose by it for what it saves of `by`: `parameters` or `flops`.
+    """
+    whole = _measure(estimate(groups.kept(np.zeros(0, np.int64))), by)
+    steps: list[tuple[float, float, str]] = []
+    for family in groups.families:
+        half = family.roots[: len(family.roots) // 2]
+        saved = 2 * (whole - _measure(estimate(groups.kept(half)), by)) / max(whole, 1)
+        curve = curves[family.name]
+        shares = np.arange(_STEP, 1 - how.least + 1e-9, _STEP)
+        losses = np.interp(shares, [0.0, *SHARES], [0.0, *(curve[s] for s in SHARES)])
+        beyond = shares > SHARES[-1]
+        slope = max(curve[SHARES[-1]] - curve[SHARES[-2]], 0.0) / (SHARES[-1] - SHARES[-2])
+        losses = losses + np.where(beyond, 2 * slope * (shares - SHARES[-1]), 0.0)
+        rate = np.diff(np.maximum.accumulate(np.concatenate([[0.0], losses])))
+        price = np.maximum.accumulate(rate) / max(saved * _STEP, 1e-12)
+        steps += [(float(p), float(s), family.name) for p, s in zip(price, shares, strict=True)]
+    return [(name, share) for _, share, name in sorted(steps)]
+
+
+def _measure(size: Size, by: str) -> int:
+    return size.parameters if by == "parameters" else size.flops
