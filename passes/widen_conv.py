@@ -4,8 +4,8 @@ Why: ONNX Runtime makes 8 or 16 channels at a time, however few there are. r col
 channels fill these lanes: the kernel is r-1 wider, the positions are r times fewer. 3 channels of
 9x9 on 720x720, 16 lanes: 0.33 of the time (measured on Zen 5).
 Numerics: rounding; where a value is not finite, columns beside its own become NaN.
-Needs: ONNX Runtime's CPU on x86, float, constant weights, one group, strides and dilations of 1, a known
-width that r divides.
+Needs: ONNX Runtime's CPU on x86, float, constant weights, one group, strides and dilations of 1, a
+known width that r divides.
 """
 
 from __future__ import annotations
