@@ -34,16 +34,17 @@ class QuantizeStatic(Pass):
 
     placement: str = ""
     """A table by name (ort-x86, ort-arm, tensorrt, tvm …); the target's by default."""
-    ranges: str = "mse"
-    """minmax, average, percentile, entropy, mse or lp."""
+    ranges: str = ""
+    """minmax, average, percentile, entropy, mse or lp (the default)."""
     percentile: float = 99.99
-    power: float = 2.4
+    power: float = 3.0
+    """Of the error that lp makes small."""
     activations: str = ""
     """A type: uint8, int8, uint16, int16, e4m3, e5m2; the table's by default."""
     weights: str = ""
     """A type: int8, uint8, int4, e4m3 …; the table's by default."""
     per_channel: bool = True
-    rounding: str = "nearest"
+    rounding: str = "gptq"
     """Of weights: nearest, or gptq, which makes up for errors within a layer."""
     keep: tuple[str, ...] = ()
     """Nodes that stay in floats."""
@@ -52,11 +53,14 @@ class QuantizeStatic(Pass):
         if context.samples is None:
             raise InputError("quantize-static needs data: --data")
         table = self.table(context)
-        how = Ranges(self.ranges, self.percentile, self.power)
         raise_opset(context, table)
         base = files.copy(context.model)
-        static = Static(base, table, context.samples, how, self.rounding)
+        static = Static(base, table, context.samples, self.how(), self.rounding)
         static.insert(context, self.keep)
+
+    def how(self) -> Ranges:
+        """How ranges are chosen."""
+        return Ranges(self.ranges or "lp", self.percentile, self.power)
 
     def table(self, context: Context) -> Table:
         """The target's table with what the options change of it."""

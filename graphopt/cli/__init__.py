@@ -16,6 +16,7 @@ from graphopt.cli.inspect import inspect
 from graphopt.cli.list import doctor, passes, targets
 from graphopt.cli.optimize import optimize
 from graphopt.cli.prune import prune
+from graphopt.cli.quantize import quantize
 from graphopt.cli.surgery import edit, extract, merge, split
 
 
@@ -54,5 +55,6 @@ for command in (
     passes,
     targets,
     doctor,
+    quantize,
 ):
     main.add_command(command)

@@ -1,0 +1,227 @@
+"""`graphopt quantize` and `graphopt check`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from graphopt.cli._common import (
+    MODEL,
+    Size,
+    check_destination,
+    console,
+    json_option,
+    limits,
+    progress,
+    write_json,
+)
+from graphopt.errors import InputError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from graphopt.images import Images
+    from graphopt.quantization import Quantization
+
+_WORST = 8  # layers that are shown
+
+
+@click.command(no_args_is_help=True)
+@click.argument("model", type=MODEL)
+@click.option(
+    "--data",
+    required=True,
+    help="Samples: .npz, .npy, a folder, file.py:function (which is executed), or `random`.",
+)
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="The file to write.")
+@click.option("--target", default="cpu", show_default=True)
+@click.option(
+    "--method", type=click.Choice(["auto", "static", "dynamic"]), default="auto", show_default=True
+)
+@click.option("--samples", "limit", type=click.IntRange(1), help="Use only the first so many.")
+@click.option("--ranges", help="minmax, average, percentile, entropy, mse or lp.")
+@click.option("--activations", help="A type: uint8, int8, uint16, int16, e4m3, e5m2.")
+@click.option("--weights", help="A type: int8, uint8, int16, int4, e4m3 …")
+@click.option("--placement", help="A table of placements by name instead of the target's.")
+@click.option("--keep", multiple=True, metavar="NODE", help="Leave in floats (repeatable).")
+@click.option(
+    "--max-drop",
+    type=click.FloatRange(0),
+    help="Of the metric (0.01 is a point); keeps operators in floats until it holds.",
+)
+@click.option(
+    "--metric",
+    metavar="FILE.py:FUNCTION",
+    help="A figure of outputs and labels, higher is better; the file is executed.",
+)
+@click.option("--max-latency", type=click.FloatRange(0), metavar="MS")
+@click.option("--max-size", type=Size(), metavar="BYTES", help="Of the weights.")
+@click.option("--force", is_flag=True, help="Write the result even if it is not faster.")
+@click.option("--dry-run", is_flag=True, help="Do all of it and write nothing.")
+@click.option("--overwrite", is_flag=True)
+@click.option("--cache", type=click.Path(file_okay=False, path_type=Path))
+@click.option("--no-cache", is_flag=True, help="Forget what calibration saw.")
+@click.option("--image-size", metavar="HxW", help="Of a folder of images.")
+@click.option("--mean", help="Of images, in pixels of 0 to 255: one number, or one per colour.")
+@click.option("--std", help="Likewise.")
+@click.option("--layout", type=click.Choice(["nchw", "nhwc"]))
+@click.option("--order", type=click.Choice(["rgb", "bgr"]), default="rgb", show_default=True)
+@click.option(
+    "--seconds",
+    type=click.FloatRange(0),
+    default=0.6,
+    show_default=True,
+    help="To measure latency for; 0 leaves it out.",
+)
+@json_option
+@click.option("-q", "--quiet", is_flag=True)
+@click.option("-v", "--verbose", is_flag=True, help="All layers.")
+@click.option("--time-limit", type=click.FloatRange(min=0), metavar="SECONDS")
+def quantize(model: Path, **options: Any) -> None:
+    """Quantize MODEL with samples of its inputs, and say what that cost and gained.
+
+    Where the result is not faster than floats, nothing is written and the exit code is 1, unless
+    --force says otherwise.
+
+    \b
+    graphopt quantize model.onnx --data samples.npz -o int8.onnx
+    graphopt quantize model.onnx --data photos/ --mean 127.5 --std 127.5 -o int8.onnx
+    graphopt quantize model.onnx --data feeds.py:feeds --target arm64 --max-drop 0.01 -o int8.onnx
+    """
+    from graphopt import files, quantization
+
+    output: Path | None = options["output"]
+    if output is None and not options["dry_run"]:
+        raise InputError("say where to write the result with -o, or use --dry-run")
+    if output is not None:
+        check_destination(output)
+        if output.exists() and not options["overwrite"]:
+            raise InputError(f"{output} exists; use --overwrite")
+    report = quantization.Quantization()
+    with limits(options["time_limit"], None), progress(options["quiet"]) as show:
+        result = quantization.quantize(
+            model,
+            options["data"],
+            target=options["target"],
+            method=options["method"],
+            options=_pass(options),
+            limit=options["limit"],
+            images=_images(options),
+            metric=_metric(options["metric"]),
+            max_drop=options["max_drop"],
+            max_latency=options["max_latency"],
+            max_size=options["max_size"],
+            force=options["force"],
+            cache=_cache(options),
+            seconds=options["seconds"],
+            progress=show,
+            report=report,
+        )
+        if output is not None and not options["dry_run"] and not report.refused:
+            files.save(result, output, overwrite=options["overwrite"])
+    if options["json_to"]:
+        write_json(report.to_dict(), options["json_to"])
+    if not options["quiet"] and options["json_to"] != "-":
+        _show(console(), report, options["verbose"])
+    if report.refused:
+        raise SystemExit(1)
+
+
+def _pass(options: dict[str, Any]) -> Any:
+    from graphopt.pass_manager import load_pass
+
+    given = {n: options[n] for n in ("ranges", "activations", "weights", "placement")}
+    chosen = {name: value for name, value in given.items() if value is not None}
+    return load_pass("quantize-static", {**chosen, "keep": tuple(options["keep"])})
+
+
+def _cache(options: dict[str, Any]) -> Path | None:
+    from graphopt.quantizer.calibration import cache_folder
+
+    if options["no_cache"]:
+        return None
+    return options["cache"] or cache_folder()
+
+
+def _metric(text: str | None) -> Any:
+    from graphopt._sources import user_function
+
+    return None if text is None else user_function(text)
+
+
+def _images(options: dict[str, Any]) -> Images:
+    from graphopt.images import Images
+
+    size = None
+    if options["image_size"]:
+        size = tuple(int(v) for v in _numbers(options["image_size"].replace("x", ",")))
+        if len(size) != 2:
+            raise InputError("--image-size is written HEIGHTxWIDTH")
+    return Images(
+        mean=_numbers(options["mean"]) if options["mean"] else None,
+        std=_numbers(options["std"]) if options["std"] else None,
+        size=size,
+        layout=options["layout"] or "",
+        order=options["order"],
+    )
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise InputError(f"{text!r} is no list of numbers with commas between them") from error
+
+
+def _show(out: Console, report: Quantization, verbose: bool) -> None:
+    from rich import box
+    from rich.table import Table
+
+    from graphopt.cli._report import size
+
+    out.print(f"{report.method} ({report.reason}), {report.placement or report.target}")
+    for step in report.steps:
+        out.print(f"  {step}")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for title in ("", "float", "quantized", ""):
+        table.add_column(title, justify="left" if not title else "right")
+    table.add_row("weights", size(report.bytes_before), size(report.bytes_after), "")
+    if report.milliseconds_before is not None and report.milliseconds_after is not None:
+        before, after = report.milliseconds_before, report.milliseconds_after
+        table.add_row("latency", f"{before:.3g} ms", f"{after:.3g} ms", f"x {report.ratio:.2f}")
+    found = report.score
+    if found is not None:
+        if found.before is not None and found.after is not None:
+            table.add_row("metric", f"{found.before:.4g}", f"{found.after:.4g}", "")
+        if found.agreement is not None:
+            table.add_row("agreement", "", f"{100 * found.agreement:.1f} %", "")
+        noise = "exact" if found.sqnr_db is None else f"{found.sqnr_db:.1f} dB"
+        table.add_row("SQNR", "", noise, f"{found.samples} samples")
+    if report.kernels is not None:
+        kernels = report.kernels
+        table.add_row("integer kernels", "", f"{kernels.integer} of {kernels.total}", "")
+    out.print(table)
+    _show_layers(out, report, verbose)
+    if report.kept:
+        out.print(f"in floats to stay within the budget: {', '.join(report.kept)}")
+    if report.random:
+        out.print("note: calibrated on RANDOM data; figures say nothing about real inputs")
+    for note in report.notes:
+        out.print(f"note: {note}")
+    if report.refused:
+        out.print(f"NOT QUANTIZED: {report.refused}")
+
+
+def _show_layers(out: Console, report: Quantization, verbose: bool) -> None:
+    rows = [layer for layer in report.layers if layer.sqnr_db is not None]
+    if not rows:
+        return
+    if not verbose:
+        rows = sorted(rows, key=lambda layer: layer.sqnr_db or 0.0)[:_WORST]
+        out.print("layers with the most noise:")
+    for layer in rows:
+        decibels = layer.sqnr_db or 0.0
+        bar = "█" * max(1, round(decibels / 2))
+        out.print(f"  {decibels:6.1f} dB  {bar:25} {layer.op:14} {layer.name}")
