@@ -5,6 +5,7 @@ Skipped with the command that sets it up elsewhere; see `sysroot.py`.
 
 from __future__ import annotations
 
+import os
 import pickle
 import subprocess
 from pathlib import Path
@@ -76,7 +77,9 @@ def test_ort_files(python: list[str], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("make", ["digits_cnn", "s8s8"])
-def test_tvm(make: str, python: list[str], tmp_path: Path) -> None:
+def test_tvm(make: str, python: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", os.environ["PATH"])
+    sysroot.add_to_path()
     reason = backends.get("tvm").can_compile(Target.parse("arm64:cortex-a76"))
     if reason is not None:
         pytest.skip(reason)

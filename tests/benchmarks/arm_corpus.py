@@ -28,7 +28,6 @@ from tests._shared import shared
 from tests.arm import sysroot
 
 EMULATED = Path(sysroot.__file__).with_name("emulated.py")
-SECONDS = 900
 
 
 def main() -> None:
@@ -37,12 +36,19 @@ def main() -> None:
     parser.add_argument("models", nargs="*")
     parser.add_argument("--backend", default="onnxruntime")
     parser.add_argument("--target", default="arm64:cortex-a76")
+    parser.add_argument("--seconds", type=float, default=900, help="for each compilation and run")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    sysroot.add_to_path()
     rows: list[dict[str, Any]] = []
     for path in sorted(shared("corpus/models").iterdir()):
         if not options.models or path.name in options.models:
-            rows.append({"model": path.name, **check(path, options.backend, options.target)})
+            rows.append(
+                {
+                    "model": path.name,
+                    **check(path, options.backend, options.target, options.seconds),
+                }
+            )
             print(" ".join(f"{key}={value}" for key, value in rows[-1].items()), flush=True)
     good = [row for row in rows if row["agrees"]]
     whole = [row for row in good if not row["fallback"]]
@@ -51,7 +57,7 @@ def main() -> None:
         options.json.write_text(json.dumps(rows, indent=2))
 
 
-def check(path: Path, backend: str, target: str) -> dict[str, Any]:
+def check(path: Path, backend: str, target: str, seconds: float) -> dict[str, Any]:
     """Compile one model, run it emulated, compare."""
     row: dict[str, Any] = {"agrees": False, "fallback": {}, "error": "", "difference": None}
     model, inputs = path / "model.onnx", path / "inputs.npz"
@@ -59,12 +65,12 @@ def check(path: Path, backend: str, target: str) -> dict[str, Any]:
         folder, outputs = Path(scratch) / "a", Path(scratch) / "outputs"
         try:
             compilation.compile(
-                model, target, folder, backend=backend, options={"threads": 1}, time_limit=SECONDS
+                model, target, folder, backend=backend, options={"threads": 1}, time_limit=seconds
             )
             row["fallback"] = dict(artifact.read(folder).fallback)
             command = [*sysroot.python(), str(EMULATED), str(folder), str(inputs), str(outputs)]
             done = subprocess.run(
-                command, capture_output=True, text=True, timeout=SECONDS, check=False
+                command, capture_output=True, text=True, timeout=seconds, check=False
             )
             row["ran"] = (done.stdout + done.stderr[-300:]).strip().rpartition(": ")[2]
             found = pickle.loads(outputs.read_bytes())
