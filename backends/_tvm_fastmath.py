@@ -77,10 +77,23 @@ def softmax(builder: Any, call: Any) -> Any:
 def _softmax(x: Any) -> Any:
     *outer, size = x.shape
     a, b = te.reduce_axis((0, size), "a"), te.reduce_axis((0, size), "b")
-    top = te.compute(outer, lambda *i: te.max(x(*i, a), axis=a), name="top")
-    power = te.compute(x.shape, lambda *i: exp(x(*i) - top(*i[:-1])), name="power")
-    total = te.compute(outer, lambda *i: te.sum(power(*i, b), axis=b), name="total")
-    return te.compute(x.shape, lambda *i: power(*i) / total(*i[:-1]), name="share")
+
+    def highest(*index: Any) -> Any:
+        return te.max(x(*index, a), axis=a)
+
+    def power(*index: Any) -> Any:
+        return exp(x(*index) - top(*index[:-1]))
+
+    def sum_up(*index: Any) -> Any:
+        return te.sum(powers(*index, b), axis=b)
+
+    def share(*index: Any) -> Any:
+        return powers(*index) / total(*index[:-1])
+
+    top = te.compute(outer, highest, name="top")
+    powers = te.compute(x.shape, power, name="powers")
+    total = te.compute(outer, sum_up, name="total")
+    return te.compute(x.shape, share, name="shares")
 
 
 def _each(name: str, function: Callable[[Any], Any]) -> Callable[[Any, Any], Any]:
@@ -91,7 +104,10 @@ def _each(name: str, function: Callable[[Any], Any]) -> Callable[[Any, Any], Any
             return default(f"relax.{name}")(builder, call)
 
         def compute(x: Any) -> Any:
-            return te.compute(x.shape, lambda *i: function(x(*i)), name=name)
+            def element(*index: Any) -> Any:
+                return function(x(*index))
+
+            return te.compute(x.shape, element, name=name)
 
         return builder.call_te(compute, call.args[0], primfunc_name_hint=name)
 

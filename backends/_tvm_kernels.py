@@ -112,7 +112,8 @@ class Kernels:
                 return te.sum(left_(*outer, row, k) * right_(*outer, k, column), axis=[k])
 
             shape = (*stack, ceil(rows, tile.rows), blocks, tile.columns)
-            product = te.compute(shape, summand, name="product", attrs=_tile_attrs(tile, False))
+            attrs = {**_tile_attrs(tile, False), "stacked": 1}
+            product = te.compute(shape, summand, name="product", attrs=attrs)
             return _result(product, [*stack, rows, columns], tile)
 
         return builder.call_te(

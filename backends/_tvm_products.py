@@ -62,6 +62,7 @@ class _Product:
         self._product, self._result, self._before = product, result, before
         self._tile = notes
         self._depthwise = bool(notes.get("depthwise"))
+        self._shared: Any = None
 
     def run(self) -> None:
         """Cut the loops, order them, and put the result's stage into them."""
@@ -72,7 +73,7 @@ class _Product:
         work = math.prod(extent(s, loop) for loop in s.get_loops(product))
         high, rows = s.split(row, [None, self._tile["rows"]])
         vectors, lanes = s.split(lane, [None, self._tile["lanes"]])
-        stack = self._stack(outer)
+        stack = outer if self._tile.get("stacked") else []  # each has a right side of its own
         if self._depthwise:
             order, bands = self._banded(outer, high, block)
         else:
@@ -100,12 +101,6 @@ class _Product:
         sums = [loop for loop, sort in zip(loops, sorts, strict=True) if sort != 0]
         *outer, row, block, lane = spatial
         return outer, row, block, lane, sums
-
-    def _stack(self, outer: list[Any]) -> list[Any]:
-        """The loops over separate products, which have right sides of their own."""
-        reads = self._schedule.get(self._product).reads
-        constant = any(len(read.region) and _is_packed(read) for read in reads)
-        return [] if constant else outer
 
     def _flatten_result(self) -> None:
         s = self._schedule
@@ -175,9 +170,7 @@ class _Product:
         s = self._schedule
         for block in self._before:
             if bands is not None:
-                place = s.get_loops(self._product)
-                shared = getattr(self, "_shared", None)
-                at = place[0] if shared is not None else bands
+                at = bands if self._shared is None else self._shared
                 s.compute_at(block, at, preserve_unit_loops=True)
                 self._vectorize_copy(block, at)
             else:
@@ -190,8 +183,3 @@ class _Product:
         if is_static(s, last) and lanes > 1:
             _, inner = s.split(last, [None, lanes])
             s.vectorize(inner)
-
-
-def _is_packed(read: Any) -> bool:
-    """Whether a region is of weights in blocks: its last sizes are those of a tile."""
-    return str(read.source.name).startswith("w")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -58,6 +59,34 @@ def mean_axes(op: Op, node: ir.Node) -> list[int] | None:
     return axes if axes and axes == list(range(axes[0], rank)) else None
 
 
+def mean_square(
+    op: Op, reader: Reader, value: ir.Value | None
+) -> tuple[ir.Value, list[int]] | None:
+    """(x, axes) where a value is the mean of x^2 over the last axes, or a sum that is divided."""
+    mean = reader.take(value, "ReduceMean")
+    if mean is None:
+        scale, tensors = reader.factors(value)
+        mean = reader.take(tensors[0], "ReduceSum", "ReduceSumSquare") if tensors else None
+        if mean is None or len(tensors) != 1:
+            return None
+        size = _count(op, mean)
+        if size is None or not reader.near(scale * size, 1.0, None):
+            return None
+    axes = mean_axes(op, mean)
+    x = mean.inputs[0] if mean.op_type == "ReduceSumSquare" else squared(reader, mean.inputs[0])
+    return None if axes is None or x is None else (x, axes)
+
+
+def _count(op: Op, reduction: ir.Node) -> int | None:
+    """How many elements a reduction over the last axes takes together, or None."""
+    axes = mean_axes(op, reduction)
+    shape = None if reduction.inputs[0] is None else op.shape(reduction.inputs[0])
+    if axes is None or shape is None:
+        return None
+    sizes = [size for size in shape[axes[0] :] if isinstance(size, int)]
+    return math.prod(sizes) if len(sizes) == len(axes) else None
+
+
 def squared(reader: Reader, value: ir.Value | None) -> ir.Value | None:
     """What a value is the square of."""
     node = reader.take(value, "Pow", "Mul")
@@ -84,6 +113,22 @@ def normalized(
         raise Refuse("the size of what it normalizes is unknown")
     ones = op.initializer(np.ones([int(str(size)) for size in sizes], dtype.numpy()), "scale")
     return op.build(op_type, [x, ones], {"axis": axes[0] - len(shape), "epsilon": epsilon})[0]
+
+
+def scale_behind_root(op: Op, node: ir.Node) -> ir.Value | None:
+    """x (r c) is (x r) c, r being the reciprocal of a root: a normalization and its scale."""
+    for x, product in (node.inputs, node.inputs[::-1]):
+        inner = None if product is None else product.producer()
+        if x is None or product is None or inner is None or inner.op_type != "Mul":
+            continue
+        if inner.domain or op.uses(product) != 1 or op.shape(x) != op.shape(node.outputs[0]):
+            continue
+        for root, scale in (inner.inputs, inner.inputs[::-1]):
+            maker = None if root is None else root.producer()
+            if maker is None or maker.op_type != "Reciprocal" or ir.constant(scale) is None:
+                continue
+            return op.Mul(op.Mul(x, root), scale)
+    return None
 
 
 def affine(op: Op, node: ir.Node, op_type: str) -> ir.Value | None:

@@ -33,9 +33,41 @@ def _(op: Op, x: ir.Value) -> ir.Value:
     return op.Div(1.0, op.Add(op.Exp(op.Mul(x, -1.0)), 1.0))
 
 
+@fuse_sigmoid.spelling
+def _(op: Op, x: ir.Value) -> ir.Value:
+    return op.Add(op.Mul(op.Tanh(op.Mul(x, 0.5)), 0.5), 0.5)
+
+
+@fuse_sigmoid.spelling
+def _(op: Op, x: ir.Value) -> ir.Value:
+    return op.Mul(op.Add(op.Tanh(op.Mul(x, 0.5)), 1.0), 0.5)
+
+
 @fuse_sigmoid.replace
 def _(op: Op, x: ir.Value) -> ir.Value:
     return op.Sigmoid(x)
+
+
+@rewrite
+def fuse_gate(op: Op, x: ir.Value) -> ir.Value:
+    """x / (1 + exp(-x))"""
+    return op.Div(x, op.Add(op.Exp(op.Neg(x)), 1.0))
+
+
+@fuse_gate.replace
+def _(op: Op, x: ir.Value) -> ir.Value:
+    return op.Mul(x, op.Sigmoid(x))
+
+
+@rewrite
+def fuse_stable_softplus(op: Op, x: ir.Value) -> ir.Value:
+    """max(x, 0) + log(exp(-|x|) + 1), the second term being fused already"""
+    return op.Add(op.Relu(x), op.Softplus(op.Neg(op.Abs(x))))
+
+
+@fuse_stable_softplus.replace
+def _(op: Op, x: ir.Value) -> ir.Value:
+    return op.Softplus(x)
 
 
 @rewrite
@@ -100,12 +132,52 @@ def _(op: Op, x: ir.Value, slope: Const) -> ir.Value:
 
 @fuse_leaky_where.spelling
 def _(op: Op, x: ir.Value, slope: Const) -> ir.Value:
+    return op.Where(op.LessOrEqual(x, 0.0), op.Mul(x, slope), x)
+
+
+@fuse_leaky_where.spelling
+def _(op: Op, x: ir.Value, slope: Const) -> ir.Value:
     return op.Sub(op.Relu(x), op.Mul(op.Relu(op.Neg(x)), slope))
+
+
+@fuse_leaky_where.spelling
+def _(op: Op, x: ir.Value, slope: Const) -> ir.Value:
+    return op.Add(op.Relu(x), op.Mul(op.Min(x, 0.0), slope))
 
 
 @fuse_leaky_where.replace
 def _(op: Op, x: ir.Value, slope: Const) -> ir.Value | None:
     return leaky(op, x, slope)
+
+
+@rewrite
+def fuse_leaky_sum(op: Op, x: ir.Value, slope: Const) -> ir.Value:
+    """max(x, 0) + (x - |x|) slope / 2"""
+    return op.Add(op.Relu(x), op.Mul(op.Sub(x, op.Abs(x)), slope))
+
+
+@fuse_leaky_sum.replace
+def _(op: Op, x: ir.Value, slope: Const) -> ir.Value | None:
+    return _leaky_times(op, x, slope, 2.0)
+
+
+@rewrite
+def fuse_leaky_negated(op: Op, x: ir.Value, slope: Const) -> ir.Value:
+    """max(x, 0) - slope max(-x, 0), with the slope negated"""
+    return op.Add(op.Relu(x), op.Mul(op.Relu(op.Neg(x)), slope))
+
+
+@fuse_leaky_negated.replace
+def _(op: Op, x: ir.Value, slope: Const) -> ir.Value | None:
+    return _leaky_times(op, x, slope, -1.0)
+
+
+def _leaky_times(op: Op, x: ir.Value, slope: ir.Value, factor: float) -> ir.Value | None:
+    slopes = op.const(slope)
+    if slopes is None or not broadcasts_into(op.shape(slope), op.shape(x)):
+        return None
+    scaled = (slopes.astype(np.float64) * factor).astype(slopes.dtype)
+    return leaky(op, x, op.initializer(scaled, "slope"))
 
 
 def leaky(op: Op, x: ir.Value, slope: ir.Value) -> ir.Value | None:
@@ -135,6 +207,18 @@ def _(op: Op, x: ir.Value, alpha: Const) -> ir.Value | None:
         return None
     _not_double(op, x)
     return op.Elu(x, alpha=float(number))
+
+
+@rewrite
+def fuse_plain_elu(op: Op, x: ir.Value) -> ir.Value:
+    """x where it is positive, else exp(x) - 1"""
+    return op.Where(op.Greater(x, 0.0), x, op.Sub(op.Exp(x), 1.0))
+
+
+@fuse_plain_elu.replace
+def _(op: Op, x: ir.Value) -> ir.Value | None:
+    _not_double(op, x)
+    return op.Elu(x)
 
 
 @rewrite

@@ -44,6 +44,8 @@ class FuseAveragePool(RewritePass):
                 or op.dtype(x) != ir.DataType.FLOAT
             ):
                 return None
+            if any(user.op_type in ("Sub", "Add", "Sqrt") for user in node.outputs[0].consumers()):
+                raise Refuse("it is a part of a normalization")
             anywhere = everywhere and op.target.device != "cpu"
             if not anywhere and not _convolved(x, _STEPS):
                 raise Refuse("a reduction is faster where no convolution comes before it")

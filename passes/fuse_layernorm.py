@@ -10,7 +10,14 @@ from __future__ import annotations
 from graphopt import ir
 from graphopt.passes._algebra import Reader
 from graphopt.passes._linear import floats, narrowed
-from graphopt.passes._normalization import affine, divided_by_root, mean_axes, normalized, squared
+from graphopt.passes._normalization import (
+    affine,
+    divided_by_root,
+    mean_axes,
+    normalized,
+    scale_behind_root,
+    squared,
+)
 from graphopt.rewriting import Op, Refuse, rewrite
 
 
@@ -53,6 +60,38 @@ def centred(op: Op, reader: Reader, value: ir.Value | None) -> tuple[ir.Value, l
     return None if axes is None else (x, axes)
 
 
+@rewrite.on("Add", benefit=4)
+def layernorm_by_terms(op: Op, node: ir.Node) -> ir.Value | None:
+    """x s + (b - mean s) is (x - mean) s + b, as TensorFlow writes it."""
+    for product, rest in (node.inputs, node.inputs[::-1]):
+        first = None if product is None else product.producer()
+        last = None if rest is None else rest.producer()
+        if first is None or last is None or (first.op_type, last.op_type) != ("Mul", "Sub"):
+            continue
+        shift, second = last.inputs[0], last.inputs[1]
+        inner = None if second is None else second.producer()
+        if inner is None or inner.op_type != "Mul" or ir.constant(shift) is None:
+            continue
+        for x, scale in (first.inputs, first.inputs[::-1]):
+            for mean, same in (inner.inputs, inner.inputs[::-1]):
+                maker = None if mean is None else mean.producer()
+                if scale is not same or maker is None or maker.op_type != "ReduceMean":
+                    continue
+                if (
+                    x is not None
+                    and maker.inputs[0] is x
+                    and op.shape(x) == op.shape(node.outputs[0])
+                ):
+                    return op.Add(op.Mul(op.Sub(x, mean), scale), shift)
+    return None
+
+
+@rewrite.on("Mul", benefit=1)
+def layernorm_scale_last(op: Op, node: ir.Node) -> ir.Value | None:
+    """x (r c) is (x r) c, r being the reciprocal of a root."""
+    return scale_behind_root(op, node)
+
+
 @rewrite.on("Mul", "Add", benefit=2)
 def fuse_layernorm_affine(op: Op, node: ir.Node) -> ir.Value | None:
     """A scale or bias after LayerNormalization becomes its own."""
@@ -62,9 +101,14 @@ def fuse_layernorm_affine(op: Op, node: ir.Node) -> ir.Value | None:
 @rewrite.on("Cast", benefit=3)
 def fuse_layernorm_casts(op: Op, node: ir.Node) -> ir.Value | None:
     """Casts to float32 and back around a LayerNormalization, which computes in it anyway."""
+    return around_casts(op, node, "LayerNormalization")
+
+
+def around_casts(op: Op, node: ir.Node, op_type: str) -> ir.Value | None:
+    """A normalization without the casts before it and, at the root, after it."""
     value = node.inputs[0]
     norm = None if value is None else value.producer()
-    if value is None or norm is None or norm.op_type != "LayerNormalization" or norm.domain:
+    if value is None or norm is None or norm.op_type != op_type or norm.domain:
         return None
     wide = norm.inputs[0]
     widening = None if wide is None else wide.producer()

@@ -9,7 +9,14 @@ from __future__ import annotations
 
 from graphopt import ir
 from graphopt.passes._algebra import Reader
-from graphopt.passes._normalization import affine, divided_by_root, mean_axes, normalized, squared
+from graphopt.passes._normalization import (
+    affine,
+    divided_by_root,
+    mean_square,
+    normalized,
+    scale_behind_root,
+)
+from graphopt.passes.fuse_layernorm import around_casts
 from graphopt.rewriting import Op, Refuse, rewrite
 
 
@@ -22,17 +29,42 @@ def fuse_rmsnorm(op: Op, node: ir.Node) -> ir.Value | None:
         power = None if x is None else divided_by_root(reader, node, index)
         if x is None or power is None:
             continue
-        mean = reader.take(power[1], "ReduceMean")
-        axes = None if mean is None else mean_axes(op, mean)
-        if mean is None or axes is None or squared(reader, mean.inputs[0]) is not x:
+        found = mean_square(op, reader, power[1])
+        if found is None:
             continue
+        scale = None if found[0] is x else _scaled(op, reader, x, found[0])
+        if found[0] is not x and scale is None:
+            continue
+        x, axes = found
         outside = reader.outside()
         if outside is not None:
             raise Refuse(f"{outside!r} is used elsewhere")
         if op.opset < 23:
             raise Refuse("needs opset 23")
-        return normalized(op, "RMSNormalization", x, axes, power[0])
+        result = normalized(op, "RMSNormalization", x, axes, power[0])
+        return result if scale is None or result is None else op.Mul(result, scale)
     return None
+
+
+def _scaled(op: Op, reader: Reader, value: ir.Value, x: ir.Value) -> ir.Value | None:
+    """The constant that a value is x multiplied by."""
+    product = reader.take(value, "Mul")
+    for operand, scale in () if product is None else (product.inputs, product.inputs[::-1]):
+        if operand is x and ir.constant(scale) is not None and op.shape(value) == op.shape(x):
+            return scale
+    return None
+
+
+@rewrite.on("Mul", benefit=1)
+def rmsnorm_scale_last(op: Op, node: ir.Node) -> ir.Value | None:
+    """x (r c) is (x r) c, r being the reciprocal of a root."""
+    return scale_behind_root(op, node)
+
+
+@rewrite.on("Cast", benefit=3)
+def fuse_rmsnorm_casts(op: Op, node: ir.Node) -> ir.Value | None:
+    """Casts to float32 and back around an RMSNormalization, which computes in it anyway."""
+    return around_casts(op, node, "RMSNormalization")
 
 
 @rewrite.on("Mul", benefit=2)

@@ -69,6 +69,31 @@ def fuse_log_sum(op: Op, node: ir.Node) -> ir.Value | None:
     return op.LogSoftmax(x, axis=_checked(op, x, axis))
 
 
+@rewrite.on("Add", benefit=4)
+def fuse_log_sum_exp(op: Op, node: ir.Node) -> ir.Value | None:
+    """max(x) + log(sum(exp(x - max(x))))."""
+    for peak, rest in (node.inputs, node.inputs[::-1]):
+        logarithm = _only(op, rest, "Log")
+        total = None if logarithm is None else _only(op, logarithm.inputs[0], "ReduceSum")
+        power = None if total is None else _only(op, total.inputs[0], "Exp")
+        difference = None if power is None else _only(op, power.inputs[0], "Sub")
+        maximum = None if peak is None else peak.producer()
+        if total is None or difference is None or maximum is None:
+            continue
+        x = difference.inputs[0]
+        if x is None or difference.inputs[1] is not peak or maximum.op_type != "ReduceMax":
+            continue
+        axis = _axis(op, total, x)
+        if maximum.domain or maximum.inputs[0] is not x or axis is None:
+            continue
+        if _axis(op, maximum, x) != axis:
+            continue
+        if op.opset >= 18:
+            return op.ReduceLogSumExp(x, [axis], keepdims=1)
+        return op.ReduceLogSumExp(x, axes=[axis], keepdims=1)
+    return None
+
+
 def _only(op: Op, value: ir.Value | None, op_type: str) -> ir.Node | None:
     """The producer of a value that nothing else uses, if it is of that type."""
     node = None if value is None else value.producer()

@@ -55,6 +55,15 @@ def merge_clips(op: Op, node: ir.Node) -> ir.Value | None:
     return _clip(op, source, total)
 
 
+@rewrite.on("Max")
+def maximum_with_zero(op: Op, node: ir.Node) -> ir.Value | None:
+    """max(x, 0) is Relu, which runtimes fuse."""
+    found = _bounds(op, node)
+    if found is None or found[1] != _Bounds(0.0, math.inf) or op.dtype(found[0]) not in _FLOATS:
+        return None
+    return op.Relu(found[0])
+
+
 def _bounds(op: Op, node: ir.Node) -> tuple[ir.Value, _Bounds] | None:
     """What is bounded, and by what; None where the bounds are not constant numbers."""
     x = node.inputs[0]

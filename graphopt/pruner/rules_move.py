@@ -310,22 +310,23 @@ def _rearrange(trace: Trace, node: ir.Node, x: list[Axis], made: Axes, out: list
         made[out[0]] = table.ravel()
         return
     roots = trace.atoms.roots(table.ravel()).reshape(table.shape)
-    free: list[int] = []
-    costly: list[int] = []
+    whole = len(np.unique(roots))
+    ranked: list[tuple[int, tuple[int, int], int]] = []
     for index in range(table.ndim):
         rows = np.moveaxis(roots, index, 0).reshape(table.shape[index], -1)
         if (rows == rows[:1]).all():
             continue  # the atoms do not vary along it
         pairs = np.arange(len(rows))[:, None] * len(trace.atoms) + rows
-        disjoint = len(np.unique(pairs)) == len(np.unique(roots))
-        (free if disjoint else costly).append(index)
-    candidates = free or sorted(costly, key=lambda i: _preference(table.shape, i))
+        kinds = len(np.unique(pairs))  # as many as rows: nothing new belongs together
+        cost = 0 if kinds == len(rows) == whole else 1 if kinds == whole else 2
+        ranked.append((cost, _preference(table.shape, index), index))
+    candidates = [index for _, _, index in sorted(ranked)]
     index = trace.choices.get(node, candidates[0] if candidates else 0)
     rows = np.moveaxis(table, index, 0).reshape(table.shape[index], -1)
     for column in range(1, rows.shape[1]):
         trace.unite(np.ascontiguousarray(rows[:, 0]), np.ascontiguousarray(rows[:, column]), node)
     made[out[index]] = np.ascontiguousarray(rows[:, 0])
-    if len(candidates) > 1 and not free:
+    if len(candidates) > 1:
         trace.chosen[node] = (index, candidates, made[out[index]])
 
 
