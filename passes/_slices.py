@@ -47,8 +47,10 @@ class Span:
 
 def spans(op: Op, node: ir.Node) -> dict[int, Span] | None:
     """What a Slice takes, by non-negative axis; None where its operands are not constant."""
-    rank = None if node.inputs[0] is None else op.rank(node.inputs[0])
-    if rank is None or node.op_type != "Slice" or node.domain:
+    if node.op_type != "Slice" or node.domain or node.inputs[0] is None:
+        return None
+    rank = op.rank(node.inputs[0])
+    if rank is None:
         return None
     if op.opset < 10:
         starts, ends = op.attr(node, "starts"), op.attr(node, "ends")

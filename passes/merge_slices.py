@@ -22,7 +22,7 @@ def merge_slices(op: Op, node: ir.Node) -> ir.Value | None:
     if value is None or producer is None or op.uses(value) != 1:
         return None
     first, second = spans(op, producer), spans(op, node)
-    source = producer.inputs[0]
+    source = None if first is None else producer.inputs[0]
     if first is None or second is None or source is None:
         return None
     shape, inner = op.shape(source), op.shape(value)
