@@ -174,7 +174,7 @@ def _(op: Op, x: ir.Value, slope: Const) -> ir.Value | None:
 
 def _leaky_times(op: Op, x: ir.Value, slope: ir.Value, factor: float) -> ir.Value | None:
     slopes = op.const(slope)
-    if slopes is None or not broadcasts_into(op.shape(slope), op.shape(x)):
+    if slopes is None:
         return None
     scaled = (slopes.astype(np.float64) * factor).astype(slopes.dtype)
     return leaky(op, x, op.initializer(scaled, "slope"))
