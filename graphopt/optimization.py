@@ -311,8 +311,8 @@ def select(
 
 
 def arranged(chosen: Sequence[Pass], legal: Sequence[Pass]) -> list[Pass]:
-    """Passes and those of a backend; its opset goes first, since what is fused depends on it."""
-    first = [single for single in legal if single.name == "convert-opset"]
+    """Passes and those of a backend; its opset and precision go first: fusions depend on them."""
+    first = [single for single in legal if single.name in ("convert-opset", "convert-float32")]
     return [*first, *chosen, *(single for single in legal if single not in first)]
 
 

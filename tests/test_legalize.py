@@ -73,3 +73,25 @@ def test_a_compiled_model_has_them_too(tmp_path: Path) -> None:
     assert kinds(files.load(folder / "model.onnx")) == ["MatMul", "com.microsoft::QuickGelu"]
     plain = compile_model(proto(FOLDED), "cpu", tmp_path / "b", backend="onnxruntime", level=0)
     assert kinds(files.load(plain / "model.onnx")) == ["MatMul", "Sigmoid", "Mul"]
+
+
+def test_half_precision_is_for_processors_that_have_it() -> None:
+    text = """<ir_version: 10, opset_import: ["" : 23]>
+net (float16[N,8] x) => (float16[N,8] y) {
+  a = Exp (x)
+  y = Tanh (a)
+}
+"""
+    assert kinds(optimize(proto(text), target="arm64:apple-m1")) == ["Exp", "Tanh"]
+    assert kinds(optimize(proto(text), target="arm64:cortex-a72")) == [
+        *("Cast", "Exp", "Tanh", "Cast"),
+    ]
+
+
+def test_only_what_was_measured_to_pay_is_made() -> None:
+    from graphopt.backends._onnxruntime_legalize import MEASURED, passes
+
+    assert all(0 < row.least <= row.most for row in MEASURED)
+    names = [single.name for single in passes(Target.parse("cpu"))]
+    assert "fuse-quick-gelu" in names and len(set(names)) == len(names)
+    assert passes(Target.parse("cuda")) == ()
