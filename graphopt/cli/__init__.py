@@ -16,7 +16,7 @@ from graphopt.cli.inspect import inspect
 from graphopt.cli.list import doctor, passes, targets
 from graphopt.cli.optimize import optimize
 from graphopt.cli.prune import prune
-from graphopt.cli.quantize import quantize
+from graphopt.cli.quantize import check, quantize
 from graphopt.cli.surgery import edit, extract, merge, split
 
 
@@ -56,5 +56,6 @@ for command in (
     targets,
     doctor,
     quantize,
+    check,
 ):
     main.add_command(command)

@@ -225,3 +225,54 @@ def _show_layers(out: Console, report: Quantization, verbose: bool) -> None:
         decibels = layer.sqnr_db or 0.0
         bar = "█" * max(1, round(decibels / 2))
         out.print(f"  {decibels:6.1f} dB  {bar:25} {layer.op:14} {layer.name}")
+
+
+@click.command(no_args_is_help=True)
+@click.argument("model", type=MODEL)
+@click.option("--target", default="cpu", show_default=True)
+@click.option("--placement", help="A table of placements by name instead of the target's.")
+@click.option(
+    "--repair", type=click.Path(path_type=Path), metavar="FILE", help="Write it repaired."
+)
+@click.option("--overwrite", is_flag=True)
+@json_option
+@click.option("-q", "--quiet", is_flag=True)
+def check(model: Path, **options: Any) -> None:
+    """List what in a quantized MODEL the target's runtime cannot use; exit code 1 if anything.
+
+    \b
+    graphopt check int8.onnx --target cpu
+    graphopt check from_another_tool.onnx --repair int8.onnx
+    graphopt check int8.onnx --placement tensorrt --json -
+    """
+    from graphopt import files, optimization
+    from graphopt.quantizer.checking import check_quantized
+    from graphopt.quantizer.placement import table_for
+    from graphopt.target import Target
+
+    repaired: Path | None = options["repair"]
+    if repaired is not None:
+        check_destination(repaired)
+        if repaired.exists() and not options["overwrite"]:
+            raise InputError(f"{repaired} exists; use --overwrite")
+    loaded = files.load(model)
+    table = table_for(Target.parse(options["target"]), options["placement"] or "")
+    found = check_quantized(loaded, table)
+    left = found
+    if repaired is not None:
+        text = f"repair-qdq{{placement={table.name}}}"
+        result = optimization.optimize(loaded, passes=text, target=options["target"])
+        left = check_quantized(result, table)
+        files.save(result, repaired, overwrite=options["overwrite"])
+    if options["json_to"]:
+        rows = [{"rule": v.rule, "node": v.node, "reason": v.reason} for v in left]
+        before = {"violations_before": len(found)} if repaired else {}
+        write_json({"placement": table.name, **before, "violations": rows}, options["json_to"])
+    if not options["quiet"] and options["json_to"] != "-":
+        out = console()
+        for violation in left:
+            out.print(f"{violation.rule:24} {violation.node}: {violation.reason}")
+        was = f", {len(found)} before the repair" if repaired else ""
+        out.print(f"{table.name}: {len(left)} violations{was}")
+    if left:
+        raise SystemExit(1)
