@@ -48,6 +48,12 @@ def product(parts: Sequence[Any]) -> Any:
     return simple(total)
 
 
+def unit(shape: Sequence[Any]) -> int | None:
+    """The number of elements of a shape, without its first size if only that is symbolic."""
+    whole = number(product(shape))
+    return number(product(shape[1:])) if whole is None and len(shape) > 1 else whole
+
+
 def ceil(size: Any, step: int) -> Any:
     """A size rounded up to a multiple of step."""
     return simple((size + step - 1) // step * step)
@@ -73,8 +79,7 @@ def ravel(indices: Sequence[Any], shape: Sequence[Any]) -> Any:
 
 def divides(step: int, size: Any) -> bool:
     """Whether a size is known to be a multiple of step."""
-    known = number(size)
-    return known is not None and known % step == 0
+    return number(simple(size % step)) == 0
 
 
 def fits(need: Any, have: Any) -> bool:

@@ -27,6 +27,7 @@ from graphopt.backends._tvm_indices import (
     same,
     simple,
     sizes,
+    unit,
     unravel,
 )
 from graphopt.backends._tvm_indices import product as product_of
@@ -71,21 +72,32 @@ class Kernels:
     def _dense(self, builder: Any, left: Any, matrix: Any, a: list[Any], dtype: str) -> Any:
         rows = product_of(a[:-1])
         columns = int(matrix.shape[1])
-        tile = choose(number(rows), columns, self.registers, dtype)
+        tile = choose(unit(a[:-1]), columns, self.registers, dtype)
         packed = relax.const(pack(matrix, tile))
 
+        exact = divides(tile.rows, rows)
+        # TVM proves that a symbolic number of rows is covered where no known size is among them
+        flat = exact or number(rows) is not None or all(number(s) is None for s in a[:-1])
+
         def compute(x: Any, w: Any) -> Any:
-            whole = divides(tile.rows, rows)
-            source = _copied_rows(x, a, rows, tile) if not whole else None
+            if exact:
+                source: Any = None
+            elif flat:
+                source = _copied_rows(x, a, rows, tile)
+            else:  # rows of several symbolic axes: tiles along the last of them
+                source = _extended(x, -2, ceil(a[-2], tile.rows))
             k = te.reduce_axis((0, a[-1]), "k")
 
-            def summand(row: Any, block: Any, lane: Any) -> Any:
-                value = x(*unravel(row, a[:-1]), k) if source is None else source(row, k)
+            def summand(*index: Any) -> Any:
+                *row, block, lane = index
+                value = x(*unravel(row[0], a[:-1]), k) if source is None else source(*row, k)
                 return te.sum(value * w(block, k, lane), axis=[k])
 
-            shape = (rows if whole else ceil(rows, tile.rows), w.shape[0], tile.columns)
-            product = te.compute(shape, summand, name="product", attrs=_tile_attrs(tile, True))
-            return _flat_result(product, [*a[:-1], columns], tile)
+            high = [ceil(rows, tile.rows)] if flat else [*a[:-2], ceil(a[-2], tile.rows)]
+            shape = (*high, w.shape[0], tile.columns)
+            product = te.compute(shape, summand, name="product", attrs=_tile_attrs(tile, flat))
+            result = _flat_result if flat else _result
+            return result(product, [*a[:-1], columns], tile)
 
         return builder.call_te(
             compute, left, packed, primfunc_name_hint="dense", primfunc_attrs=_ATTRIBUTES
@@ -104,17 +116,18 @@ class Kernels:
             left_ = x if high else _extended(x, -2, ceil(rows, tile.rows))
             right_ = y if wide else _extended(y, -1, ceil(columns, tile.columns))
             k = te.reduce_axis((0, a[-1]), "k")
-            blocks = ceil(columns, tile.columns) // tile.columns
 
             def summand(*index: Any) -> Any:
-                *outer, row, block, lane = index
-                column = block * tile.columns + lane
+                *outer, row, column = index
                 return te.sum(left_(*outer, row, k) * right_(*outer, k, column), axis=[k])
 
-            shape = (*stack, ceil(rows, tile.rows), blocks, tile.columns)
+            def value(*index: Any) -> Any:
+                return product(*index)
+
+            shape = (*stack, ceil(rows, tile.rows), ceil(columns, tile.columns))
             attrs = {**_tile_attrs(tile, False), "stacked": 1}
             product = te.compute(shape, summand, name="product", attrs=attrs)
-            return _result(product, [*stack, rows, columns], tile)
+            return te.compute([*stack, rows, columns], value, name="result")
 
         return builder.call_te(
             compute, left, right, primfunc_name_hint="matmul", primfunc_attrs=_ATTRIBUTES

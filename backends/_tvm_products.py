@@ -99,7 +99,12 @@ class _Product:
         sorts = [int(v.iter_type) for v in self._schedule.get(self._product).iter_vars]
         spatial = [loop for loop, sort in zip(loops, sorts, strict=True) if sort == 0]
         sums = [loop for loop, sort in zip(loops, sorts, strict=True) if sort != 0]
-        *outer, row, block, lane = spatial
+        if self._tile.get("stacked"):
+            *outer, row, column = spatial
+            width = self._tile["vectors"] * self._tile["lanes"]
+            block, lane = self._schedule.split(column, [None, width])
+        else:
+            *outer, row, block, lane = spatial
         return outer, row, block, lane, sums
 
     def _flatten_result(self) -> None:
