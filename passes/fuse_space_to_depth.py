@@ -1,9 +1,10 @@
-"""Fuse strided slices that are put side by side into SpaceToDepth.
+"""Fuse strided slices that are put side by side into SpaceToDepth, and pixel shuffles by hand.
 
 Why: the first layer of some detectors picks every second pixel four times and concatenates; one
-operator does it, and the order of its channels goes into the weights of the Conv after it.
-Numerics: rounding, as the Conv sums in another order.
-Needs: a Conv with constant weights after the Concat, and nothing else there.
+operator does it, and the order of its channels goes into the weights of the Conv after it. Two
+Reshapes with a Transpose between that deal channels out to blocks are one copy, not three.
+Numerics: rounding, as the Conv sums in another order; exact for pixel shuffles.
+Needs: a Conv with constant weights after the Concat, and nothing else there; known channels.
 """
 
 from __future__ import annotations
@@ -11,9 +12,13 @@ from __future__ import annotations
 import numpy as np
 
 from graphopt import ir
+from graphopt.passes._layout import permutation
 from graphopt.passes._linear import floats
 from graphopt.passes._slices import Span, spans
 from graphopt.rewriting import Op, rewrite
+
+_DEALT = {"CRD": ([0, 1, 4, 2, 5, 3], 2), "DCR": ([0, 3, 4, 1, 5, 2], 1)}
+"""How axes are permuted, and which of them is a block's, by DepthToSpace's mode."""
 
 
 @rewrite.on("Conv", benefit=5)
@@ -44,6 +49,38 @@ def fuse_space_to_depth(op: Op, node: ir.Node) -> ir.Value | None:
     moved = op.initializer(np.ascontiguousarray(weights[:, order]), "weight")
     packed = op.SpaceToDepth(source, blocksize=block)
     return op.build("Conv", [packed, moved, *node.inputs[2:]], node.attributes)[0]
+
+
+@rewrite.on("Reshape", benefit=3)
+def fuse_depth_to_space(op: Op, node: ir.Node) -> ir.Value | None:
+    """Channels dealt out to blocks, in either order, or blocks gathered into channels."""
+    move = None if node.inputs[0] is None else node.inputs[0].producer()
+    view = None if move is None or move.inputs[0] is None else move.inputs[0].producer()
+    if move is None or view is None or (move.op_type, view.op_type) != ("Transpose", "Reshape"):
+        return None
+    x, perm = view.inputs[0], permutation(op, move)
+    shapes = [None if v is None else op.shape(v) for v in (x, view.outputs[0], node.outputs[0])]
+    before, parts, after = shapes
+    if x is None or before is None or parts is None or after is None or move.domain:
+        return None
+    if len(before) != 4 or len(parts) != 6 or len(after) != 4 or parts[0] != before[0]:
+        return None
+    for mode, (dealt, place) in _DEALT.items():
+        block = parts[place]
+        if perm != dealt or not isinstance(block, int) or not isinstance(before[1], int):
+            continue
+        depth = before[1] // (block * block)
+        inner = (depth, block, block) if mode == "CRD" else (block, block, depth)
+        wanted = (before[0], depth, before[2] * block, before[3] * block)
+        if op.opset >= 11 and parts[1:] == (*inner, *before[2:]) and after == wanted:
+            return op.DepthToSpace(x, blocksize=block, mode=mode)
+    if perm == [0, 3, 5, 1, 2, 4] and isinstance(parts[3], int):
+        block = parts[3]
+        gathered = (before[0], before[1] * block * block, parts[2], parts[4])
+        whole = (before[0], before[1], parts[2] * block, parts[4] * block)
+        if parts == (*before[:2], parts[2], block, parts[4], block) and whole == before:
+            return op.SpaceToDepth(x, blocksize=block) if after == gathered else None
+    return None
 
 
 def _divisible(sizes: tuple[object, ...], block: int) -> bool:

@@ -3,13 +3,18 @@
 Why: each Gather is a kernel and a copy; exporters write `x[:, i:i + 1]` as one.
 Numerics: exact.
 Needs: constant indices that are all of an axis of known size; no more nodes than before: elements
-that lose the axis would each take a Squeeze.
+that lose the axis would each take a Squeeze, unless what is computed of them loses it later.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+
 from graphopt import ir
-from graphopt.passes._slices import split
+from graphopt.passes._layout import BROADCASTING, UNARY
+from graphopt.passes._slices import Span, sliced, split
 from graphopt.passes._views import axes_arguments
 from graphopt.rewriting import Op, rewrite
 
@@ -26,6 +31,25 @@ def gather_unsqueeze(op: Op, node: ir.Node) -> ir.Value | None:
         return None
     source = gather.inputs[0]
     return None if source is None else op.Gather(source, [found[1]], axis=found[0])
+
+
+@rewrite.on("Gather")
+def gather_of_neighbours(op: Op, node: ir.Node) -> ir.Value | None:
+    """Elements that follow each other are a Slice, which merges with others."""
+    value, indices = node.inputs[0], op.const(node.inputs[1])
+    shape = None if value is None else op.shape(value)
+    if value is None or not shape or indices is None or indices.ndim != 1 or len(indices) < 2:
+        return None
+    axis = int(op.attr(node, "axis", 0)) % len(shape)
+    first, places = int(indices[0].item()), indices.astype(np.int64)
+    size = shape[axis]
+    if first < 0 or not isinstance(size, int) or op.values(value) is not None:
+        return None
+    if not np.array_equal(places, np.arange(first, first + len(places))):
+        return None
+    if first + len(places) > size or ir.constant(value) is not None:
+        return None
+    return sliced(op, value, {axis: Span(first, first + len(places), 1)})
 
 
 @rewrite.on("Gather")
@@ -49,7 +73,7 @@ def gathers_to_split(op: Op, node: ir.Node) -> dict[ir.Value, ir.Value] | None:
     if not isinstance(size, int) or size < 2 or taken != set(range(size)):
         return None
     if 1 + len(squeezed) > len(gathers):
-        return None
+        return _kept_axis(op, gathers, value, size) if axis == 0 else None
     parts = split(op, value, axis, [1] * size)
     more, attributes = axes_arguments(op, [axis])
     elements = {index: op.Squeeze(parts[index], *more, **attributes) for index in sorted(squeezed)}
@@ -57,6 +81,58 @@ def gathers_to_split(op: Op, node: ir.Node) -> dict[ir.Value, ir.Value] | None:
         gather.outputs[0]: parts[index] if keeps else elements[index]
         for gather, (index, keeps) in gathers.items()
     }
+
+
+def _kept_axis(
+    op: Op, gathers: dict[ir.Node, tuple[int, bool]], value: ir.Value, size: int
+) -> dict[ir.Value, ir.Value] | None:
+    """The operators on elements done with their leading axis, which only the results lose."""
+    region, results = _region(op, gathers)
+    removed, added = len(gathers), 1 + len(results)
+    if not results or added > removed or any(keeps for _, keeps in gathers.values()):
+        return None
+    parts = split(op, value, 0, [1] * size)
+    known = {gather.outputs[0]: parts[index] for gather, (index, _) in gathers.items()}
+    for node in region:
+        inputs = [None if v is None else known.get(v, v) for v in node.inputs]
+        known[node.outputs[0]] = op.build(node.op_type, inputs, node.attributes)[0]
+    more, attributes = axes_arguments(op, [0])
+    return {result: op.Squeeze(known[result], *more, **attributes) for result in results}
+
+
+def _region(op: Op, gathers: Iterable[ir.Node]) -> tuple[list[ir.Node], list[ir.Value]]:
+    """(operators on elements and their results, what of them is used elsewhere)."""
+    inside = dict.fromkeys(gather.outputs[0] for gather in gathers)
+    rank = op.rank(next(iter(inside)))
+    region: list[ir.Node] = []
+    open_values = list(inside)
+    while open_values and len(region) < _MOST_USES:
+        for user in dict.fromkeys(open_values.pop(0).consumers()):
+            if user in region or not _extends(op, user, inside, rank):
+                continue
+            region.append(user)
+            inside[user.outputs[0]] = None
+            open_values.append(user.outputs[0])
+    results = [
+        v
+        for v in inside
+        if v.is_graph_output() or any(u not in region for u in v.consumers()) or not v.consumers()
+    ]
+    return region, results
+
+
+def _extends(op: Op, node: ir.Node, inside: Mapping[ir.Value, None], rank: int | None) -> bool:
+    """Whether an operator computes the same of tensors with a further leading axis of size 1."""
+    if node.domain or len(node.outputs) != 1 or rank is None or next(ir.subgraphs(node), None):
+        return False
+    outer = [v for v in node.inputs if v is not None and v not in inside]
+    if any(ir.constant(v) is None or (op.rank(v) or 0) > rank for v in outer):
+        return False
+    if op.rank(node.outputs[0]) != rank or any(op.rank(v) != rank for v in inside):
+        return False
+    if node.op_type == "MatMul":
+        return rank > 1
+    return node.op_type in UNARY or node.op_type in BROADCASTING
 
 
 def _place(op: Op, node: ir.Node) -> tuple[int, int, bool] | None:
