@@ -49,6 +49,14 @@ def architecture() -> str:
     return f"sm_{digits}"
 
 
+def free_bytes() -> int:
+    """Of the first GPU's memory."""
+    activate()
+    free, total = ctypes.c_size_t(), ctypes.c_size_t()
+    _call("cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total))
+    return int(free.value)
+
+
 def activate() -> None:
     """Make the first GPU's primary context current in this thread."""
     device, context = ctypes.c_int(), ctypes.c_void_p()

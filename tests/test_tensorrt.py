@@ -14,7 +14,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from graphopt import artifact, backends, compilation, models
+from graphopt import artifact, backends, compilation
 from graphopt.backends import Array
 from graphopt.errors import GraphoptError, InputError, MissingError
 from graphopt.target import Target
@@ -247,31 +247,3 @@ def test_an_engine_without_its_gpu(tmp_path: Path) -> None:
     folder = build(half(), tmp_path / "a", "cuda:sm_75")
     with pytest.raises(MissingError, match=r"cannot run here: .*(NVIDIA|the GPU here is)"):
         compilation.load(folder)
-
-
-@pytest.mark.gpu
-@pytest.mark.usefixtures("installed")
-@pytest.mark.parametrize("name", ["digits_cnn"])
-def test_engines_agree_with_the_cpu(name: str, tmp_path: Path) -> None:
-    reason = BACKEND.can_run(Target.parse("cuda"))
-    if reason is not None:
-        pytest.skip(reason)
-    from graphopt import files
-    from graphopt.feeds import workable_feeds
-    from graphopt.shapes import Shapes
-
-    model = files.load(models.path(name))
-    feeds = workable_feeds(model, Shapes(model))
-    sizes = ",".join(f"{n}={'x'.join(map(str, a.shape))}" for n, a in feeds.items())
-    engine = compilation.compile(
-        model, "cuda", tmp_path / "a", backend="tensorrt", options={"shapes": sizes, "tf32": False}
-    )
-    plain_folder = compilation.compile(model, "cpu", tmp_path / "b", backend="ort", level=0)
-    executable = compilation.load(engine)
-    found, expected = executable.run(feeds), compilation.load(plain_folder).run(feeds)
-    for output, value in expected.items():
-        np.testing.assert_allclose(
-            np.asarray(found[output]), np.asarray(value), rtol=1e-3, atol=1e-4
-        )
-    assert (executable.benchmark(feeds, 5) > 0).all()
-    assert executable.profile(feeds, 2)

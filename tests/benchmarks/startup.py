@@ -1,0 +1,75 @@
+"""What loading and first running an artifact costs over ONNX Runtime by itself, in ms.
+
+    python -m tests.benchmarks.startup [MODEL.onnx …]     the models that are shipped, if none
+
+Each way runs in fresh processes, turn by turn; the least of several is what it costs.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from graphopt import compilation, files, models, npz
+from graphopt.feeds import workable_feeds
+from graphopt.shapes import Shapes
+
+TURNS = 7
+OWN = """
+import sys, time
+start = time.perf_counter()
+import numpy, onnxruntime
+feeds = dict(numpy.load(sys.argv[2]))
+settings = onnxruntime.SessionOptions()
+settings.intra_op_num_threads = 1
+name = sys.argv[1] + "/model." + sys.argv[3]
+session = onnxruntime.InferenceSession(name, settings, providers=["CPUExecutionProvider"])
+session.run(None, feeds)
+print((time.perf_counter() - start) * 1e3)
+"""
+OURS = """
+import sys, time
+start = time.perf_counter()
+import numpy
+from graphopt import compilation
+feeds = dict(numpy.load(sys.argv[2]))
+compilation.load(sys.argv[1]).run(feeds)
+print((time.perf_counter() - start) * 1e3)
+assert not {"onnx", "onnx_ir", "onnx_ir._core"} & set(sys.modules)
+"""
+
+
+def main() -> None:
+    """A line per model and format."""
+    paths = [Path(name) for name in sys.argv[1:]] or [
+        models.path(name) for name in ("digits_cnn", "digits_transformer")
+    ]
+    for path in paths:
+        for kind in ("onnx", "ort"):
+            with tempfile.TemporaryDirectory() as scratch:
+                print(path.name, kind, json.dumps(measure(path, kind, Path(scratch))), flush=True)
+
+
+def measure(path: Path, kind: str, scratch: Path) -> dict[str, float]:
+    """Least times of both ways, and how far they are apart."""
+    model = files.load(path)
+    npz.write(scratch / "in.npz", workable_feeds(model, Shapes(model)))
+    folder = compilation.compile(
+        model, "cpu", scratch / "a", backend="ort", options={"format": kind, "threads": 1}
+    )
+    arguments = [str(folder), str(scratch / "in.npz"), kind]
+    times: dict[str, list[float]] = {"onnxruntime": [], "graphopt": []}
+    for _ in range(TURNS):
+        for name, script in (("onnxruntime", OWN), ("graphopt", OURS)):
+            command = [sys.executable, "-c", script, *arguments]
+            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            times[name].append(float(done.stdout))
+    least = {name: round(min(each), 1) for name, each in times.items()}
+    return {**least, "over": round(least["graphopt"] - least["onnxruntime"], 1)}
+
+
+if __name__ == "__main__":
+    main()
