@@ -18,6 +18,8 @@ from graphopt.rewriting import Op, Refuse, rewrite
 
 _MOST_BYTES = 64 << 20  # a merged matrix is a copy in memory, whatever file the parts are in
 
+_FEWEST_GEMMS = 3  # a Gemm and a Split in place of two are no fewer
+
 _MOST_USES = 64  # each product looks at all others
 
 
@@ -61,6 +63,47 @@ def merge_matmuls(op: Op, node: ir.Node) -> dict[ir.Value, ir.Value] | None:
         value = op.Add(value, op.initializer(np.concatenate(biases), "bias"))
     parts = split(op, value, rank - 1, widths)
     return {b.result: part for b, part in zip(branches, parts, strict=True)}
+
+
+@rewrite.on("Gemm")
+def merge_gemms_of_input(op: Op, node: ir.Node) -> dict[ir.Value, ir.Value] | None:
+    """The same of Gemms, with their biases."""
+    x, own = node.inputs[0], _gemm(op, node)
+    if x is None or own is None or op.uses(x) > _MOST_USES:
+        return None
+    users = [u for u in dict.fromkeys(x.consumers()) if u.graph is node.graph]
+    branches = [b for u in users if (b := _gemm(op, u)) is not None and _alike(own, b)]
+    if len(branches) < _FEWEST_GEMMS:
+        return None
+    if sum(b.weights.nbytes for b in branches) > _MOST_BYTES:
+        raise Refuse("the merged matrix would be large")
+    widths = [b.weights.shape[1] for b in branches]
+    inputs: list[Any] = [x, op.initializer(np.concatenate([b.weights for b in branches], axis=1))]
+    biases = [b.bias for b in branches if b.bias is not None]
+    if biases:
+        inputs.append(op.initializer(np.concatenate(biases), "bias"))
+    parts = split(op, op.Gemm(*inputs), 1, widths)
+    return {b.result: part for b, part in zip(branches, parts, strict=True)}
+
+
+def _gemm(op: Op, node: ir.Node) -> _Branch | None:
+    """A Gemm by a constant matrix, with a constant bias or none, or None."""
+    if node.op_type != "Gemm" or node.domain or op.attr(node, "transA", 0):
+        return None
+    if (op.attr(node, "alpha", 1.0), op.attr(node, "beta", 1.0)) != (1.0, 1.0):
+        return None
+    weights = op.const(node.inputs[1])
+    value = node.inputs[2] if len(node.inputs) > 2 else None
+    bias = op.const(value)
+    if weights is None or (value is not None and bias is None):
+        return None
+    weights = weights.T if op.attr(node, "transB", 0) else weights
+    width = weights.shape[1]
+    if bias is not None:
+        if bias.size not in (1, width) or bias.size != (bias.shape[-1] if bias.ndim else 1):
+            return None
+        bias = np.broadcast_to(bias.reshape(-1), (width,))
+    return _Branch(node, weights, None, bias)
 
 
 def _alike(a: _Branch, b: _Branch) -> bool:
