@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from graphopt.optimization import optimize
     from graphopt.pass_manager import PassManager
     from graphopt.pruning import prune
+    from graphopt.quantization import quantize
     from graphopt.report import Report
     from graphopt.rewriting import Refuse, rewrite
     from graphopt.target import Target
@@ -39,6 +40,7 @@ __all__ = [
     "measure",
     "optimize",
     "prune",
+    "quantize",
     "rewrite",
     "save",
     "verify",
@@ -57,6 +59,7 @@ _HOMES = {
     "measure": "measurement",
     "optimize": "optimization",
     "prune": "pruning",
+    "quantize": "quantization",
     "rewrite": "rewriting",
     "save": "files",
     "verify": "verification",

@@ -70,6 +70,8 @@ class QuantizeStatic(Pass):
             "weight": _grid(self.weights, table.weight),
             "per_channel": table.per_channel and self.per_channel,
         }
+        if changed["activation"].floating or changed["weight"].floating:
+            changed["integer_bias"] = False
         return dataclasses.replace(table, **changed)
 
 

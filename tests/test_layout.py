@@ -42,7 +42,8 @@ FLOORS = [
 ]
 PUBLIC = {
     *("GraphoptError", "Model", "PassManager", "Refuse", "Report", "Target"),
-    *("compile", "compress", "load", "measure", "optimize", "prune", "rewrite", "save", "verify"),
+    *("compile", "compress", "load", "measure", "optimize", "prune", "quantize", "rewrite"),
+    *("save", "verify"),
 }
 
 

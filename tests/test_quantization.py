@@ -1,0 +1,320 @@
+"""Quantization from samples to a model: sketches, ranges, placement, choice, budgets, checks."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from click.testing import CliRunner
+
+from graphopt import files, ir
+from graphopt.cli import main
+from graphopt.errors import GateError, InputError
+from graphopt.losses import measure_loss
+from graphopt.quantization import Quantization, quantize
+from graphopt.quantizer.budget import search
+from graphopt.quantizer.calibration import calibrate
+from graphopt.quantizer.checking import check_quantized
+from graphopt.quantizer.grids import Grid
+from graphopt.quantizer.kernels import count_kernels
+from graphopt.quantizer.placement import TABLES, plan
+from graphopt.quantizer.ranges import METHODS, Ranges, noise
+from graphopt.quantizer.scoring import score
+from graphopt.quantizer.sketch import Sketch, Sketches
+from graphopt.samples import open_samples
+from graphopt.shapes import Shapes
+from tests._models import parse
+from tests._text import proto
+
+onnx: Any = importlib.import_module("onnx")
+
+Array = npt.NDArray[Any]
+
+
+def normal(size: int, seed: int = 0) -> Array:
+    """Standard normal numbers."""
+    return np.random.default_rng(seed).standard_normal(size).astype(np.float32)
+
+
+def sketch(*parts: Array) -> Sketch:
+    """What is kept of arrays."""
+    made = Sketch()
+    for part in parts:
+        made.add(part)
+    return made
+
+
+def network(channels: int = 16, size: int = 16) -> ir.Model:
+    """Convolutions, bounds, a residual, pools and a classifier, with random weights."""
+    c = channels
+    made: Any = proto(
+        f"""net (float[1,3,{size},{size}] x) => (float[1,10] y)
+        <float lo = {{0.0}}, float hi = {{6.0}}> {{
+        a = Conv <pads = [1, 1, 1, 1]> (x, w1, b1)
+        r = Relu (a)
+        d = Conv <pads = [1, 1, 1, 1], group = {c}> (r, w2)
+        k = Clip (d, lo, hi)
+        e = Conv (k, w3)
+        s = Add (e, r)
+        t = Relu (s)
+        m = MaxPool <kernel_shape = [2, 2], strides = [2, 2]> (t)
+        n = Conv (m, w3)
+        p = GlobalAveragePool (n)
+        f = Flatten (p)
+        y = Gemm <transB = 1> (f, w4, b4) }}"""
+    )
+    shapes = {"w1": (c, 3, 3, 3), "b1": (c,), "w2": (c, 1, 3, 3), "w3": (c, c, 1, 1)}
+    shapes |= {"w4": (10, c), "b4": (10,)}
+    for seed, (name, shape) in enumerate(shapes.items()):
+        scale = np.float32((2 / max(1, int(np.prod(shape[1:])))) ** 0.5)
+        array = normal(int(np.prod(shape)), seed).reshape(shape) * scale
+        made.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
+    return files.load(made)
+
+
+def images(count: int = 24, size: int = 16) -> dict[str, Array]:
+    """Samples for `network`."""
+    return {"x": normal(count * 3 * size * size, 9).reshape(count, 3, size, size)}
+
+
+def test_sketches_merge_by_addition() -> None:
+    parts = [np.abs(normal(5000, 1)) * 3, normal(7000, 2), normal(100, 3) * 40, np.zeros(9, "f4")]
+    whole, merged = sketch(*parts), Sketch()
+    for part in parts:
+        merged.merge(sketch(part))
+    assert np.array_equal(whole.counts, merged.counts)
+    assert (whole.exponent, whole.start, whole.zeros) == (merged.exponent, merged.start, 9)
+    together = np.concatenate(parts)
+    assert whole.low == together.min() and whole.high == together.max()
+    assert whole.total == together.size == whole.counts.sum()
+    assert np.isclose(whole.power, np.mean(together.astype(float) ** 2), rtol=1e-4)
+    expected = np.histogram(together, whole.edges())[0]
+    assert np.abs(expected - whole.counts).max() <= 2  # a value on a border
+
+
+def test_non_finite_values_are_named() -> None:
+    with pytest.raises(InputError, match="'conv1' are not all finite"):
+        Sketch().add(np.array([1.0, np.nan], np.float32), "conv1")
+    model = parse("g (float[1,4] x) => (float[1,4] y) { a = Log (x)  y = Exp (a) }")
+    with pytest.raises(InputError, match="'a' are not all finite"):
+        calibrate(model, ["a"], open_samples({"x": np.zeros((3, 4), np.float32)}, model))
+
+
+def test_one_outlier_does_not_set_the_range() -> None:
+    values = normal(1_000_000)
+    values[5] = 40
+    seen = sketch(values)
+    found = {method: Ranges(method).choose(seen) for method in METHODS}
+    assert found["minmax"][1] == 40
+    assert 4 < found["entropy"][1] < 6
+    assert 3.5 < found["percentile"][1] < 4.5
+    assert found["mse"][1] < 25
+    assert all(low < 0 < high for low, high in found.values())
+    low, high = Ranges("mse").choose(seen, symmetric=True)
+    assert low == -high
+
+
+def test_the_error_is_that_of_rounding() -> None:
+    values = np.maximum(normal(100_000, 4), 0)
+    seen = sketch(values)
+    grid = Grid(ir.DataType.UINT8)
+    for method in ("minmax", "mse", "lp"):
+        low, high = Ranges(method).choose(seen)
+        scale, zero = grid.parameters(low, high)
+        rounded = (grid.quantize(values, scale, zero).numpy().astype(float) - zero) * scale
+        assert np.isclose(noise(seen, low, high), np.mean((rounded - values) ** 2), rtol=0.1)
+    best = noise(seen, *Ranges("mse").choose(seen))
+    assert all(best <= noise(seen, *Ranges(m).choose(seen)) * 1.001 for m in METHODS)
+
+
+def test_calibration_in_groups_and_from_the_cache(tmp_path: Path) -> None:
+    model, names = network(), ["x", "a", "r", "s", "y"]
+    samples = open_samples(images(), model)
+    whole = calibrate(model, names, samples)
+    parts = calibrate(model, names, samples, memory_limit=1 << 14, cache=tmp_path)
+    half = open_samples({"x": images()["x"][:12]}, model)
+    other = open_samples({"x": images()["x"][12:]}, model)
+    merged = calibrate(model, names, half)
+    merged.merge(calibrate(model, names, other))
+    again = calibrate(model, names, samples, memory_limit=1 << 14, cache=tmp_path)
+    assert whole.samples == parts.samples == merged.samples == again.samples == 24
+    for name in names:
+        for found in (parts, merged, again):
+            assert np.array_equal(found.tensors[name].counts, whole.tensors[name].counts), name
+    file = tmp_path / "s.npz"
+    whole.save(file)
+    loaded = Sketches.load(file)
+    assert loaded.tensors["s"].low == whole.tensors["s"].low
+    file.write_bytes(b"nothing")
+    with pytest.raises(InputError):
+        Sketches.load(file)
+
+
+def test_calibration_goes_on_where_it_was_cut_off(tmp_path: Path) -> None:
+    model = network()
+    samples = open_samples(images(), model)
+    calibrate(model, ["a"], samples, cache=tmp_path)
+    (file,) = tmp_path.iterdir()
+    cut = calibrate(model, ["a"], samples.take(10))
+    cut.save(file)
+    seen: list[str] = []
+    result = calibrate(model, ["a"], samples, cache=tmp_path, progress=seen.append)
+    assert len(seen) == 14
+    assert result.tensors["a"].batches == 24
+
+
+def test_placement() -> None:
+    model = network()
+    made = plan(model, Shapes(model), TABLES["ort-x86"])
+    assert len(made.linear) == 5
+    assert sorted(n.op_type for n in made.others) == [
+        *("Add", "Flatten", "GlobalAveragePool", "MaxPool"),
+    ]
+    shared = [sorted(v.name or "" for v in g) for g in made.groups if len(g) > 1]
+    assert shared == [["m", "t"], ["f", "p"]]
+    assert {v.name for v in made.bounds} == {"r", "k", "t"}
+    kept = plan(model, Shapes(model), TABLES["ort-x86"], [ir.label(n) for n in list(made.linear)])
+    assert not kept.linear and not kept.groups
+    inputs = plan(model, Shapes(model), TABLES["tensorrt"])
+    names = {v.name for v in inputs.tensors}
+    assert names == {"x", "r", "k", "m", "f"} and not inputs.made
+
+
+def test_no_options() -> None:
+    report = Quantization()
+    model = network()
+    result = quantize(model, images(), force=True, seconds=0.05, report=report)
+    assert report.method == "static" and report.placement == "ort-x86"
+    assert report.score is not None and report.score.sqnr_db is not None
+    assert report.score.sqnr_db > 25
+    assert report.kernels is not None
+    assert (report.kernels.integer, report.kernels.floats) == (5, ())
+    assert not check_quantized(result, TABLES["ort-x86"])
+    assert check_quantized(result, TABLES["tensorrt"])
+    assert [v.name for v in result.graph.inputs] == ["x"]
+    assert [v.name for v in result.graph.outputs] == ["y"]
+    assert report.bytes_after < report.bytes_before / 2
+    assert json.dumps(report.to_dict(), allow_nan=False)
+    assert "QuantizeLinear" not in {n.op_type for n in model.graph}
+
+
+@pytest.mark.parametrize("placement", sorted(TABLES))
+def test_every_placement_passes_its_own_check(placement: str) -> None:
+    from graphopt import optimize
+
+    model = network()
+    text = f"quantize-static{{placement={placement},rounding=nearest}}"
+    result = optimize(model, passes=text, data=images(), verify="off")
+    assert not check_quantized(result, TABLES[placement])
+    found = score(model, result, open_samples(images(), model)).sqnr_db
+    assert found is not None and found > 20
+
+
+@pytest.mark.parametrize(
+    ("activations", "weights", "least"),
+    [("uint16", "int8", 30), ("int16", "int16", 40), ("uint8", "int4", 5), ("e4m3", "e4m3", 15)],
+)
+def test_types(activations: str, weights: str, least: float) -> None:
+    from graphopt import optimize
+
+    model = network()
+    text = f"quantize-static{{activations={activations},weights={weights}}}"
+    result = optimize(model, passes=text, data=images(), verify="off")
+    # Not through ONNX Runtime's optimizer, which fails at a Relu before an 8-bit float.
+    found = measure_loss("types", model, result, open_samples(images(), model)).sqnr_db
+    assert found is not None and found > least
+
+
+def test_slower_is_refused() -> None:
+    made: Any = proto("net (float[1,4] x) => (float[1,4] y) { y = MatMul (x, w) }")
+    made.graph.initializer.append(onnx.numpy_helper.from_array(normal(16).reshape(4, 4), "w"))
+    model = files.load(made)
+    report = Quantization()
+    result = quantize(model, {"x": normal(64).reshape(16, 4)}, report=report, seconds=0.1)
+    assert "not faster" in report.refused and report.ratio is not None
+    assert "QuantizeLinear" not in {n.op_type for n in result.graph}
+    with pytest.raises(InputError, match="a method is one of"):
+        quantize(model, {"x": normal(64).reshape(16, 4)}, method="other")  # pyright: ignore
+
+
+def test_budget() -> None:
+    assert search("abcdef", lambda kept: len(kept) >= 3) == ["a", "b", "c"]
+    assert search("abc", lambda kept: True) == []
+    assert search("abc", lambda kept: False) is None
+    model, data = network(), images()
+
+    def metric(outputs: Any, labels: Any) -> float:
+        """Close to the float model: its own answers are the truth."""
+        values = np.concatenate([next(iter(o.values())) for o in outputs])
+        return -float(np.abs(values - truth).mean())
+
+    samples = open_samples(data, model)
+    from graphopt.runner import Runner
+
+    runner = Runner(model)
+    truth = np.concatenate([runner.run(f)["y"] for f in samples])
+    plain = Quantization()
+    quantize(model, data, metric=metric, force=True, seconds=0, report=plain)
+    assert plain.score is not None and plain.score.after is not None
+    limit = -plain.score.after * 0.8
+    report = Quantization()
+    quantize(model, data, metric=metric, max_drop=limit, force=True, seconds=0, report=report)
+    assert report.kept and report.score is not None and report.score.after is not None
+    assert -report.score.after <= limit
+    assert list(report.sensitivity.values()) == sorted(report.sensitivity.values(), reverse=True)
+    with pytest.raises(GateError, match="bytes"):
+        quantize(model, data, max_size=100, force=True, seconds=0)
+
+
+def test_kernels_are_the_runtimes() -> None:
+    found = count_kernels(network())
+    assert found.integer == 0 and found.total == 5
+
+
+def run(*arguments: object) -> tuple[int, str]:
+    """Exit code and output of the command."""
+    result = CliRunner().invoke(main, [str(a) for a in arguments])
+    return result.exit_code, result.output
+
+
+def test_command(tmp_path: Path) -> None:
+    files.save(network(), tmp_path / "m.onnx")
+    np.savez(tmp_path / "d.npz", **images(), labels=np.zeros(24, np.int64))
+    out = tmp_path / "q.onnx"
+    base = ["quantize", tmp_path / "m.onnx", "--data", tmp_path / "d.npz", "--no-cache"]
+    code, text = run(*base, "-o", out, "--force", "--seconds", 0.05)
+    assert code == 0 and "integer kernels" in text and "5 of 5" in text and out.exists()
+    assert "metric" in text and "layers with the most noise" in text
+    code, text = run(*base, "-o", out)
+    assert code == 2 and "exists" in text
+    code, text = run(*base, "--dry-run", "--force", "--seconds", 0, "--json", "-")
+    assert code == 0 and json.loads(text)["kernels"]["integer"] == 5
+    assert run(*base)[0] == 2
+    assert run("check", out)[0] == 0
+    code, text = run("check", out, "--target", "cuda")
+    assert code == 1 and "activation-type" in text
+    code, text = run("check", out, "--placement", "nothing")
+    assert code == 2 and "ort-x86" in text
+    for bad in (["--ranges", "x"], ["--weights", "x"], ["--metric", "nothing.py:f"]):
+        code, text = run(*base, "-o", tmp_path / "n.onnx", *bad)
+        assert code == 2, (bad, text)
+    code, text = run("quantize", tmp_path / "m.onnx", "--data", "nothing", "--dry-run")
+    assert code == 2 and "does not exist" in text
+
+
+def test_repair_command(tmp_path: Path) -> None:
+    from graphopt import optimize
+
+    text = "quantize-static{placement=tensorrt,rounding=nearest}"
+    foreign = optimize(network(), passes=text, data=images(), verify="off")
+    files.save(foreign, tmp_path / "t.onnx")
+    before = len(check_quantized(foreign, TABLES["ort-x86"]))
+    run("check", tmp_path / "t.onnx", "--repair", tmp_path / "r.onnx")
+    repaired = files.load(tmp_path / "r.onnx")
+    assert len(check_quantized(repaired, TABLES["ort-x86"])) < before / 2
+    assert count_kernels(repaired).integer > count_kernels(foreign).integer
