@@ -9,7 +9,7 @@ with an earlier value follows, the sum is what is fitted, so that residual strea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -32,6 +32,7 @@ Floats = npt.NDArray[np.float64]
 Tell = Callable[[str], None]
 
 _BATCH = 32
+_CAUTION = 0.1
 
 METHODS = ("reconstruct", "bias", "statistics")
 
@@ -199,7 +200,8 @@ def _solve(sums: _Sums, whole: Floats, ridge: float, only_bias: bool) -> Floats:
         change[:, -1] = rest[:, -1]
         return _sum(whole, change)
     diagonal = np.einsum("gii->gi", xtx)[:, :size]
-    held = ridge * diagonal.mean(1) + 1e-12
+    # Few rows for as many unknowns would be fitted exactly, noise and all.
+    held = (ridge + _CAUTION * size / sums.count) * diagonal.mean(1) + 1e-12
     left = xtx.copy()
     np.einsum("gii->gi", left)[:, :size] += held[:, None]
     left[:, size, size] += 1e-9
@@ -389,7 +391,7 @@ def _restate(model: ir.Model, node: ir.Node, data: Samples, options: Recovery) -
         value.const_value = ir.tensor(array.astype(kind.dtype), name=value.name)
 
 
-def outputs_of(model: ir.Model, data: Samples) -> Iterator[dict[str, Any]]:
+def outputs_of(model: ir.Model, data: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
     """The model's outputs, batch by batch."""
     runner = Runner(model, optimize=True)
     for feeds in batched(model, data, _BATCH):
