@@ -41,7 +41,7 @@ _HEAVY = frozenset(
 _CONTROL = ("If", "Loop", "Scan")
 _TYPED = ("dtype", "output_datatype")
 _SWEEPS = 8
-_DOMAINS = ("", "ai.onnx", "ai.onnx.ml")
+_DOMAINS = ("", "ai.onnx")
 
 LIMITS = {
     ir.DataType.FLOAT16: (65504.0, 2.0**-14),
@@ -124,7 +124,9 @@ class Precision:
 
     def _allowed(self, node: ir.Node) -> tuple[Sequence[bool], Sequence[bool]]:
         nothing = [False] * len(node.inputs), [False] * len(node.outputs)
-        if node.domain in ("", "ai.onnx") and node.op_type in _CONTROL:
+        if _wraps(node):
+            return nothing
+        if node.domain in _DOMAINS and node.op_type in _CONTROL:
             return [True] * len(node.inputs), [True] * len(node.outputs)
         if (
             self.is_upcast(node)
@@ -379,6 +381,12 @@ class Precision:
                     drop_initializer(context, value)
             elif maker.graph is not None:
                 remove(context, maker)
+
+
+def _wraps(node: ir.Node) -> bool:
+    """Whether sequences or optionals go in or out: the type of their elements is fixed."""
+    inside = (inner for body in ir.subgraphs(node) for inner in body)
+    return "Sequence" in node.op_type or "Optional" in node.op_type or any(map(_wraps, inside))
 
 
 def _is(node: ir.Node, op_type: str) -> bool:

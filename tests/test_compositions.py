@@ -7,7 +7,7 @@ import pytest
 from graphopt import files
 from tests.benchmarks.compositions import Pipeline, check, compose, pipelines
 
-LEVELS = pipelines("O2") + pipelines("O3")
+LEVELS = [single for name in ("O2", "O3", "cpu") for single in pipelines(name)]
 
 
 @pytest.mark.parametrize("seed", range(1000, 1020))

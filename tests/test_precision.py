@@ -104,3 +104,12 @@ def test_bodies_and_captured_weights() -> None:
     assert report.after.bytes < 0.51 * report.before.bytes
     assert all(output.max_rel == 0 for output in report.losses[0].outputs)
     assert result.graph.outputs[0].dtype == ir.DataType.INT64
+
+
+def test_elements_of_sequences_stay() -> None:
+    text = """net (float[2] x) => (float y) <int64 i = {1}> {
+      a = Exp (x) s = SequenceConstruct (x, a) b = SequenceAt (s, i) y = MatMul (b, b) }"""
+    result = optimize(parse(text), passes="convert-float16")
+    assert [node.op_type for node in result.graph].count("Cast") == 2
+    got = Runner(result).run({"x": np.ones(2, np.float32)})["y"]
+    assert np.allclose(got, 2 * np.e**2, rtol=2e-3)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import inspect
 import random
 import sys
 import time
@@ -24,10 +25,11 @@ from typing import Any, cast
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from graphopt import feeds, files, ir
+from graphopt import backends, feeds, files, ir
 from graphopt.context import Context
 from graphopt.errors import GraphoptError, InputError
-from graphopt.pass_manager import PassManager, load_pass, pass_names
+from graphopt.optimization import arranged
+from graphopt.pass_manager import PassManager, load_pass, parse_pipeline, pass_names
 from graphopt.passes import PIPELINES
 from graphopt.report import Report
 from graphopt.runner import Runner
@@ -200,25 +202,21 @@ class Pipeline:
 
 
 def pipelines(only: str = "") -> list[Pipeline]:
-    """Levels 2 and 3, and every exact pass by itself."""
+    """Levels 2 and 3, the CPU target, and every exact pass by itself."""
     found = [
-        Pipeline(f"O{level}", [p for text in PIPELINES[level] for p in _parsed(text)])
+        Pipeline(f"O{level}", [p for text in PIPELINES[level] for p in parse_pipeline(text)])
         for level in (2, 3)
     ]
     host = Target.parse("cpu")
+    legal = backends.get("onnxruntime").legalize(host)
+    found.append(Pipeline("cpu", arranged(found[0].passes, legal), host))
     for name in pass_names():
         single = load_pass(name)
         if not single.lossy:
             found.append(Pipeline(name, [single]))
-            if name.startswith(("fuse", "convert", "merge", "split", "fold")):
+            if "target" in inspect.getsource(sys.modules[type(single).__module__]):
                 found.append(Pipeline(f"{name} (cpu)", [single], host))
     return [p for p in found if only in ("", p.name)]
-
-
-def _parsed(text: str) -> list[Any]:
-    from graphopt.pass_manager import parse_pipeline
-
-    return parse_pipeline(text)
 
 
 def check(subject: Subject, pipeline: Pipeline) -> str:
@@ -301,7 +299,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--count", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", default="", help="a pass, O2 or O3")
+    parser.add_argument("--only", default="", help="a pass, O2, O3 or cpu")
     parser.add_argument("--models", help="a folder of model files instead of compositions")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
