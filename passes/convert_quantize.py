@@ -8,14 +8,13 @@ Needs: constant float32 scales and constant zero points.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from graphopt import ir
 from graphopt.rewriting import Op, Refuse, rewrite
 
 _KNOWN = frozenset({"INT8", "INT4", "FLOAT8E4M3FN", "FLOAT4E2M1"})
+_MOVES = ("Flatten", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
 _INTEGERS = frozenset({"INT8", "UINT8", "INT16", "UINT16", "INT32", "INT4", "UINT4"})
 
 
@@ -61,6 +60,20 @@ def convert_quantize(op: Op, node: ir.Node) -> ir.Value | None:
     if zero.any():
         value = op.Add(value, zero.astype(np.float32))
     return op.Cast(op.Clip(value, float(low), float(high)), to=int(kind))
+
+
+@rewrite.on(*_MOVES)
+def move_floats(op: Op, node: ir.Node) -> ir.Value | None:
+    """Reshape(x) -> Cast(Reshape(Cast(x))) for bytes that are only moved: TensorRT moves none."""
+    x = node.inputs[0]
+    kind = None if x is None else op.dtype(x)
+    if x is None or kind is None or kind.name not in ("UINT8", "UINT16", "INT16"):
+        return None
+    floats = _before_cast(op, x)
+    if floats is None:
+        floats = op.Cast(x, to=int(ir.DataType.FLOAT))
+    moved = op.build(node.op_type, [floats, *node.inputs[1:]], node.attributes)[0]
+    return op.Cast(moved, to=int(kind))
 
 
 def _is_known(op: Op, node: ir.Node, kind: ir.DataType) -> bool:
@@ -109,22 +122,29 @@ def _broadcast(op: Op, node: ir.Node, array: ir.Array, value: ir.Value) -> ir.Ar
 
 
 def _before_cast(op: Op, value: ir.Value) -> ir.Value | None:
-    """The floats that `convert_quantize` made integers of: they are whole and within range."""
+    """The floats that this pass made integers of: they are whole and within range."""
     cast = value.producer()
+    kind = op.dtype(value)
     source = None if cast is None or cast.op_type != "Cast" or cast.domain else cast.inputs[0]
-    clip = None if source is None else source.producer()
-    if source is None or clip is None or clip.op_type != "Clip" or len(clip.inputs) < 3:
+    if source is None or kind is None or kind.name not in _INTEGERS:
         return None
-    rounded: Any = clip.inputs[0]
-    maker = None if rounded is None else rounded.producer()
-    if maker is not None and maker.op_type == "Add" and maker.inputs[0] is not None:
-        zero = op.const(maker.inputs[1])
+    maker = source.producer()
+    while maker is not None and maker.op_type in _MOVES and maker.inputs[0] is not None:
+        maker = maker.inputs[0].producer()
+    if maker is None or maker.domain or maker.inputs[0] is None:
+        return None
+    if maker.op_type == "Cast":
+        return source if op.dtype(maker.inputs[0]) == kind else None
+    if maker.op_type != "Clip" or len(maker.inputs) < 3:
+        return None
+    bounds = tuple(op.scalar(bound) for bound in maker.inputs[1:3])
+    rounded = maker.inputs[0].producer()
+    if rounded is not None and rounded.op_type == "Add" and rounded.inputs[0] is not None:
+        zero = op.const(rounded.inputs[1])
         if zero is None or np.any(zero != np.rint(zero)):
             return None
-        maker = maker.inputs[0].producer()
-    kind = op.dtype(value)
-    bounds = tuple(op.scalar(bound) for bound in clip.inputs[1:3])
-    if maker is None or maker.op_type != "Round" or kind is None or kind.name not in _INTEGERS:
+        rounded = rounded.inputs[0].producer()
+    if rounded is None or rounded.op_type != "Round":
         return None
     return source if bounds == tuple(map(float, _range(kind))) else None
 
