@@ -188,7 +188,8 @@ def user_function(text: str) -> Callable[[], Any]:
     found: Any = getattr(module, function, None)
     if not callable(found):
         raise InputError(f"{path}: has no function {function!r}")
-    return found
+    function_found: Callable[[], Any] = found
+    return function_found
 
 
 def read_npz(path: Path) -> Row:

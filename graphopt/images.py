@@ -97,7 +97,7 @@ class Plan:
         image = image.resize(scaled, pillow.Resampling.BILINEAR)
         left, top = (scaled[0] - width) // 2, (scaled[1] - height) // 2
         cut = image.crop((left, top, left + width, top + height))
-        pixels = np.asarray(cut, np.float32).reshape(height, width, self.colours)
+        pixels: Array = np.asarray(cut, np.float32).reshape(height, width, self.colours)
         if self.order == "bgr":
             pixels = pixels[..., ::-1]
         pixels = (pixels - self.mean) / self.std

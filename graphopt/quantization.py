@@ -24,6 +24,7 @@ from graphopt.cost import node_cost
 from graphopt.errors import InputError
 from graphopt.images import Images
 from graphopt.pass_manager import Pass, load_pass
+from graphopt.passes.quantize_dynamic import QuantizeDynamic
 from graphopt.passes.quantize_static import QuantizeStatic, raise_opset
 from graphopt.quantizer.budget import Budget, rank, search
 from graphopt.quantizer.calibration import fingerprint
@@ -86,7 +87,8 @@ class Quantization:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data; infinite figures are null."""
-        return _plain(dataclasses.asdict(self))
+        data: dict[str, Any] = _plain(dataclasses.asdict(self))
+        return data
 
 
 def quantize(
@@ -200,7 +202,7 @@ class _Work:
 
     def dynamic(self, budget: Budget) -> ir.Model:
         """Products in integers with ranges of run time."""
-        single = load_pass("quantize-dynamic", {"keep": self.options.keep})
+        single = QuantizeDynamic(keep=self.options.keep)
         self.report.steps = [str(single)]
 
         def make(keep: Collection[str]) -> ir.Model:

@@ -263,14 +263,14 @@ def _of_folder(path: Path, model: ir.Model, options: Images) -> Samples:
             lambda: images.read(plan, name, files), model, where=where, labels=labels, count=count
         )
     parts = [_of_file(file, model) for file in files]
-    labels = [part.labels for part in parts if part.labels is not None]
-    if labels and len(labels) != len(parts):
+    known = [part.labels for part in parts if part.labels is not None]
+    if known and len(known) != len(parts):
         raise InputError(f"{path}: some files have labels and some have not")
     return Samples(
         lambda: (feeds for part in parts for feeds in part),
         model,
         where=where,
-        labels=np.concatenate(labels) if labels else None,
+        labels=np.concatenate(known) if known else None,
         count=sum(len(part) for part in parts),
     )
 
@@ -310,14 +310,15 @@ def _bindings(model: ir.Model, feeds: Feeds) -> dict[str, int]:
 def _of_iterable(source: Any, model: ir.Model, where: str) -> Samples:
     """Samples of an iterable, a function that makes one, or a reader with `get_next`."""
     make: Callable[[], Iterable[Any]]
-    if hasattr(source, "get_next") and not hasattr(source, "__iter__"):
-        source = iter(source.get_next, None)
-    if callable(source) and not inspect.isclass(source):
+    again: Any = getattr(source, "__iter__", None)
+    if again is None and hasattr(source, "get_next"):
+        make = _Spool(iter(source.get_next, None), model, where)
+    elif callable(source) and not inspect.isclass(source):
         make = cast("Callable[[], Iterable[Any]]", source)
-    elif isinstance(source, Iterator):
-        make = _Spool(cast("Iterator[Any]", source), model, where)
-    elif isinstance(source, Iterable):
-        make = cast("Iterable[Any]", source).__iter__
+    elif hasattr(source, "__next__"):
+        make = _Spool(source, model, where)
+    elif again is not None:
+        make = again
     else:
         raise InputError(f"{where}: is no iterable of feeds")
 

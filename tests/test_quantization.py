@@ -284,7 +284,7 @@ def run(*arguments: object) -> tuple[int, str]:
 
 def test_command(tmp_path: Path) -> None:
     files.save(network(), tmp_path / "m.onnx")
-    np.savez(tmp_path / "d.npz", **images(), labels=np.zeros(24, np.int64))
+    np.savez(tmp_path / "d.npz", x=images()["x"], labels=np.zeros(24, np.int64))
     out = tmp_path / "q.onnx"
     base = ["quantize", tmp_path / "m.onnx", "--data", tmp_path / "d.npz", "--no-cache"]
     code, text = run(*base, "-o", out, "--force", "--seconds", 0.05)

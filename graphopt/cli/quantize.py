@@ -156,9 +156,10 @@ def _images(options: dict[str, Any]) -> Images:
 
     size = None
     if options["image_size"]:
-        size = tuple(int(v) for v in _numbers(options["image_size"].replace("x", ",")))
-        if len(size) != 2:
+        sides = _numbers(options["image_size"].replace("x", ","))
+        if len(sides) != 2:
             raise InputError("--image-size is written HEIGHTxWIDTH")
+        size = (int(sides[0]), int(sides[1]))
     return Images(
         mean=_numbers(options["mean"]) if options["mean"] else None,
         std=_numbers(options["std"]) if options["std"] else None,
