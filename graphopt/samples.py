@@ -311,14 +311,13 @@ def _of_iterable(source: Any, model: ir.Model, where: str) -> Samples:
     """Samples of an iterable, a function that makes one, or a reader with `get_next`."""
     make: Callable[[], Iterable[Any]]
     again: Any = getattr(source, "__iter__", None)
-    if again is None and hasattr(source, "get_next"):
-        make = _Spool(iter(source.get_next, None), model, where)
+    following: Any = getattr(source, "get_next", None)
+    if again is None and following is not None:
+        make = _Spool(iter(following, None), model, where)
     elif callable(source) and not inspect.isclass(source):
         make = cast("Callable[[], Iterable[Any]]", source)
-    elif hasattr(source, "__next__"):
-        make = _Spool(source, model, where)
     elif again is not None:
-        make = again
+        make = _Spool(again(), model, where) if hasattr(source, "__next__") else again
     else:
         raise InputError(f"{where}: is no iterable of feeds")
 

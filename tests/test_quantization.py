@@ -231,7 +231,10 @@ def test_types(activations: str, weights: str, least: float) -> None:
 
 
 def test_slower_is_refused() -> None:
-    made: Any = proto("net (float[1,4] x) => (float[1,4] y) { y = MatMul (x, w) }")
+    chain = " ".join(f"t{i} = Tanh (h{i})  h{i + 1} = MatMul (t{i}, w)" for i in range(20))
+    made: Any = proto(
+        f"net (float[1,4] x) => (float[1,4] y) {{ h0 = Neg (x)  {chain}  y = Neg (h20) }}"
+    )
     made.graph.initializer.append(onnx.numpy_helper.from_array(normal(16).reshape(4, 4), "w"))
     model = files.load(made)
     report = Quantization()
