@@ -58,7 +58,6 @@ _CPU = (
     "widen-conv",
     "convert-max-conv",
     "convert-resize",
-    "split-skip-layernorm",
 )
 """In order; all run after the passes of a level, round after round until nothing changes."""
 
@@ -68,8 +67,10 @@ _MICROSOFT = {
     "fuse-bias-gelu": "BiasGelu",
     "fuse-quick-gelu": "QuickGelu",
     "fuse-conv-activation": "FusedConv",
+    "fuse-multi-head-attention": "MultiHeadAttention",
+    "fuse-skip-layernorm": "SkipLayerNormalization",
 }
-"""Passes after those, by what they make."""
+"""Passes after those, by what they make; they run where that pays."""
 
 
 def passes(target: Target) -> tuple[Pass, ...]:
@@ -84,7 +85,8 @@ def passes(target: Target) -> tuple[Pass, ...]:
     half = target.arch == "aarch64" and "float16" in target.dtypes
     wide = () if half else ("convert-float32",)
     vendor = [name for name, operator in _MICROSOFT.items() if _pays(operator)]
-    return (opset, *(load_pass(name) for name in (*wide, *_CPU, *vendor)))
+    apart = () if _pays("SkipLayerNormalization") else ("split-skip-layernorm",)
+    return (opset, *(load_pass(name) for name in (*wide, *_CPU, *apart, *vendor)))
 
 
 def _pays(operator: str) -> bool:

@@ -93,5 +93,6 @@ def test_only_what_was_measured_to_pay_is_made() -> None:
 
     assert all(0 < row.least <= row.most for row in MEASURED)
     names = [single.name for single in passes(Target.parse("cpu"))]
+    assert "fuse-multi-head-attention" not in names
     assert "fuse-quick-gelu" in names and len(set(names)) == len(names)
     assert passes(Target.parse("cuda")) == ()
