@@ -49,6 +49,12 @@ def read_scores(op: Op, value: ir.Value | None, depth: int = _DEPTH) -> Scores |
         return _product(op, node)
     if node.op_type in ("Mul", "Div"):
         return _scaled(op, node, depth)
+    if node.op_type == "Reshape":
+        inner, source = read_scores(op, node.inputs[0], depth - 1), node.inputs[0]
+        before, after = None if source is None else op.shape(source), op.shape(value)
+        if inner is None or before is None or after is None or before[-2:] != after[-2:]:
+            return None
+        return replace(inner, nodes=(*inner.nodes, node))
     if node.op_type == "Add":
         for operand, mask in (node.inputs, node.inputs[::-1]):
             inner = read_scores(op, operand, depth - 1) if _same(op, operand, value) else None
@@ -131,6 +137,16 @@ def exchanged(op: Op, keys: ir.Value) -> tuple[ir.Value, float]:
                 return _unscaled(op, source)
             return op.Transpose(source, perm=after), 1.0
     return op.Transpose(keys, perm=perm), 1.0
+
+
+def unmerged(op: Op, value: ir.Value) -> ir.Value | None:
+    """[B, H, S, D] where a value is that with its first two axes merged."""
+    node, shape = value.producer(), op.shape(value)
+    source = None if node is None or node.op_type != "Reshape" else node.inputs[0]
+    before = None if source is None else op.shape(source)
+    if before is None or shape is None or len(before) != 4 or len(shape) != 3:
+        return None
+    return source if before[-2:] == shape[-2:] else None
 
 
 def mask_of(op: Op, scores: Scores, dims: Dims, dtype: ir.DataType) -> ir.Value | None:

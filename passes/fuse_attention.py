@@ -8,6 +8,7 @@ Needs: opset 23; shapes that prove that batches, heads and masks fit.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from graphopt import ir
@@ -19,15 +20,17 @@ from graphopt.passes._attention import (
     mask_of,
     read_scores,
     repeated,
+    unmerged,
 )
 from graphopt.passes._layout import permutation
+from graphopt.passes._views import reshaped
 from graphopt.rewriting import Op, Refuse, rewrite
 
 _TYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
 @rewrite.on("MatMul", benefit=9)
-def fuse_attention(op: Op, node: ir.Node) -> ir.Value | None:
+def fuse_attention(op: Op, node: ir.Node) -> dict[ir.Value, ir.Value] | None:
     """softmax(scale Q K^T + mask) V, for any number of masks."""
     weights, values = node.inputs
     softmax, narrowing = _softmax(op, weights)
@@ -50,7 +53,29 @@ def fuse_attention(op: Op, node: ir.Node) -> ir.Value | None:
     _require_unneeded([*covered, *scores.nodes], node)
     if op.opset < 23:
         raise Refuse("needs opset 23")
-    return _attention(op, scores, values, dtype, narrowing is not None)
+    keys, factor = exchanged(op, scores.keys)
+    scores = replace(scores, keys=keys, scale=scores.scale * factor)
+    separate = [unmerged(op, v) for v in (scores.query, keys, values)]
+    query, key, apart = separate
+    if query is None or key is None or apart is None:
+        return {node.outputs[0]: _attention(op, scores, values, dtype, narrowing is not None)}
+    scores = replace(scores, query=query, keys=key)
+    result = _attention(op, scores, apart, dtype, narrowing is not None)
+    return _merged_heads(op, node.outputs[0], result)
+
+
+def _merged_heads(op: Op, old: ir.Value, new: ir.Value) -> dict[ir.Value, ir.Value]:
+    """Heads [B, H, S, D] for [B * H, S, D], or for what a Reshape makes the former of."""
+    users = old.consumers() if op.uses(old) == 1 else []
+    for user in users:
+        apart = user.op_type == "Reshape" and user.graph is op.node.graph
+        if apart and op.shape(user.outputs[0]) == op.shape(new):
+            return {user.outputs[0]: new}
+    merged = op.shape(old)
+    view = None if merged is None else reshaped(op, new, merged)
+    if view is None:
+        raise Refuse("the heads cannot be merged again")
+    return {old: view}
 
 
 def _softmax(op: Op, weights: ir.Value | None) -> tuple[ir.Node | None, ir.Node | None]:
@@ -80,8 +105,7 @@ def _require_unneeded(covered: list[ir.Node], root: ir.Node) -> None:
 def _attention(
     op: Op, scores: Scores, values: ir.Value, dtype: ir.DataType, precise: bool
 ) -> ir.Value:
-    keys, factor = exchanged(op, scores.keys)
-    shapes: list[Dims] = [op.shape(v) or () for v in (scores.query, keys, values)]
+    shapes: list[Dims] = [op.shape(v) or () for v in (scores.query, scores.keys, values)]
     query, key, value = shapes
     if {*map(len, shapes)} not in ({3}, {4}):
         raise Refuse("the ranks differ")
@@ -92,7 +116,7 @@ def _attention(
     if not single and key[1] not in (1, query[1]):
         raise Refuse("the heads are not proven to fit")
     dims: Dims = (query[0], *query[1:-1], key[-2])
-    attributes: dict[str, Any] = {"scale": scores.scale * factor}
+    attributes: dict[str, Any] = {"scale": scores.scale}
     if precise:
         attributes["softmax_precision"] = int(ir.DataType.FLOAT)
     if single:
@@ -101,7 +125,7 @@ def _attention(
         if any((op.rank(_tensor(mask)) or 3) > 2 for mask in scores.masks):
             raise Refuse("a mask for each of batch and heads, which are one axis")
     mask = mask_of(op, scores, dims, dtype)
-    inputs = [scores.query, keys, values, *([] if mask is None else [mask])]
+    inputs = [scores.query, scores.keys, values, *([] if mask is None else [mask])]
     return op.build("Attention", inputs, attributes)[0]
 
 
@@ -172,3 +196,50 @@ def flatten_heads(op: Op, node: ir.Node) -> dict[ir.Value, ir.Value] | None:
     count = len(attention.outputs)
     made = op.build("Attention", [*flat, *attention.inputs[3:]], attributes, outputs=count)
     return dict(zip((join.outputs[0], *attention.outputs[1:]), made, strict=True))
+
+
+@rewrite.on("Transpose", benefit=4)
+def flatten_sequence_first(op: Op, node: ir.Node) -> dict[ir.Value, ir.Value] | None:
+    """Heads cut from tensors [S, B, H * D] to [B * H, S, D], as torch's MultiheadAttention does."""
+    value, users = node.inputs[0], node.outputs[0].consumers()
+    attention = None if value is None else value.producer()
+    if value is None or attention is None or attention.op_type != "Attention" or attention.domain:
+        return None
+    join = users[0] if op.uses(node.outputs[0]) == 1 and users else None
+    if join is None or join.op_type != "Reshape" or permutation(op, node) != [1, 0, 2]:
+        return None
+    if op.attr(attention, "q_num_heads") != 1 or len(attention.inputs) > 4 or op.uses(value) != 1:
+        return None
+    cuts = [_sequence_first(op, v) for v in attention.inputs[:3]]
+    wide = [cut for cut in cuts if cut is not None]
+    after = op.shape(join.outputs[0])
+    if len(wide) != 3 or after is None or len({heads for _, heads in wide}) != 1:
+        return None
+    heads = wide[0][1]
+    first, last = [list(op.shape(wide[i][0]) or ()) for i in (0, 2)]
+    if first[1] != last[1] or join.graph is not node.graph or [*first[:2], last[2]] != [*after]:
+        return None
+    flat = [op.Transpose(v, perm=[1, 0, 2]) for v, _ in wide]
+    attributes = {**attention.attributes, "q_num_heads": heads, "kv_num_heads": heads}
+    made = op.build("Attention", [*flat, *attention.inputs[3:]], attributes)[0]
+    return {join.outputs[0]: op.Transpose(made, perm=[1, 0, 2])}
+
+
+def _sequence_first(op: Op, value: ir.Value | None) -> tuple[ir.Value, int] | None:
+    """(tensor [S, B, H * D], H) that heads [B * H, S, D] are cut from."""
+    move = None if value is None else value.producer()
+    cut = None if move is None or move.inputs[0] is None else move.inputs[0].producer()
+    if value is None or move is None or cut is None or move.op_type != "Transpose":
+        return None
+    source = cut.inputs[0]
+    if cut.op_type != "Reshape" or permutation(op, move) != [1, 0, 2] or source is None:
+        return None
+    before, after = op.shape(source), op.shape(value)
+    if before is None or after is None or len(before) != 3 or len(after) != 3:
+        return None
+    width, size = before[2], after[2]
+    if not isinstance(width, int) or not isinstance(size, int) or not size or width % size:
+        return None
+    heads = width // size
+    fits = after[0] == before[1] * heads and after[1] == before[0]
+    return (source, heads) if fits else None
