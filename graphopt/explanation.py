@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import importlib
-import inspect
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 
@@ -13,6 +10,7 @@ from graphopt import ir
 from graphopt.differences import lineage
 from graphopt.errors import InputError
 from graphopt.files import ModelLike, load
+from graphopt.pass_manager import headings, load_pass
 from graphopt.report import PassRecord, Report, Rewrite
 
 
@@ -141,22 +139,15 @@ def _steps(label: str, records: Iterable[PassRecord]) -> Iterator[Step]:
         grown = len(found) > size
     for index in sorted(found):
         record, rewrite = rewrites[index]
-        yield _step(record.name, rewrite)
+        yield _step(record, rewrite)
 
 
-def _step(name: str, rewrite: Rewrite) -> Step:
+def _step(record: PassRecord, rewrite: Rewrite) -> Step:
     try:
-        module = importlib.import_module(f"graphopt.passes.{name.replace('-', '_')}")
-    except ImportError:
-        return Step(name, rewrite.rule, rewrite.before, rewrite.after, "", "")
-    text = " ".join((inspect.getdoc(module) or "").split())
-    why, numerics = _heading(text, "Why"), _heading(text, "Numerics")
-    return Step(name, rewrite.rule, rewrite.before, rewrite.after, why, numerics)
-
-
-def _heading(text: str, head: str) -> str:
-    found = re.search(rf"{head}: (.*?)(?= [A-Z]\w+: |$)", text)
-    return found[1].rstrip(". ") if found else ""
+        why, numerics = headings(type(load_pass(record.name)))
+    except InputError:  # the report is of another version, or the pass is not graphopt's
+        why, numerics = record.why, ""
+    return Step(record.name, rewrite.rule, rewrite.before, rewrite.after, why, numerics)
 
 
 def _origins(label: str, steps: Iterable[Step]) -> tuple[str, ...]:

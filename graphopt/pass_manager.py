@@ -6,9 +6,11 @@ import ast
 import dataclasses
 import difflib
 import importlib
+import inspect
 import itertools
 import pkgutil
 import re
+import sys
 import time
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -63,6 +65,14 @@ class RewritePass(Pass):
 
     def run(self, context: Context) -> None:
         Driver(context, [(rule, context.record) for rule in self.rules()]).run()
+
+
+def headings(kind: type[Pass]) -> tuple[str, str]:
+    """What a pass is for, and what it does to numbers, as the docstring of its module says."""
+    text = " ".join((inspect.getdoc(sys.modules[kind.__module__]) or "").split())
+    found = (re.search(rf"{head}: (.*?)(?= [A-Z]\w+: |$)", text) for head in ("Why", "Numerics"))
+    why, numerics = (match[1].rstrip(". ") if match else "" for match in found)
+    return why, numerics
 
 
 def pass_names() -> list[str]:
@@ -223,6 +233,8 @@ class PassManager:
 
     def _run_stage(self, stage: list[Pass], context: Context, report: Report) -> None:
         records = [report.record(p.name) for p in stage]
+        for single, record in zip(stage, records, strict=True):
+            record.why = record.why or headings(type(single))[0]
         if context.exhausted or (len(stage) == 1 and records[0].rolled_back):
             return
         context.check_time()

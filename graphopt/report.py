@@ -58,6 +58,8 @@ class PassRecord:
     seconds: float = 0.0
     rolled_back: str = ""
     """Why the pass's work was thrown away, where verification rejected it."""
+    why: str = ""
+    """The reason for all its rewrites: what the pass is for."""
 
     def refuse(self, node: ir.Node, reason: str) -> None:
         """Note that a rule declined at a node."""
@@ -232,6 +234,7 @@ class Report:
                     {reason: set(nodes) for reason, nodes in record["refusals"].items()},
                     float(record["seconds"]),
                     str(record["rolled_back"]),
+                    str(record.get("why", "")),
                 )
                 for record in data["passes"]
             ]

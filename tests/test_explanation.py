@@ -74,7 +74,7 @@ def test_reports_come_back_and_count_refusals() -> None:
     assert back.passes == report.passes
     assert back.refusals == {"a": 2, "b": 1} or set(back.refusals) > {"a", "b"}
     for text in ("{}", "[]", '{"passes": [1]}', "no"):
-        with pytest.raises(ValueError, match="no report|Expecting"):
+        with pytest.raises(ValueError, match=r"no report|Expecting"):
             Report.from_json(text)
 
 
@@ -106,4 +106,5 @@ def test_a_dry_run_shows_rewrites_and_writes_nothing(tmp_path: Path) -> None:
     assert any(
         "root" in line and "log" in line and "->" in line for line in result.output.splitlines()
     )
+    assert "why: " in result.output
     assert list(tmp_path.iterdir()) == [source]

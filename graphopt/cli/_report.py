@@ -55,6 +55,8 @@ def _show_pass(out: Console, record: PassRecord, verbose: bool) -> None:
     else:
         out.print(f"{record.name:24} changed nothing: {reasons or 'nothing here that it matches'}")
     if verbose:
+        if record.rewrites and record.why:
+            out.print(f"    why: {record.why}")
         for rewrite in record.rewrites:
             after = ", ".join(rewrite.after) or "nothing"
             out.print(f"    {rewrite.rule}: {', '.join(rewrite.before)} -> {after}")
