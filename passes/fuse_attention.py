@@ -8,6 +8,7 @@ Needs: opset 23; shapes that prove that batches, heads and masks fit.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -66,7 +67,7 @@ def fuse_attention(op: Op, node: ir.Node) -> dict[ir.Value, ir.Value] | None:
 
 def _merged_heads(op: Op, old: ir.Value, new: ir.Value) -> dict[ir.Value, ir.Value]:
     """Heads [B, H, S, D] for [B * H, S, D], or for what a Reshape makes the former of."""
-    users = old.consumers() if op.uses(old) == 1 else []
+    users: Sequence[ir.Node] = old.consumers() if op.uses(old) == 1 else ()
     for user in users:
         apart = user.op_type == "Reshape" and user.graph is op.node.graph
         if apart and op.shape(user.outputs[0]) == op.shape(new):
