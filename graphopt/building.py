@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,13 +18,15 @@ from typing import TYPE_CHECKING, Any
 from graphopt import __version__, artifact, backends, cache, child
 from graphopt.artifact import TensorInfo
 from graphopt.backends import Backend
-from graphopt.errors import GraphoptError, TimeLimitError
+from graphopt.errors import GraphoptError, InputError, MissingError, TimeLimitError
 from graphopt.target import Target
 
 if TYPE_CHECKING:
     from graphopt import ir
     from graphopt.partition import Piece
 
+_FEW = 4
+"""Nodes among which nobody looks for the one that a compiler fails with."""
 FALLBACK = "onnxruntime"
 """What runs the nodes that a backend does not take."""
 
@@ -69,13 +72,22 @@ def build(
             kept = cache.fetch(name, folder)
             if kept is not None:
                 return Built(list(kept.parts), dict(kept.fallback))
-        refused = _compile(model, target, backend, options, folder, rules)
+        pieces = _Pieces(model, target, backend, options, folder, rules)
+        try:
+            refused = _compile(model, target, backend, options, folder, rules)
+        except (InputError, MissingError, TimeLimitError):
+            raise
+        except GraphoptError as error:
+            labels = tuple(_label(node) for node in model.graph)
+            refused = pieces.culprits(labels, str(error)) if rules.fallback else {}
+            if len(refused) in (0, len(labels)):
+                raise
+            _clear(folder)
         if not refused:
             return Built(key=name)
         if not rules.fallback:
             raise backends.NodeError(backend.name, refused)
-        built = _Pieces(model, target, backend, options, folder, rules).build(refused)
-        return dataclasses.replace(built, key=name)
+        return dataclasses.replace(pieces.build(refused), key=name)
 
 
 def compile_here(
@@ -153,13 +165,55 @@ class _Pieces:
             )
         except TimeLimitError:
             raise
-        except GraphoptError as error:
+        except InputError as error:
             refused = dict.fromkeys(piece.labels, str(error))
+        except GraphoptError as error:
+            refused = self.culprits(piece.labels, str(error))
         if refused:
             shutil.rmtree(place)
             return refused
         self._done[piece.labels] = place
         return {}
+
+    def culprits(self, labels: Sequence[str], why: str) -> dict[str, str]:
+        """Which of the nodes with which the compiler fails it fails with: by halves, down to a few.
+
+        All of them where neither half fails by itself.
+        """
+        suspects = list(labels)
+        while len(suspects) > _FEW:
+            half = len(suspects) // 2
+            halves = (suspects[:half], suspects[half:])
+            guilty = next((each for each in halves if self._fails(each)), None)
+            if guilty is None:
+                break
+            suspects = guilty
+        return dict.fromkeys(suspects, f"the compiler fails with it: {why}")
+
+    def _fails(self, labels: Sequence[str]) -> bool:
+        """Whether the compiler fails with some of the nodes alone."""
+        from graphopt.partition import cut
+
+        alone = set(labels)
+        others = {_label(node): "not now" for node in self._model.graph}
+        others = {label: why for label, why in others.items() if label not in alone}
+        ranges = getattr(self._options, "shapes", "")
+        for piece in cut(self._model, others, ranges)[0]:
+            if not piece.native:
+                continue
+            with tempfile.TemporaryDirectory(prefix="graphopt-try-") as scratch:
+                try:
+                    options = _local(self._options, piece)
+                    _compile(
+                        *(piece.model, self._target, self._backend, options),
+                        Path(scratch),
+                        self._rules,
+                    )
+                except (InputError, TimeLimitError):
+                    continue
+                except GraphoptError:
+                    return True
+        return False
 
     def _part(self, index: int, piece: Piece) -> artifact.Part:
         """Put the files of a piece into their place."""
@@ -233,6 +287,19 @@ def _key(
             "fallback": fallback,
         }
     )
+
+
+def _clear(folder: Path) -> None:
+    """Delete what a compiler left behind when it failed."""
+    for path in folder.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _label(node: ir.Node) -> str:
+    """`ir.label`, without which loading an artifact does."""
+    from graphopt import ir
+
+    return ir.label(node)
 
 
 def _local(options: Any, piece: Piece) -> Any:

@@ -278,8 +278,36 @@ def test_a_piece_whose_compiler_fails_falls_back_too(
     }"""
     folder = compile(files.load(parser.parse_model(text)), tmp_path / "a")
     found = artifact.read(folder)
-    assert found.fallback["soft"] == "the compiler crashed"
+    assert found.fallback["soft"] == "the compiler fails with it: the compiler crashed"
     assert [part.nodes for part in found.parts] == [3, 4]
+
+
+def test_the_node_that_a_compiler_fails_with_is_found(
+    tmp_path: Path, partial: list[list[str]]
+) -> None:
+    chain = "\n".join(f"[n{i}] v{i + 1} = Exp(v{i}) [m{i}] w{i} = Neg(v{i})" for i in range(12))
+    text = f"""
+    <ir_version: 10, opset_import: ["" : 18]>
+    g (float[n,4] v0) => (float[n,4] y, {", ".join(f"float[n,4] w{i}" for i in range(12))}) {{
+        {chain}
+        [soft] s = Softmax(v7) t = Tanh(v12) y = Add(s, t)
+    }}"""
+    found = artifact.read(compile(files.load(parser.parse_model(text)), tmp_path / "a"))
+    assert "soft" in found.fallback
+    assert len(found.fallback) < 8
+    assert sum(part.nodes for part in found.parts) == 27
+
+
+def test_a_compiler_that_fails_with_everything(
+    source: ir.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object) -> dict[str, str]:
+        raise GraphoptError("it is broken")
+
+    monkeypatch.setattr(building, "_compile", fail)
+    with pytest.raises(GraphoptError, match="it is broken"):
+        compile(source, tmp_path / "a")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_model_of_which_nothing_is_taken(tmp_path: Path, partial: list[list[str]]) -> None:
