@@ -29,22 +29,33 @@ _ERF_P_LAST = (-1.60960333262415e-02,)
 def exp(x: Any) -> Any:
     """e to the x: 2 to a whole number, by the exponent's bits, times a polynomial."""
     low, high = _EXP_RANGE
-    x = tirx.max(tirx.min(x, _f(high)), _f(low))
-    whole = tirx.floor(x * _f(_LOG2_E) + _f(0.5))
-    rest = x - whole * _f(_LN2_HIGH) - whole * _f(_LN2_LOW)
-    series = _polynomial(rest, (*_EXP, *_EXP_LOW))
-    series = series * rest * rest + rest + _f(1.0)
-    bits = (whole.astype("int32") + tirx.const(127, "int32")) << tirx.const(23, "int32")
-    return series * tirx.reinterpret("float32", bits)
+
+    def scaled(x: Any) -> Any:
+        return _once(tirx.floor(x * _f(_LOG2_E) + _f(0.5)), lambda whole: power(x, whole))
+
+    def power(x: Any, whole: Any) -> Any:
+        rest = x - whole * _f(_LN2_HIGH) - whole * _f(_LN2_LOW)
+        return _once(rest, lambda rest: times(rest, whole))
+
+    def times(rest: Any, whole: Any) -> Any:
+        series = _polynomial(rest, (*_EXP, *_EXP_LOW)) * rest * rest + rest + _f(1.0)
+        bits = (whole.astype("int32") + tirx.const(127, "int32")) << tirx.const(23, "int32")
+        return series * tirx.reinterpret("float32", bits)
+
+    return _once(tirx.max(tirx.min(x, _f(high)), _f(low)), scaled)
 
 
 def erf(x: Any) -> Any:
     """The error function."""
-    x = tirx.max(tirx.min(x, _f(4.0)), _f(-4.0))
-    square = x * x
-    above = _polynomial(square, (*_ERF_P, *_ERF_P_LOW, *_ERF_P_LAST))
-    below = _polynomial(square, (*_ERF_Q, *_ERF_Q_LOW))
-    return x * above / below
+
+    def ratio(x: Any, square: Any) -> Any:
+        above = _polynomial(square, (*_ERF_P, *_ERF_P_LOW, *_ERF_P_LAST))
+        return x * above / _polynomial(square, (*_ERF_Q, *_ERF_Q_LOW))
+
+    def squared(x: Any) -> Any:
+        return _once(x * x, lambda square: ratio(x, square))
+
+    return _once(tirx.max(tirx.min(x, _f(4.0)), _f(-4.0)), squared)
 
 
 def sigmoid(x: Any) -> Any:
@@ -54,11 +65,15 @@ def sigmoid(x: Any) -> Any:
 
 def tanh(x: Any) -> Any:
     """By exp, apart from small numbers, where the difference would lose digits."""
-    power = exp(x * _f(-2.0))
-    large = (_f(1.0) - power) / (_f(1.0) + power)
-    square = x * x
-    small = x * _polynomial(square, _TANH)
-    return tirx.Select(square < _f(0.04), small, large)
+
+    def either(x: Any, power: Any) -> Any:
+        large = (_f(1.0) - power) / (_f(1.0) + power)
+        return _once(x * x, lambda square: tirx.Select(square < _f(0.04), small(x, square), large))
+
+    def small(x: Any, square: Any) -> Any:
+        return x * _polynomial(square, _TANH)
+
+    return _once(x, lambda x: _once(exp(x * _f(-2.0)), lambda power: either(x, power)))
 
 
 _TANH = (0.0218694885, -0.0539682540, 0.1333333333, -0.3333333333, 1.0)
@@ -112,6 +127,12 @@ def _each(name: str, function: Callable[[Any], Any]) -> Callable[[Any, Any], Any
         return builder.call_te(compute, call.args[0], primfunc_name_hint=name)
 
     return legalize
+
+
+def _once(value: Any, body: Callable[[Any], Any]) -> Any:
+    """An expression in a value that is computed once, however often it stands there."""
+    name = tirx.Var("t", "float32")
+    return tirx.Let(name, value, body(name))
 
 
 def _polynomial(x: Any, coefficients: Sequence[float]) -> Any:

@@ -1,0 +1,323 @@
+"""The TVM backend: kernels against ONNX Runtime, symbolic sizes, targets, faults."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from graphopt import artifact, backends, compilation, files, ir
+from graphopt.backends import Array
+from graphopt.backends._tvm_options import Options
+from graphopt.backends._tvm_tiles import Registers, choose
+from graphopt.errors import GraphoptError, InputError, MissingError
+from graphopt.target import Target
+from tests._models import parse
+
+BACKEND = backends.get("tvm")
+MISSING = BACKEND.is_available()
+needs_tvm = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+CPU = Target.parse("cpu")
+
+
+def random(*shape: int, dtype: Any = np.float32) -> Array:
+    """Numbers around zero, the same each time."""
+    array: Array = np.random.default_rng(len(shape)).standard_normal(shape).astype(dtype)
+    return array
+
+
+def with_weights(text: str, **weights: Array) -> ir.Model:
+    """A model from its text, with initializers that the text only names."""
+    model = parse(text, opset=18)
+    for value in [v for v in model.graph.inputs if v.name in weights]:
+        value.const_value = ir.Tensor(weights[value.name or ""], name=value.name)
+        model.graph.inputs.remove(value)
+        model.graph.initializers[value.name or ""] = value
+    return model
+
+
+def expected(model: ir.Model, feeds: dict[str, Array]) -> list[Any]:
+    """What ONNX Runtime makes of it."""
+    ort: Any = importlib.import_module("onnxruntime")
+    data = files.to_proto(model).SerializeToString()
+    session = ort.InferenceSession(data, providers=["CPUExecutionProvider"])
+    results: list[Any] = session.run(None, feeds)
+    return results
+
+
+def agree(
+    model: ir.Model, feeds: dict[str, Array], folder: Path, rule: str = "", tolerance: float = 1e-4
+) -> None:
+    """Compile, run, compare; the kernels of a name have the rule, and none is unscheduled."""
+    if folder.exists():
+        folder = folder / "again"
+    compilation.compile(model, CPU, folder, backend="tvm", level=0, verify="off")
+    notes = json.loads((folder / "kernels.json").read_text())
+    assert not notes["unscheduled"]
+    if rule:
+        assert rule in notes["rules"].values(), notes["rules"]
+    found = compilation.load(folder, trust=True).run(feeds)
+    for value, wanted in zip(found.values(), expected(model, feeds), strict=True):
+        assert isinstance(value, np.ndarray)
+        assert value.dtype == wanted.dtype
+        np.testing.assert_allclose(value, wanted, rtol=tolerance, atol=tolerance)
+
+
+@needs_tvm
+@pytest.mark.parametrize(
+    ("shape", "kernel", "attributes"),
+    [
+        ((1, 16, 14, 14), (32, 16, 1, 1), ""),
+        ((1, 8, 13, 13), (30, 8, 1, 1), ""),
+        ((2, 3, 23, 29), (16, 3, 3, 3), "strides = [2, 2], pads = [1, 1, 1, 1]"),
+        ((1, 16, 11, 17), (24, 16, 3, 3), "pads = [1, 1, 1, 1]"),
+        ((1, 16, 9, 9), (16, 16, 3, 3), "dilations = [2, 2], pads = [2, 2, 2, 2]"),
+        ((1, 24, 15, 14), (24, 1, 3, 3), "group = 24, pads = [1, 1, 1, 1]"),
+        ((1, 20, 15, 14), (20, 1, 5, 5), "group = 20, strides = [2, 2], pads = [2, 2, 2, 2]"),
+        ((1, 16, 8, 8), (32, 4, 3, 3), "group = 4, pads = [0, 1, 0, 1]"),
+        ((1, 6, 40), (5, 6, 7), "strides = [3], pads = [3, 3]"),
+        ((1, 4, 12, 12), (7, 4, 3, 3), "pads = [0, 0, 1, 1]"),
+    ],
+)
+def test_convolutions(
+    tmp_path: Path, shape: tuple[int, ...], kernel: tuple[int, ...], attributes: str
+) -> None:
+    dims = ",".join(map(str, shape))
+    text = f"g (float[{dims}] x, float[] w, float[] b) => (float y) "
+    text += f"{{ c = Conv <{attributes}> (x, w, b) y = Relu (c) }}".replace(" <>", "")
+    model = with_weights(text, w=random(*kernel), b=random(kernel[0]))
+    agree(model, {"x": random(*shape)}, tmp_path / "a", "product")
+
+
+@needs_tvm
+@pytest.mark.parametrize(
+    "attributes",
+    [
+        "strides = [2, 2]",
+        "strides = [2, 2], pads = [1, 1, 1, 1], output_padding = [1, 1]",
+        "strides = [2, 3], pads = [0, 1, 1, 2], dilations = [2, 1]",
+        "strides = [2, 2], output_shape = [14, 14]",
+        "group = 2",
+    ],
+)
+def test_transposed_convolutions(tmp_path: Path, attributes: str) -> None:
+    text = "g (float[1,8,6,6] x, float[] w) => (float y) "
+    text += f"{{ y = ConvTranspose <{attributes}> (x, w) }}"
+    model = with_weights(text, w=random(8, 4, 3, 3))
+    agree(model, {"x": random(1, 8, 6, 6)}, tmp_path / "a", "product")
+
+
+@needs_tvm
+@pytest.mark.parametrize(
+    ("left", "right", "constant"),
+    [
+        ((1, 64), (64, 100), True),
+        ((17, 30), (30, 33), True),
+        ((2, 16, 32), (32, 48), True),
+        ((128, 64), (64, 64), True),
+        ((2, 3, 16, 8), (2, 3, 8, 32), False),
+        ((3, 7, 5), (3, 5, 9), False),
+    ],
+)
+def test_products(
+    tmp_path: Path, left: tuple[int, ...], right: tuple[int, ...], constant: bool
+) -> None:
+    x, y = random(*left), random(*right)
+    text = f"g (float{list(left)} x, float{list(right)} w) => (float z) "
+    text += "{ m = MatMul (x, w) z = Tanh (m) }"
+    model = with_weights(text, **({"w": y} if constant else {}))
+    agree(model, {"x": x} if constant else {"x": x, "w": y}, tmp_path / "a", "product")
+
+
+@needs_tvm
+@pytest.mark.parametrize(
+    "body",
+    [
+        "y = Exp (x)",
+        "y = Erf (x)",
+        "y = Sigmoid (x)",
+        "y = Tanh (x)",
+        "y = Softmax <axis = -1> (x)",
+        "y = Softmax <axis = 1> (x)",
+        "y = LeakyRelu <alpha = 0.1> (x)",
+        "y = Transpose <perm = [0, 3, 1, 2]> (x)",
+        "y = Concat <axis = 3> (x, x, x)",
+        "y = GlobalAveragePool (x)",
+        "y = MaxPool <kernel_shape = [3, 3], strides = [2, 2], pads = [1, 1, 1, 1]> (x)",
+        "y = AveragePool <kernel_shape = [2, 2], strides = [2, 2]> (x)",
+        "a = Abs (x) s = Sqrt (a) y = Add (s, x)",
+        "y = ArgMax <axis = 3> (x)",
+    ],
+)
+def test_other_kernels(tmp_path: Path, body: str) -> None:
+    kind = "int64" if "ArgMax" in body else "float"
+    model = parse(f"g (float[1,6,20,37] x) => ({kind} y) {{ {body} }}", opset=18)
+    agree(model, {"x": 3 * random(1, 6, 20, 37)}, tmp_path / "a")
+
+
+@needs_tvm
+def test_functions_over_their_range(tmp_path: Path) -> None:
+    x = np.concatenate([np.linspace(-100, 90, 4001), np.linspace(-1e-3, 1e-3, 99), [0]])
+    x = x.astype(np.float32)
+    for index, op in enumerate(("Exp", "Erf", "Sigmoid", "Tanh")):
+        model = parse(f"g (float[{x.size}] x) => (float y) {{ y = {op} (x) }}")
+        folder = tmp_path / str(index)
+        if op == "Exp":
+            x = np.minimum(x, np.float32(87))
+        agree(model, {"x": x}, folder, tolerance=2e-6)
+
+
+@needs_tvm
+@pytest.mark.parametrize(
+    ("body", "size"),
+    [
+        ("y = MatMul (x, w)", 24),
+        ("t = Transpose <perm = [0, 2, 1]> (x) s = MatMul (x, t) y = Softmax <axis = -1> (s)", 24),
+        ("y = ReduceMean (x)", 24),
+        ("z = Shape (x) r = Expand (x, z) y = Relu (r)", 5),
+    ],
+)
+def test_symbolic_sizes(tmp_path: Path, body: str, size: int) -> None:
+    text = f"g (float[batch,seq,{size}] x, float[] w) => (float y) {{ {body} }}"
+    model = with_weights(text, w=random(size, 40))
+    folder = tmp_path / "a"
+    compilation.compile(model, CPU, folder, backend="tvm", level=0, verify="off")
+    assert not json.loads((folder / "kernels.json").read_text())["unscheduled"]
+    executable = compilation.load(folder, trust=True)
+    for shape in ((1, 1), (2, 7), (3, 16)):
+        feeds = {"x": random(*shape, size)}
+        found = executable.run(feeds)["y"]
+        np.testing.assert_allclose(found, expected(model, feeds)[0], rtol=1e-4, atol=1e-4)
+
+
+@needs_tvm
+@pytest.mark.parametrize("op", ["LSTM", "GRU", "RNN"])
+@pytest.mark.parametrize("direction", ["forward", "bidirectional"])
+def test_recurrent_layers(tmp_path: Path, op: str, direction: str) -> None:
+    gates, ways = {"LSTM": 4, "GRU": 3, "RNN": 1}[op], 1 + (direction != "forward")
+    text = f"""
+        g (float[3,2,5] x, float[] w, float[] r, float[] b) => (float y, float h)
+        {{ y, h = {op} <hidden_size = 8, direction = "{direction}"> (x, w, r, b) }}
+    """
+    model = with_weights(
+        text,
+        w=random(ways, 8 * gates, 5),
+        r=random(ways, 8 * gates, 8),
+        b=random(ways, 16 * gates),
+    )
+    agree(model, {"x": random(3, 2, 5)}, tmp_path / "a")
+
+
+@needs_tvm
+def test_sizes_that_are_set(tmp_path: Path) -> None:
+    model = with_weights("g (float[n,8] x, float[] w) => (float[n,4] y) { y = MatMul (x, w) }",
+                         w=random(8, 4))  # fmt: skip
+    compilation.compile(model, CPU, tmp_path / "a", backend="tvm", options={"dims": "n=3"})
+    executable = compilation.load(tmp_path / "a", trust=True)
+    assert executable.inputs[0].shape == (3, 8)
+    with pytest.raises(InputError, match=r"takes x float32 \[3, 8\]"):
+        executable.run({"x": random(2, 8)})
+    with pytest.raises(InputError, match="no input has a free dimension m"):
+        compilation.compile(model, CPU, tmp_path / "b", backend="tvm", options={"dims": "m=3"})
+
+
+@needs_tvm
+def test_blocked_weights(tmp_path: Path) -> None:
+    model = parse("""
+        g (float[2,8] x) => (float[2,4] y)
+        <int8[8,4] w = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21,
+                        22, 23, 24, 25, 26, 27, 28, 29, 30, 31, 32},
+         float[2,4] s = {0.5, 0.25, 1, 2, 1, 1, 0.5, 0.125}>
+        { d = DequantizeLinear <axis = 0, block_size = 4> (w, s) y = MatMul (x, d) }
+    """, opset=21)  # fmt: skip
+    agree(model, {"x": random(2, 8)}, tmp_path / "a")
+
+
+@needs_tvm
+def test_indices_out_of_range(tmp_path: Path) -> None:
+    model = parse("""
+        g (float[5,3] x, int64[n] i) => (float[n,3] y, float[n,3] z)
+        <int64 one = {1}>
+        { j = Cast <to = 7> (i) y = Gather (x, j) k = Add (i, one) z = Gather (x, k) }
+    """)
+    compilation.compile(model, CPU, tmp_path / "a", backend="tvm", level=0, verify="off")
+    executable = compilation.load(tmp_path / "a", trust=True)
+    x = random(5, 3)
+    found = executable.run({"x": x, "i": np.array([-1, 0, 3])})
+    np.testing.assert_array_equal(found["y"], x[[-1, 0, 3]])
+    for wrong in (5, -6, 1 << 60):
+        with pytest.raises(GraphoptError, match="not below 5"):
+            executable.run({"x": x, "i": np.array([0, wrong])})
+
+
+@needs_tvm
+def test_what_cannot_be_imported_is_named() -> None:
+    model = parse("""
+        g (float[2] x) => (float[2] y)
+        { a = Relu (x) [far] b = acme.Twist (a) [late] y = Sqrt (b) }
+    """)
+    assert list(BACKEND.supports(model, CPU)) == ["far"]
+
+
+@needs_tvm
+def test_loading_needs_no_onnx(tmp_path: Path) -> None:
+    model = parse("g (float[2] x) => (float[2] y) { y = Relu (x) }")
+    folder = compilation.compile(model, CPU, tmp_path / "a", backend="tvm")
+    script = (
+        "import sys, numpy\nfrom graphopt import compilation\n"
+        f"found = compilation.load({str(folder)!r}, trust=True).run("
+        "{'x': numpy.array([-1, 2], 'f')})\n"
+        "assert found['y'].tolist() == [0, 2]\n"
+        "assert not {'onnx', 'onnx_ir'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+
+
+@needs_tvm
+def test_a_library_that_is_none(tmp_path: Path) -> None:
+    model = parse("g (float[2] x) => (float[2] y) { y = Relu (x) }")
+    folder = compilation.compile(model, CPU, tmp_path / "a", backend="tvm")
+    (folder / "model.so").write_bytes(b"no library")
+    with pytest.raises(InputError, match="changed"):
+        compilation.load(folder, trust=True)
+    manifest = artifact.read(folder)
+    with pytest.raises(GraphoptError, match="tvm: ") as caught:
+        BACKEND.load(folder, manifest)
+    assert "\n" not in str(caught.value)
+
+
+def test_without_tvm(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nothing(name: str) -> None:
+        """No package is installed."""
+
+    monkeypatch.setattr("importlib.util.find_spec", nothing)
+    for reason in (BACKEND.is_available(), BACKEND.can_compile(CPU), BACKEND.can_run(CPU)):
+        assert reason is not None
+        assert "graphopt[tvm]" in reason
+    with pytest.raises(MissingError, match=r"graphopt\[tvm\]"):
+        BACKEND.supports(parse("g (float[2] x) => (float[2] y) { y = Relu (x) }"), CPU)
+
+
+@pytest.mark.parametrize("dims", ["n", "n=0", "n=-1", "=3", "n=1,,m=2", "n = 1"])
+def test_dims_that_are_none(dims: str) -> None:
+    with pytest.raises(InputError, match="dims is like"):
+        Options(dims=dims)
+    assert Options(dims="n=1,x.y=20").sizes() == {"n": 1, "x.y": 20}
+
+
+@pytest.mark.parametrize("target", ["cpu", "arm64", "arm64:cortex-a76"])
+@pytest.mark.parametrize("rows", [None, 1, 3, 13, 49, 55, 128])
+@pytest.mark.parametrize("columns", [1, 3, 10, 24, 64, 1000])
+def test_tiles_fit_the_registers(target: str, rows: int | None, columns: int) -> None:
+    registers = Registers.of(Target.parse(target))
+    tile = choose(rows, columns, registers, "float32")
+    assert tile.rows * tile.vectors + tile.vectors + 1 <= registers.count
+    assert tile.lanes <= registers.lanes("float32")
+    assert rows is None or tile.rows <= rows
+    assert tile.columns < 2 * max(columns, 2)
