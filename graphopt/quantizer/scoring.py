@@ -34,12 +34,16 @@ class Signal:
 
     def add(self, expected: Array, got: Array) -> None:
         """Two arrays of the same shape; values that are not finite in both are left out."""
-        a, b = expected.astype(np.float64), got.astype(np.float64)
-        with np.errstate(invalid="ignore"):
-            gap = np.where(np.isfinite(a), a - b, 0.0)
-            a = np.where(np.isfinite(a), a, 0.0)
-        self.power += float(np.vdot(a, a))
-        self.noise += float(np.vdot(gap, gap))
+        with np.errstate(invalid="ignore", over="ignore"):
+            gap = expected - got
+            power, noise = float(np.vdot(expected, expected)), float(np.vdot(gap, gap))
+            if not math.isfinite(power + noise):
+                known = np.isfinite(expected)
+                a = np.where(known, expected, 0).astype(np.float64)
+                gap = np.where(known, a - got, 0.0)
+                power, noise = float(np.vdot(a, a)), float(np.vdot(gap, gap))
+        self.power += power
+        self.noise += noise
 
     @property
     def db(self) -> float | None:
@@ -129,7 +133,8 @@ def top1(outputs: Sequence[Outputs], labels: Array | None) -> float:
     assert labels is not None
     found: list[Array] = [_answers(next(iter(each.values()))) for each in outputs]
     flat: Array = np.concatenate(found)[: len(labels)]
-    return float(np.mean(flat == labels.reshape(len(labels), -1)[: len(flat), 0]))
+    truth: Array = labels.reshape(len(labels), -1)[: len(flat), 0]
+    return float(np.count_nonzero(flat == truth)) / max(len(flat), 1)
 
 
 def _answers(value: Array) -> Array:
