@@ -40,9 +40,18 @@ def narrow(
 
 
 def note_converted(precision: Precision) -> None:
-    """Apply the conversion and record every node that it changed."""
+    """Apply the conversion and record every node, input and output that it changed."""
     context, name = precision.context, precision.to.name.lower()
-    for node in precision.apply():
+    graph = context.model.graph
+    kinds = {v.name: v.dtype for v in (*graph.inputs, *graph.outputs)}
+    casts = {ir.label(node) for node in precision.nodes if node.op_type == "Cast"}
+    moved = precision.apply()
+    for node in moved:
         context.changed(f"converted_to_{name}", [node], [node])
+    for value in (*graph.inputs, *graph.outputs):
+        if value.dtype != kinds.get(value.name):
+            context.changed(f"converted_to_{name}", [value.name or ""], [value.name or ""])
+    for label in sorted(casts - {ir.label(node) for node in ir.all_nodes(context.model)}):
+        context.changed("superfluous_cast", [label])
     for constant in precision.clamped:
         context.changed("clamped_constant", [constant], [constant])
