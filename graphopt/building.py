@@ -178,12 +178,12 @@ class _Pieces:
     def culprits(self, labels: Sequence[str], why: str) -> dict[str, str]:
         """Which of the nodes with which the compiler fails it fails with: by halves, down to a few.
 
-        All of them where neither half fails by itself.
+        All of them where no half fails by itself, nor the one in the middle.
         """
         suspects = list(labels)
         while len(suspects) > _FEW:
-            half = len(suspects) // 2
-            halves = (suspects[:half], suspects[half:])
+            half, quarter = len(suspects) // 2, len(suspects) // 4
+            halves = (suspects[:half], suspects[half:], suspects[quarter : quarter + half])
             guilty = next((each for each in halves if self._fails(each)), None)
             if guilty is None:
                 break
