@@ -23,6 +23,7 @@ from graphopt.pruner.pruning import Options, Pruning, parse_ratios, prune_once
 from graphopt.pruner.records import record_of
 from graphopt.pruner.recovery import Fit, Recovery
 from graphopt.pruner.recovery import recover as refit
+from graphopt.pruner.selection import Unreachable
 from graphopt.report import Loss
 from graphopt.runner import Runner
 from graphopt.samples import Samples, SamplesLike, open_samples
@@ -302,7 +303,10 @@ class _Job:
         share, got = limit, 1.0
         for _ in range(_ATTEMPTS):
             self.tell(f"trying {share:.0%} of the operations")
-            candidate = self._rounds(clean, dataclasses.replace(self.options, flops=share))
+            try:
+                candidate = self._rounds(clean, dataclasses.replace(self.options, flops=share))
+            except Unreachable as error:
+                raise GateError(f"a latency of {limit:.0%} cannot be reached: {error}") from error
             self._time(candidate)
             got = self.report.latency_ratio or 1.0
             if got <= limit:

@@ -36,7 +36,7 @@ class Recover(Pass):
     """Positions of a sample that enter the fit of a layer."""
     epochs: int = 0
     """Then train all weights on the outputs of the unpruned model, so often through the data."""
-    rate: float = 2e-4
+    rate: float = 5e-4
     """Of that training."""
 
     def run(self, context: Context) -> None:

@@ -101,6 +101,8 @@ class Kept:
         """A new initializer beside a node."""
         assert node.graph is not None
         title = f"{node.outputs[0].name}__{name}"
+        while title in node.graph.initializers:  # of an earlier round
+            title += "_"
         value = ir.Value(
             name=title,
             shape=ir.Shape(array.shape),

@@ -26,6 +26,8 @@ __all__ = ["distill", "train"]
 Array = npt.NDArray[Any]
 Tell = Callable[[str], None]
 
+_MIXED = 0.5
+"""Share of the batches that are mixed, so that few samples are not learnt by heart."""
 _TRAINED = {
     "Add": (0, 1),
     "BatchNormalization": (1, 2),
@@ -43,7 +45,7 @@ def distill(
     samples: Samples,
     *,
     epochs: int,
-    rate: float = 2e-4,
+    rate: float = 5e-4,
     batch: int = 32,
     seed: int = 0,
     progress: Tell | None = None,
@@ -72,9 +74,12 @@ def distill(
     for epoch in range(epochs):
         order: list[int] = rng.permutation(len(feeds)).tolist()
         for index in order:
-            values = tape.forward(feeds[index], weights)
+            feed, wanted = feeds[index], targets[index]
+            if rng.random() < _MIXED and (mixed := _mixed(feed, rng)) is not None:
+                feed, wanted = mixed, _floats(teacher.run(mixed))
+            values = tape.forward(feed, weights)
             slopes: dict[str, Array] = {}
-            for name, target in targets[index].items():
+            for name, target in wanted.items():
                 difference = values[name] - target
                 factor = 2 / (difference.size * spread[name])
                 slopes[name] = (factor * difference).astype(np.float32)
@@ -87,6 +92,34 @@ def distill(
     for name, array in best.items():
         model.graph.initializers[name].const_value = ir.tensor(array, name=name)
     return first, least
+
+
+def _mixed(feed: Mapping[str, Array], rng: np.random.Generator) -> dict[str, Array] | None:
+    """A batch whose samples are blended with each other, or have a part of another put in.
+
+    None where that makes no sense: inputs that are no real numbers, or a batch of one. (Zhang et
+    al. 2018, mixup; Yun et al. 2019, CutMix; the unpruned model says what is right for them.)
+    """
+    count = min((array.shape[0] if array.ndim else 0) for array in feed.values())
+    if count < 2 or any(a.dtype.kind != "f" or a.shape[0] != count for a in feed.values()):
+        return None
+    others = rng.permutation(count)
+    found: dict[str, Array] = {}
+    cut = rng.random() < 0.5
+    for name, array in feed.items():
+        spatial = [axis for axis in range(2, array.ndim) if array.shape[axis] > 3]
+        if not cut or not spatial:
+            share = rng.random((count, *[1] * (array.ndim - 1)))
+            found[name] = (share * array + (1 - share) * array[others]).astype(array.dtype)
+            continue
+        where = [slice(None)] * array.ndim
+        for axis in spatial:
+            size = array.shape[axis]
+            start, end = sorted(rng.integers(0, size + 1, 2).tolist())
+            where[axis] = slice(start, end)
+        found[name] = array.copy()
+        found[name][tuple(where)] = array[others][tuple(where)]
+    return found
 
 
 def _error(

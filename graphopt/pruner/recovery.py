@@ -54,7 +54,7 @@ class Recovery:
     """Samples run at once, where the model takes any number."""
     epochs: int = 0
     """Then train all weights on the outputs of the unpruned model, so often through the data."""
-    rate: float = 2e-4
+    rate: float = 5e-4
     """Of that training."""
 
     def __post_init__(self) -> None:

@@ -14,12 +14,16 @@ from graphopt.errors import InputError
 from graphopt.pruner.atoms import Axis
 from graphopt.pruner.groups import Family, Groups
 
-__all__ = ["Scores", "Selection", "check_ratio", "lamp", "meet", "select"]
+__all__ = ["Scores", "Selection", "Unreachable", "check_ratio", "lamp", "meet", "select"]
 
 Scores = npt.NDArray[np.float64]
 """Importance by atom, given for the representative of each group; the least goes first."""
 
 _SEARCH_STEPS = 24
+
+
+class Unreachable(InputError):
+    """A budget below what is left when all has gone that can go."""
 
 
 @dataclass(frozen=True)
@@ -121,13 +125,13 @@ def meet(choose: Callable[[float], Axis], size: Callable[[Axis], float], limit: 
     """The groups to prune by the least ratio that brings the size down to a limit.
 
     Raises:
-        InputError: not even pruning all that can go is enough.
+        Unreachable: not even pruning all that can go is enough.
     """
     low, high = 0.0, 1.0
     best = choose(high)
     least = size(best)
     if least > limit:
-        raise InputError(f"at most {1 - least:.0%} can be pruned away; {limit:.0%} cannot be met")
+        raise Unreachable(f"at most {1 - least:.0%} can be pruned away; {limit:.0%} cannot be met")
     for _ in range(_SEARCH_STEPS):
         middle = (low + high) / 2
         candidate = choose(middle)

@@ -1,0 +1,306 @@
+"""`graphopt prune`, `graphopt.prune` and the passes: figures, limits, recovery, bad input."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from click.testing import CliRunner
+
+import graphopt
+from graphopt import files, ir, models
+from graphopt.cli import main
+from graphopt.errors import GateError, InputError
+from graphopt.pruner.gradients import Tape
+from graphopt.pruner.pruning import Options, prune_once
+from graphopt.pruner.records import record_of
+from graphopt.pruner.recovery import Recovery, recover
+from graphopt.pruning import PruneReport, prune
+from graphopt.report import Report
+from graphopt.runner import Runner
+from graphopt.samples import Samples, open_samples
+from tests._architectures import ARCHITECTURES
+from tests._models import parse
+
+onnx: Any = importlib.import_module("onnx")
+
+CNN = models.path("digits_cnn")
+TEST = CNN.parent / "digits_test.npz"
+
+
+def digits() -> dict[str, ir.Array]:
+    """Inputs and labels of the test set that comes with the project."""
+    with np.load(TEST) as arrays:
+        return {name: arrays[name] for name in arrays.files}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first half of the digits, without labels."""
+    arrays = digits()
+    arrays.pop("labels")
+    path = tmp_path_factory.mktemp("data") / "calibration.npz"
+    halves: dict[str, Any] = {name: array[: len(array) // 2] for name, array in arrays.items()}
+    np.savez(path, **halves)
+    return path
+
+
+def accuracy(model: ir.Model) -> float:
+    """On the other half of the digits."""
+    arrays = digits()
+    labels = arrays.pop("labels")
+    half = len(labels) // 2
+    runner = Runner(model)
+    (name,) = runner.inputs
+    scores: npt.NDArray[np.float32] = runner.run({name: arrays[name][half:]})[runner.outputs[0]]
+    hits = scores.reshape(len(labels) - half, -1).argmax(1) == labels[half:]
+    return float(np.count_nonzero(hits)) / len(hits)
+
+
+def test_recovery_brings_accuracy_back(data: Path) -> None:
+    """Half the channels of the digits' network, on data without labels."""
+    whole = accuracy(files.load(CNN))
+    raw = accuracy(prune(CNN, ratio=0.5, benchmark=False))
+    report = PruneReport()
+    model = prune(CNN, ratio=0.5, data=data, recover=True, benchmark=False, report=report)
+    assert accuracy(model) > max(raw, whole - 0.03)
+    assert report.fits
+    assert all(fit.after <= fit.before for fit in report.fits)
+    assert report.masked_error is not None
+    assert report.masked_error < 1e-5
+    assert report.loss is not None
+
+
+def test_training_comes_closer(data: Path) -> None:
+    """A few epochs on the original's outputs lower the error; nothing is worse afterwards."""
+    report = PruneReport()
+    how = Recovery(epochs=2)
+    prune(CNN, ratio=0.6, data=data, recover=how, benchmark=False, report=report)
+    assert report.training is not None
+    assert report.training[1] <= report.training[0]
+
+
+@pytest.mark.parametrize("scope", ["uniform", "sensitivity"])
+def test_budgets(scope: str, data: Path, tmp_path: Path) -> None:
+    """What is asked for is met, and barely so."""
+    for budget in ("params", "flops", "size"):
+        report = PruneReport()
+        scan = str(tmp_path / "scan.json")
+        prune(
+            CNN,
+            scope=scope,
+            data=data,
+            benchmark=False,
+            report=report,
+            scan=scan,
+            round_to=1,
+            **{budget: 0.6},  # type: ignore[arg-type]
+        )
+        assert report.before is not None
+        assert report.after is not None
+        name = {"params": "parameters", "size": "bytes"}.get(budget, budget)
+        assert 0.45 < getattr(report.after, name) / getattr(report.before, name) <= 0.6
+    if scope == "sensitivity":
+        assert json.loads((tmp_path / "scan.json").read_text())["curves"]
+        (tmp_path / "scan.json").write_text("{}")
+        with pytest.raises(InputError, match="holds no sensitivity scan"):
+            prune(CNN, scope=scope, data=data, scan=str(tmp_path / "scan.json"), benchmark=False)
+
+
+@pytest.mark.parametrize("criterion", ["activation", "apoz", "reconstruction", "taylor"])
+def test_criteria_on_data(criterion: str, data: Path) -> None:
+    """All of them choose, from what the data do."""
+    report = PruneReport()
+    prune(CNN, criterion=criterion, data=data, benchmark=False, report=report, ratio=0.3)
+    assert report.masked_error is not None
+    assert report.masked_error < 1e-5
+
+
+def test_limits(data: Path) -> None:
+    """A drop is kept to, or it fails as a gate does."""
+    report = PruneReport()
+    prune(CNN, max_drop=0.1, data=data, recover=True, benchmark=False, report=report)
+    assert report.drop is not None
+    assert report.drop <= 0.1
+    with pytest.raises(GateError, match="more than"):
+        prune(CNN, flops=0.3, max_drop=0.001, data=data, benchmark=False)
+    with pytest.raises(GateError, match="latency of 1% cannot be reached"):
+        prune(CNN, latency=0.01, least=0.6)
+
+
+def test_rounds(data: Path) -> None:
+    """Two rounds end where one does; what is left is known by the first model's numbers."""
+    report = PruneReport()
+    model = prune(CNN, ratio=0.5, iterations=2, data=data, recover=True, benchmark=False)
+    prune(CNN, ratio=0.5, iterations=2, data=data, benchmark=False, report=report)
+    record = record_of(model)
+    assert record is not None
+    assert report.after is not None
+    assert report.before is not None
+    assert report.after.parameters < 0.5 * report.before.parameters
+    for name, axes in record.kept.items():
+        value = model.graph.initializers.get(name)
+        if value is not None and value.const_value is not None:
+            for axis, positions in axes.items():
+                assert value.const_value.shape.numpy()[axis] == len(positions)
+
+
+def test_passes(data: Path) -> None:
+    """Pruning and recovery in one pipeline with fusion; each is measured."""
+    report = Report()
+    text = "fold-shapes,prune-channels{ratio=0.5},recover{samples=200},fuse-conv-affine"
+    model = graphopt.optimize(CNN, passes=text, data=str(data), report=report)
+    assert [loss.name for loss in report.losses][:2] == ["prune-channels", "recover"]
+    first, whole = report.losses[0].sqnr_db, report.losses[-1].sqnr_db
+    assert report.losses[-1].name == "all"
+    assert first is not None
+    assert whole is not None
+    assert whole > first
+    assert accuracy(model) > 0.8
+
+
+def test_recovery_needs_data() -> None:
+    """Said before any work."""
+    for arguments in ({"recover": True}, {"scope": "sensitivity"}, {"criterion": "apoz"}):
+        with pytest.raises(InputError, match="needs data"):
+            prune(CNN, benchmark=False, **arguments)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="needs data"):
+        graphopt.optimize(CNN, passes="prune-channels,recover")
+
+
+@pytest.mark.parametrize("name", ["resnet", "detector", "vit", "convnext", "upscaler"])
+def test_refitting_any_architecture(name: str) -> None:
+    """Layers of all kinds are refitted, in place, and the results come closer."""
+    model = files.load(ARCHITECTURES[name][0]())
+    (value,) = model.graph.inputs
+    assert value.shape is not None
+    rng = np.random.default_rng(0)
+    rows = [rng.standard_normal(value.shape.numpy()).astype(np.float32) for _ in range(24)]
+    samples = open_samples([{value.name: row} for row in rows], model)
+    done = prune_once(files.copy(model), Options(ratio=0.3))
+    record = record_of(done.model)
+    assert record is not None
+    before = error(model, done.model, samples)
+    fits = recover(done.model, record, samples, Recovery())
+    assert sum(fit.after for fit in fits) < sum(fit.before for fit in fits)
+    assert error(model, done.model, samples) < before
+
+
+def error(model: ir.Model, other: ir.Model, samples: Samples) -> float:
+    """Mean squared difference of the first output."""
+    first, second = Runner(model), Runner(other)
+    total = 0.0
+    for feeds in samples:
+        gap = first.run(feeds)[first.outputs[0]] - second.run(feeds)[second.outputs[0]]
+        total += float(np.mean(np.square(gap)))
+    return total
+
+
+NETS = {
+    "convolution": "a = Conv <strides = [2, 2], pads = [1, 1, 1, 1]> (x, w, b) z = Relu(a)"
+    " p = MaxPool <kernel_shape = [2, 2]> (z) f = Flatten(p) y = Gemm <transB = 1> (f, m, c)",
+    "grouped": 'a = Conv <group = 2, auto_pad = "SAME_UPPER"> (x, g) z = Sigmoid(a)'
+    " p = GlobalAveragePool(z) f = Flatten(p) y = MatMul(f, n)",
+    "norms": "a = Conv (x, w, b) l = LayerNormalization <axis = -1> (a, s, s) e = Gelu(l)"
+    " q = Softmax(e) z = Mul(q, l) p = GlobalAveragePool(z) f = Flatten(p) y = MatMul(f, n)",
+}
+
+
+@pytest.mark.parametrize("body", NETS.values(), ids=NETS)
+def test_gradients(body: str) -> None:
+    """Slopes are what small changes of the weights do to the outputs."""
+    model = parse(f"net (float[2,4,6,6] x) => (float[2,3] y) {{ {body} }}")
+    rng = np.random.default_rng(0)
+    shapes = {
+        **{"w": (4, 4, 3, 3), "b": (4,), "g": (4, 2, 3, 3), "m": (3, 16), "c": (3,)},
+        **{"n": (4, 3), "s": (4,)},
+    }
+    held: dict[str, npt.NDArray[np.float32]] = {}
+    for value in [v for node in model.graph for v in node.inputs if v is not None]:
+        name = value.name or ""
+        if name in shapes and name not in held:
+            array = rng.standard_normal(shapes[name]).astype(np.float32)
+            held[name] = array
+            value.const_value = ir.tensor(array, name=value.name)
+            value.shape, value.type = ir.Shape(array.shape), ir.TensorType(ir.DataType.FLOAT)
+            model.graph.register_initializer(value)
+    names = sorted(held)
+    tape = Tape(model, names)
+    x = rng.standard_normal((2, 4, 6, 6)).astype(np.float32)
+    slope = rng.standard_normal((2, 3)).astype(np.float32)
+    values = tape.forward({"x": x}, held)
+    found = tape.backward(values, {"y": slope}, names)
+    for name in names:
+        step = (1e-3 * rng.standard_normal(shapes[name])).astype(np.float32)
+        ends = [
+            tape.forward({"x": x}, {**held, name: held[name] + sign * step})["y"]
+            for sign in (1, -1)
+        ]
+        wanted = float(((ends[0] - ends[1]) / 2 * slope).sum())
+        assert float((found[name] * step).sum()) == pytest.approx(wanted, rel=0.03, abs=1e-5)
+
+
+def test_gradients_that_are_not_known() -> None:
+    """The operator is named."""
+    model = parse(
+        "net (float[2,4] x) => (float[2,4] y) <float[4] w = {1,2,3,4}> { a = Add(x, w) y = Sin(a) }"
+    )
+    with pytest.raises(InputError, match="no gradient is known of Sin"):
+        Tape(model, ["w"])
+
+
+def run(*arguments: object) -> Any:
+    """The command's result."""
+    return CliRunner().invoke(main, ["prune", *map(str, arguments)])
+
+
+def test_command(data: Path, tmp_path: Path) -> None:
+    """Figures on the screen and as JSON; the file is written and runs."""
+    out, figures = tmp_path / "small.onnx", tmp_path / "figures.json"
+    done = run(CNN, "--ratio", 0.5, "--data", data, "--recover", "-o", out, "--json", figures, "-v")
+    assert done.exit_code == 0, done.output
+    for word in ("parameters", "operations", "latency", "agreement", "proof", "refitted"):
+        assert word in done.output
+    assert json.loads(figures.read_text())["after"]["parameters"] < 30_000_000
+    assert accuracy(files.load(out)) > 0.8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--ratio", "1.5"), "ratio is at least 0 and less than 1"),
+        (("--ratio", "-1"), "ratio is at least 0"),
+        (("--ignore", "nix*"), "no node or weight is named 'nix*'"),
+        (("--ignore", "*"), "nothing can be pruned"),
+        (("--recover",), "recovery needs data: --data"),
+        (("--criterion", "taylor"), "needs data: --data"),
+        (("--max-drop", "0.1"), "needs data: --data"),
+        (("--max-drop", "7"), "max_drop is between 0 and 1"),
+        (("--latency", "2"), "latency is the share"),
+        (("--layer-ratio", "conv"), "PATTERN=0.3"),
+        (("--iterations", "0"), "iterations are at least 1"),
+        (("--epochs", "1"), "--epochs belongs to --recover"),
+        (("--target", "moon"), "moon"),
+        (("--data", "nowhere.npz", "--recover"), "nowhere.npz"),
+    ],
+)
+def test_bad_input(arguments: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    """One clear line each, and nothing is written."""
+    out = tmp_path / "small.onnx"
+    done = run(CNN, *arguments, "-o", out, "--no-benchmark")
+    assert done.exit_code == 2, done.output
+    assert message in done.output
+    assert done.output.count("\n") == 1
+    assert not out.exists()
+
+
+def test_output_is_asked_for(tmp_path: Path) -> None:
+    """Before the work."""
+    assert "say where" in run(CNN).output
+    (tmp_path / "there.onnx").touch()
+    assert "exists" in run(CNN, "-o", tmp_path / "there.onnx").output
