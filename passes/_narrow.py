@@ -18,7 +18,7 @@ def narrow(
         return
     precision = Precision(context, frozenset({ir.DataType.FLOAT}), to, keep_io)
     name = to.name.lower()
-    if not any(map(precision.movable, precision.nodes)):
+    if not precision.needed:
         kinds = {context.shapes.dtype(v) for node in precision.nodes for v in node.outputs}
         why = f"it computes in {name} already" if to in kinds else "it computes nothing in float32"
         context.record.refusals[why] = {context.model.graph.name or "the model"}

@@ -122,6 +122,13 @@ class Precision:
         """Whether a node can compute in the new type at all."""
         return any(chain(*self.ports(node)))
 
+    @property
+    def needed(self) -> bool:
+        """Whether there is anything to convert: a node, or the model's inputs and outputs."""
+        graph = self.context.model.graph
+        ends = () if self.keep_io else (*graph.inputs, *graph.outputs)
+        return any(map(self.movable, self.nodes)) or any(map(self.is_source, ends))
+
     def _allowed(self, node: ir.Node) -> tuple[Sequence[bool], Sequence[bool]]:
         nothing = [False] * len(node.inputs), [False] * len(node.outputs)
         if _wraps(node):

@@ -29,6 +29,6 @@ class ConvertFloat32(Pass):
         if context.exhausted:
             return
         precision = Precision(context, _HALF, ir.DataType.FLOAT, self.keep_io)
-        if any(map(precision.movable, precision.nodes)):
+        if precision.needed:
             precision.settle()
             note_converted(precision)
