@@ -196,7 +196,8 @@ def error(model: ir.Model, other: ir.Model, samples: Samples) -> float:
     first, second = Runner(model), Runner(other)
     total = 0.0
     for feeds in samples:
-        gap = first.run(feeds)[first.outputs[0]] - second.run(feeds)[second.outputs[0]]
+        gap: npt.NDArray[np.float32] = first.run(feeds)[first.outputs[0]]
+        gap = gap - second.run(feeds)[second.outputs[0]]
         total += float(np.mean(np.square(gap)))
     return total
 
