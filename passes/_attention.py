@@ -14,6 +14,7 @@ import numpy as np
 from graphopt import ir
 from graphopt.dims import DimLike
 from graphopt.passes._layout import composed, is_identity, permutation
+from graphopt.passes._ranges import limits
 from graphopt.passes._rotary import expanded
 from graphopt.passes._slices import split
 from graphopt.rewriting import Op, Refuse
@@ -156,22 +157,44 @@ def mask_of(op: Op, scores: Scores, dims: Dims, dtype: ir.DataType) -> ir.Value 
         Refuse: a mask that is no sum, or whose shape is not proven to fit.
     """
     total: ir.Value | None = None
+    alone = len(scores.masks) == 1
     for mask in scores.masks:
-        addend = mask if isinstance(mask, ir.Value) else _addend(op, mask, dtype)
+        addend = (
+            _raised(op, mask) if isinstance(mask, ir.Value) else _addend(op, mask, dtype, alone)
+        )
         if op.dtype(addend) != dtype:
             raise Refuse("the mask is of another type")
         total = addend if total is None else op.Add(total, addend)
     return None if total is None else _spread(op, total, dims, scores)
 
 
-def _addend(op: Op, mask: tuple[ir.Value, bool, float], dtype: ir.DataType) -> ir.Value:
+def _bottom(dtype: ir.DataType | None) -> float:
+    """What still masks: a row of nothing but the lowest number is 0 to ONNX Runtime, no mean."""
+    return -6e4 if dtype == ir.DataType.FLOAT16 else -1e37
+
+
+def _raised(op: Op, mask: ir.Value) -> ir.Value:
+    """An added mask, kept above the lowest number."""
+    bottom, known = _bottom(op.dtype(mask)), op.const(mask)
+    if limits(op, mask)[0] >= bottom:
+        return mask
+    if known is not None:
+        raised = np.maximum(known.astype(np.float64), bottom).astype(known.dtype)
+        return op.initializer(raised, "mask")
+    return op.Max(mask, bottom)
+
+
+def _addend(
+    op: Op, mask: tuple[ir.Value, bool, float], dtype: ir.DataType, alone: bool
+) -> ir.Value:
     condition, selects, low = mask
-    if not low <= _LOW:
-        known = op.const(condition)
-        if known is None or low > _FAINT or not _leaves_some(known, selects):
-            raise Refuse("a row that is masked everywhere would differ")
+    known = op.const(condition)
+    some = known is not None and _leaves_some(known, selects)
+    if low > _FAINT or not (some or low <= _LOW or (alone and dtype != ir.DataType.FLOAT16)):
+        raise Refuse("a row that is masked everywhere would differ")
     zero = op.initializer(np.asarray(0, dtype.numpy()), "zero")
-    bottom = op.initializer(np.asarray(low, dtype.numpy()), "masked")
+    number = _bottom(dtype) if alone else max(low, _bottom(dtype))
+    bottom = op.initializer(np.asarray(number, dtype.numpy()), "masked")
     return op.Where(condition, *((bottom, zero) if selects else (zero, bottom)))
 
 
