@@ -258,7 +258,8 @@ def judge(subject: Subject, result: ir.Model) -> str:
 
 def _differs(found: object, wanted: object, jumps: bool) -> str:
     if not isinstance(wanted, np.ndarray):
-        return "" if str(found) == str(wanted) else "another value"
+        maps = [list(_flat(value)) for value in (found, wanted)]
+        return "" if maps[0] == maps[1] else "another value"
     if not isinstance(found, np.ndarray):
         return "no tensor any more"
     got, old = cast(ir.Array, found), cast(ir.Array, wanted)
@@ -277,6 +278,19 @@ def _differs(found: object, wanted: object, jumps: bool) -> str:
     share = np.count_nonzero(apart) / max(1, apart.size)
     worst = float(np.max(np.abs(error), initial=0.0))
     return "" if share <= allowed else f"{share:.0%} of the elements differ, by up to {worst:.2g}"
+
+
+def _flat(value: object) -> Iterator[object]:
+    """The elements of sequences and maps in order, floats to four digits."""
+    if isinstance(value, dict):
+        for key, item in cast("dict[object, object]", value).items():
+            yield key
+            yield from _flat(item)
+    elif isinstance(value, list):
+        for item in cast("list[object]", value):
+            yield from _flat(item)
+    else:
+        yield f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def subjects(arguments: argparse.Namespace) -> Iterator[Subject | None]:
