@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 Compile = Callable[[Path, str, Mapping[str, Any], int | None], Path]
 """Compiles into a folder: folder, backend, options, level (None: as the caller asked)."""
 
-_GAIN = 0.98
+_GAIN = 0.99
 """A choice has to be better by so much to be taken over one that is there already."""
 _CHOICES: Mapping[str, Sequence[Any]] = {
     "spinning": (True, False),
