@@ -13,6 +13,8 @@ from __future__ import annotations
 import argparse
 import importlib
 import inspect
+import itertools
+import math
 import random
 import sys
 import time
@@ -258,8 +260,8 @@ def judge(subject: Subject, result: ir.Model) -> str:
 
 def _differs(found: object, wanted: object, jumps: bool) -> str:
     if not isinstance(wanted, np.ndarray):
-        maps = [list(_flat(value)) for value in (found, wanted)]
-        return "" if maps[0] == maps[1] else "another value"
+        pairs = list(itertools.zip_longest(_flat(found), _flat(wanted)))
+        return "" if all(_close(one, other) for one, other in pairs) else "another value"
     if not isinstance(found, np.ndarray):
         return "no tensor any more"
     got, old = cast(ir.Array, found), cast(ir.Array, wanted)
@@ -281,7 +283,7 @@ def _differs(found: object, wanted: object, jumps: bool) -> str:
 
 
 def _flat(value: object) -> Iterator[object]:
-    """The elements of sequences and maps in order, floats to four digits."""
+    """The elements of sequences and maps in order."""
     if isinstance(value, dict):
         for key, item in cast("dict[object, object]", value).items():
             yield key
@@ -290,7 +292,13 @@ def _flat(value: object) -> Iterator[object]:
         for item in cast("list[object]", value):
             yield from _flat(item)
     else:
-        yield f"{value:.4g}" if isinstance(value, float) else str(value)
+        yield value if isinstance(value, float) else str(value)
+
+
+def _close(a: object, b: object) -> bool:
+    if isinstance(a, float) and isinstance(b, float):
+        return math.isclose(a, b, abs_tol=TOLERANCE["float32"]) or (a != a and b != b)
+    return a == b
 
 
 def subjects(arguments: argparse.Namespace) -> Iterator[Subject | None]:
