@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from graphopt.backends import _tvm_link
 from graphopt.backends._tvm_executable import LIBRARY, NOTES
 from graphopt.backends._tvm_import import import_model
+from graphopt.backends._tvm_kernels import Kernels
 from graphopt.backends._tvm_legalize import table
 from graphopt.backends._tvm_loops import Machine
 from graphopt.backends._tvm_ranges import index_ranges
@@ -37,18 +38,28 @@ def compile_model(model: ir.Model, target: Target, options: Options, folder: Pat
     module = import_model(model, options.sizes())
     threads = options.threads or 4
     aim = _tvm_link.tvm_target(target, threads)
+    machine = Machine(Registers.of(target), threads)
+    kernels = Kernels(machine.registers)
+    search: dict[str, Any] = {}
     try:
-        lowered, log = lower(module, aim, Machine(Registers.of(target), threads))
+        if options.tune:
+            from graphopt.backends import _tvm_tune
+
+            kernels, search = _tvm_tune.tune(module, aim, machine, options, target)
+        if target.device == "cuda":
+            lowered, log = _lower_for_gpu(module, aim), Log()
+        else:
+            lowered, log = lower(module, aim, machine, kernels)
         executable = tvm.compile(lowered, aim)
-        _export(executable, folder / LIBRARY, target)
+        _export(executable, folder / LIBRARY, target.arch if target.device == "cpu" else "x86_64")
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as e:
         lines = str(e).strip().splitlines() or [type(e).__name__]
         raise GraphoptError(f"tvm: {type(e).__name__}: {lines[-1][:300]}") from e
-    notes = {"ranges": index_ranges(model), **dataclasses.asdict(log)}
+    notes = {"ranges": index_ranges(model), "search": search, **dataclasses.asdict(log)}
     (folder / NOTES).write_text(json.dumps(notes, indent=1, sort_keys=True) + "\n", "utf-8")
 
 
-def lower(module: Any, aim: Any, machine: Machine) -> tuple[Any, Log]:
+def lower(module: Any, aim: Any, machine: Machine, kernels: Kernels) -> tuple[Any, Log]:
     """From operators to scheduled kernels."""
     steps = relax.transform
     with aim, warnings.catch_warnings():
@@ -58,7 +69,7 @@ def lower(module: Any, aim: Any, machine: Machine) -> tuple[Any, Log]:
         module = tvm.transform.Sequential(
             [
                 steps.Normalize(),
-                steps.LegalizeOps(customize_legalize_map=table(machine.registers)),
+                steps.LegalizeOps(customize_legalize_map=table(kernels)),
                 steps.CanonicalizeBindings(),
                 steps.DeadCodeElimination(),
                 steps.AnnotateTIROpPattern(),
@@ -69,6 +80,26 @@ def lower(module: Any, aim: Any, machine: Machine) -> tuple[Any, Log]:
             ]
         )(module)
         return schedule_all(module, machine)
+
+
+def _lower_for_gpu(module: Any, aim: Any) -> Any:
+    """From operators to kernels with the schedules for GPUs that TVM has; never run by us."""
+    steps, gpu = relax.transform, importlib.import_module("tvm.s_tir.dlight")
+    with aim:
+        fused = tvm.transform.Sequential(
+            [
+                steps.DecomposeOpsForInference(),
+                steps.CanonicalizeBindings(),
+                steps.LegalizeOps(),
+                steps.AnnotateTIROpPattern(),
+                steps.FoldConstant(),
+                steps.FuseOps(),
+                steps.FuseTIR(),
+                steps.DeadCodeElimination(),
+            ]
+        )(module)
+        rules = (gpu.gpu.Matmul, gpu.gpu.GEMV, gpu.gpu.Reduction, gpu.gpu.GeneralReduction)
+        return gpu.ApplyDefaultSchedule(*(rule() for rule in rules), gpu.gpu.Fallback())(fused)
 
 
 def _channels_last(module: Any) -> Any:
@@ -84,8 +115,8 @@ def _channels_last(module: Any) -> Any:
         return module
 
 
-def _export(executable: Any, path: Path, target: Target) -> None:
+def _export(executable: Any, path: Path, arch: str) -> None:
     def join(output: str, objects: list[str], **_: Any) -> None:
-        _tvm_link.link(objects, output, target.arch)
+        _tvm_link.link(objects, output, arch)
 
     executable.export_library(str(path), fcompile=join)

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,7 @@ from graphopt.backends._tvm_indices import (
     unravel,
 )
 from graphopt.backends._tvm_indices import product as product_of
-from graphopt.backends._tvm_tiles import Registers, Tile, choose, vector
+from graphopt.backends._tvm_tiles import Registers, Tile, ranked, vector
 
 te: Any = importlib.import_module("tvm.te")
 tirx: Any = importlib.import_module("tvm.tirx")
@@ -48,6 +48,10 @@ class Kernels:
     """Legalizations for one CPU."""
 
     registers: Registers
+    tiles: Mapping[str, Tile] = field(default_factory=dict[str, Tile])
+    """Tiles that were measured to be better than the rules', by kernel."""
+    seen: dict[str, list[Tile]] = field(default_factory=dict[str, list[Tile]])
+    """Filled with the kernels that have tiles to choose from, the rules' first."""
 
     def table(self) -> dict[str, Any]:
         """By the name of the Relax operator."""
@@ -69,10 +73,16 @@ class Kernels:
             return default("relax.matmul")(builder, call)
         return self._stacked(builder, left, right, a, b, dtype)
 
+    def _tile(self, kernel: str, rows: int | None, columns: int, dtype: str) -> Tile:
+        """The tile of a kernel: of those measured, else the rules'."""
+        self.seen[kernel] = ranked(rows, columns, self.registers, dtype)
+        return self.tiles.get(kernel, self.seen[kernel][0])
+
     def _dense(self, builder: Any, left: Any, matrix: Any, a: list[Any], dtype: str) -> Any:
         rows = product_of(a[:-1])
         columns = int(matrix.shape[1])
-        tile = choose(unit(a[:-1]), columns, self.registers, dtype)
+        key = f"dense {a} {columns} {dtype}"
+        tile = self._tile(key, unit(a[:-1]), columns, dtype)
         packed = relax.const(pack(matrix, tile))
 
         exact = divides(tile.rows, rows)
@@ -95,7 +105,7 @@ class Kernels:
 
             high = [ceil(rows, tile.rows)] if flat else [*a[:-2], ceil(a[-2], tile.rows)]
             shape = (*high, w.shape[0], tile.columns)
-            product = te.compute(shape, summand, name="product", attrs=_tile_attrs(tile, flat))
+            product = te.compute(shape, summand, name="product", attrs=_tile_attrs(tile, flat, key))
             result = _flat_result if flat else _result
             return result(product, [*a[:-1], columns], tile)
 
@@ -107,7 +117,8 @@ class Kernels:
         self, builder: Any, left: Any, right: Any, a: list[Any], b: list[Any], dtype: str
     ) -> Any:
         rows, columns = a[-2], b[-1]
-        tile = choose(number(rows), number(columns) or 64, self.registers, dtype)
+        key = f"matmul {a} {b} {dtype}"
+        tile = self._tile(key, number(rows), number(columns) or 64, dtype)
 
         def compute(x: Any, y: Any) -> Any:
             stack = a[:-2]
@@ -125,7 +136,7 @@ class Kernels:
                 return product(*index)
 
             shape = (*stack, ceil(rows, tile.rows), ceil(columns, tile.columns))
-            attrs = {**_tile_attrs(tile, False), "stacked": 1}
+            attrs = {**_tile_attrs(tile, False, key), "stacked": 1}
             product = te.compute(shape, summand, name="product", attrs=attrs)
             return te.compute([*stack, rows, columns], value, name="result")
 
@@ -189,7 +200,8 @@ class Kernels:
     ) -> Any:
         high, wide = window.output(shape[1], shape[2])
         inner, outer = kernel.shape[2:]
-        tile = choose(number(wide), outer // groups, self.registers, dtype)
+        key = f"conv2d {shape} {kernel.shape} {window} {groups} {dtype}"
+        tile = self._tile(key, number(wide), outer // groups, dtype)
         if groups > 1:  # blocks must not cross from one group to the next
             lanes = math.gcd(outer // groups, tile.lanes)
             vectors = math.gcd(outer // groups // lanes, tile.vectors)
@@ -212,7 +224,7 @@ class Kernels:
                 return te.sum(value * w(block, dy, dx, k, lane), axis=[dy, dx, k])
 
             full = (shape[0], high, width, w.shape[0], tile.columns)
-            product = te.compute(full, summand, name="product", attrs=_tile_attrs(tile, False))
+            product = te.compute(full, summand, name="product", attrs=_tile_attrs(tile, False, key))
             return _result(product, [shape[0], high, wide, outer], tile)
 
         return builder.call_te(
@@ -325,9 +337,10 @@ def pack(weights: Any, tile: Tile) -> Any:
     return np.ascontiguousarray(np.moveaxis(cut, -2, 0))
 
 
-def _tile_attrs(tile: Tile, flat: bool) -> dict[str, Any]:
+def _tile_attrs(tile: Tile, flat: bool, key: str = "") -> dict[str, Any]:
     """What the schedule has to know of a product."""
     return {
+        "kernel": key,
         "rows": tile.rows,
         "vectors": tile.vectors,
         "lanes": tile.lanes,

@@ -15,7 +15,6 @@ from graphopt.backends._tvm_call import constant
 from graphopt.backends._tvm_fastmath import FAST
 from graphopt.backends._tvm_indices import number
 from graphopt.backends._tvm_kernels import Kernels, default
-from graphopt.backends._tvm_tiles import Registers
 
 relax: Any = importlib.import_module("tvm.relax")
 
@@ -23,10 +22,10 @@ Legalization = Callable[[Any, Any], Any]
 """Of a block builder and a call to what stands in for it."""
 
 
-def table(registers: Registers) -> dict[str, Legalization]:
+def table(kernels: Kernels) -> dict[str, Legalization]:
     """The legalizations that differ from TVM's, by operator."""
     folds = {name: _folding(name, fold) for name, fold in _FOLDS.items()}
-    return {**folds, **FAST, **Kernels(registers).table()}
+    return {**folds, **FAST, **kernels.table()}
 
 
 def _folding(name: str, fold: Callable[[Any, Any], Any]) -> Legalization:

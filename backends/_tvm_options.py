@@ -19,7 +19,9 @@ class Options:
     dims: str = ""
     """Sizes of free dimensions, `batch=1,seq=128`: kernels for them alone, and faster ones."""
     tune: int = 0
-    """Minutes to search for better kernels; what is found is never slower than the rules'."""
+    """Minutes to search for better kernels, here; what is found is never slower than the rules'."""
+    log: str = ""
+    """A file that the search's measurements are added to, and read from when it goes on."""
 
     def __post_init__(self) -> None:
         if self.threads < 0 or self.tune < 0:

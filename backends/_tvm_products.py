@@ -23,8 +23,10 @@ _BAND = 8
 """Rows of a depthwise convolution's input that are padded at a time."""
 
 
-def multiply(schedule: Any, machine: Machine) -> None:
+def multiply(schedule: Any, machine: Machine) -> str:
     """Schedule a function with a block `product`; everything after it is computed with its tiles.
+
+    Returns the kernel's name.
 
     Raises:
         RuntimeError: a step that TVM refuses.
@@ -42,8 +44,12 @@ def multiply(schedule: Any, machine: Machine) -> None:
             schedule.compute_inline(block)
     for block in tail[:-1]:
         schedule.compute_inline(block)
-    notes = {str(key): int(value) for key, value in schedule.get(product).annotations.items()}
+    annotations = schedule.get(product).annotations
+    notes = {str(key): int(value) for key, value in annotations.items() if key != "kernel"}
+    kernel = str(annotations["kernel"])
+    schedule.unannotate(product, "kernel")
     _Product(schedule, machine, product, tail[-1], before, notes).run()
+    return kernel
 
 
 class _Product:

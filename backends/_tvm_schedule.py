@@ -23,6 +23,8 @@ class Log:
 
     rules: dict[str, str] = field(default_factory=dict[str, str])
     """Rule by kernel."""
+    kernels: dict[str, str] = field(default_factory=dict[str, str])
+    """For products, which one it is: what tuning knows it by."""
     unscheduled: dict[str, str] = field(default_factory=dict[str, str])
     """Why, by kernel: these run as plain loops, correctly and slowly."""
 
@@ -41,18 +43,19 @@ def schedule_all(module: Any, machine: Machine) -> tuple[Any, Log]:
 
 def _one(name: str, function: Any, machine: Machine, log: Log) -> Any:
     reasons: list[str] = []
-    for rule in (_product, _rows, _stages):
+    for rule in (_product, _stages):
         schedule = _s_tir.Schedule(tvm.IRModule({"main": function}))
         try:
-            if not rule(schedule, machine):
-                continue
+            kernel = rule(schedule, machine)
         except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             reasons.append(f"{rule.__name__[1:]}: {(lines or [type(error).__name__])[-1][:200]}")
             continue
-        log.rules[name] = rule.__name__[1:]
-        if reasons and rule is _stages:
-            log.rules[name] += " (" + "; ".join(reasons) + ")"
+        if kernel is None:
+            continue
+        log.rules[name] = rule.__name__[1:] + (f" ({'; '.join(reasons)})" if reasons else "")
+        if kernel:
+            log.kernels[name] = kernel
         scheduled = schedule.mod["main"]
         if function.attrs:
             scheduled = scheduled.with_attrs(function.attrs)
@@ -65,20 +68,13 @@ def _children(schedule: Any) -> list[Any]:
     return list(schedule.get_child_blocks(schedule.get_sblock("root")))
 
 
-def _product(schedule: Any, machine: Machine) -> bool:
+def _product(schedule: Any, machine: Machine) -> str | None:
+    """The kernel's name; None where there is no product."""
     names = [str(schedule.get(block).name_hint) for block in _children(schedule)]
-    if PRODUCT not in names:
-        return False
-    multiply(schedule, machine)
-    return True
+    return multiply(schedule, machine) if PRODUCT in names else None
 
 
-def _rows(schedule: Any, machine: Machine) -> bool:
-    """Several reductions along the last axis and what is made of them: row by row."""
-    return False
-
-
-def _stages(schedule: Any, machine: Machine) -> bool:
+def _stages(schedule: Any, machine: Machine) -> str:
     """Every stage by itself, elementwise ones in the place where they are read."""
     blocks = _children(schedule)
     loops.inline_all(schedule, blocks[:-1])
@@ -87,4 +83,4 @@ def _stages(schedule: Any, machine: Machine) -> bool:
             loops.reduce(schedule, block, machine)
         else:
             loops.elementwise(schedule, block, machine)
-    return True
+    return ""

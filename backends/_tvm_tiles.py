@@ -68,8 +68,8 @@ def vector(columns: int, widest: int) -> int:
     return lanes
 
 
-def choose(rows: int | None, columns: int, registers: Registers, dtype: str) -> Tile:
-    """The tile that wastes least.
+def ranked(rows: int | None, columns: int, registers: Registers, dtype: str) -> list[Tile]:
+    """Tiles that fit the registers, the one that should waste least first.
 
     Args:
         rows: of the product, those that are one after the other in memory; None if unknown.
@@ -78,16 +78,20 @@ def choose(rows: int | None, columns: int, registers: Registers, dtype: str) -> 
         dtype: of the sums.
     """
     lanes = vector(columns, registers.lanes(dtype))
-    best, chosen = float("inf"), Tile(1, 1, lanes)
+    tiles: list[Tile] = []
     for vectors in range(1, min(8, -(-columns // lanes)) + 1):
-        for height in range(1, min(30, registers.sums(vectors) // vectors) + 1):
-            if rows is not None and height > rows:
-                break
-            tile = Tile(height, vectors, lanes)
-            cost = _cost(rows, columns, tile)
-            if cost < best - 1e-9:
-                best, chosen = cost, tile
-    return chosen
+        most = max(1, min(30, registers.sums(vectors) // vectors))
+        tiles += [
+            Tile(height, vectors, lanes)
+            for height in range(1, most + 1)
+            if rows is None or height <= rows
+        ]
+    return sorted(tiles, key=lambda tile: (round(_cost(rows, columns, tile), 9), tile.vectors))
+
+
+def choose(rows: int | None, columns: int, registers: Registers, dtype: str) -> Tile:
+    """The first of `ranked`."""
+    return ranked(rows, columns, registers, dtype)[0]
 
 
 def _cost(rows: int | None, columns: int, tile: Tile) -> float:

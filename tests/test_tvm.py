@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -193,6 +194,7 @@ def test_symbolic_sizes(tmp_path: Path, body: str, size: int) -> None:
     for shape in ((1, 1), (2, 7), (3, 16)):
         feeds = {"x": random(*shape, size)}
         found = executable.run(feeds)["y"]
+        assert isinstance(found, np.ndarray)
         np.testing.assert_allclose(found, expected(model, feeds)[0], rtol=1e-4, atol=1e-4)
 
 
@@ -225,6 +227,29 @@ def test_sizes_that_are_set(tmp_path: Path) -> None:
         executable.run({"x": random(2, 8)})
     with pytest.raises(InputError, match="no input has a free dimension m"):
         compilation.compile(model, CPU, tmp_path / "b", backend="tvm", options={"dims": "m=3"})
+
+
+@needs_tvm
+def test_tuning_goes_on_and_is_never_worse(tmp_path: Path) -> None:
+    model = with_weights("g (float[12,64] x, float[] w) => (float[12,96] y) { y = MatMul (x, w) }",
+                         w=random(64, 96))  # fmt: skip
+    log, seen = tmp_path / "log.json", list[int]()
+    for index in range(2):
+        options = {"tune": 1, "log": str(log), "threads": 1}
+        folder = tmp_path / str(index)
+        folder.mkdir()
+        BACKEND.compile(model, CPU, backends.make_options(BACKEND, options), folder)
+        search = json.loads((folder / "kernels.json").read_text())["search"]
+        seen.append(search["rounds"])
+        assert search["after_ns"] < search["before_ns"] or not search["tiles"]
+        (times,) = json.loads(log.read_text())["times"].values()
+        assert len(times) > 4
+    assert seen[0] > seen[1] == 0
+    log.write_text("{}")
+    with pytest.raises(InputError, match="not a log of tuning"):
+        BACKEND.compile(
+            model, CPU, backends.make_options(BACKEND, {"tune": 1, "log": str(log)}), tmp_path
+        )
 
 
 @needs_tvm
@@ -321,3 +346,45 @@ def test_tiles_fit_the_registers(target: str, rows: int | None, columns: int) ->
     assert tile.lanes <= registers.lanes("float32")
     assert rows is None or tile.rows <= rows
     assert tile.columns < 2 * max(columns, 2)
+
+
+@needs_tvm
+@pytest.mark.skipif(shutil.which("aarch64-linux-gnu-gcc") is None, reason="no cross linker")
+@pytest.mark.parametrize("name", ["arm64", "arm64:cortex-a76", "arm64:neoverse-v1"])
+def test_other_architectures(tmp_path: Path, name: str) -> None:
+    target = Target.parse(name)
+    model = with_weights("g (float[3,8] x, float[] w) => (float[3,4] y) { y = MatMul (x, w) }",
+                         w=random(8, 4))  # fmt: skip
+    folder = compilation.compile(model, target, tmp_path / "a", backend="tvm")
+    library = (folder / "model.so").read_bytes()
+    assert library[18:20] == b"\xb7\x00"  # ELF's number for aarch64
+    with pytest.raises(MissingError, match="cannot run here: it is for aarch64"):
+        compilation.load(folder, trust=True)
+
+
+@needs_tvm
+def test_no_linker_for_another_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
+    from graphopt.backends import _tvm_link
+
+    def nothing(arch: str) -> str | None:
+        """No linker is there."""
+
+    monkeypatch.setattr(_tvm_link, "linker", nothing)
+    reason = BACKEND.can_compile(Target.parse("arm64"))
+    assert reason == "no linker for aarch64: apt install gcc-aarch64-linux-gnu"
+
+
+@needs_tvm
+@pytest.mark.gpu
+def test_on_a_gpu(tmp_path: Path) -> None:
+    target = Target.parse("cuda")
+    reason = BACKEND.can_run(target)
+    if reason is not None:
+        pytest.skip(reason)
+    text = "g (float[1,8,9,9] x, float[] w) => (float y) { c = Conv (x, w) y = Relu (c) }"
+    model = with_weights(text, w=random(16, 8, 3, 3))
+    compilation.compile(model, target, tmp_path / "a", backend="tvm", level=0)
+    x = random(1, 8, 9, 9)
+    found = compilation.load(tmp_path / "a", trust=True).run({"x": x})["y"]
+    assert isinstance(found, np.ndarray)
+    np.testing.assert_allclose(found, expected(model, {"x": x})[0], rtol=1e-3, atol=1e-3)
