@@ -83,7 +83,7 @@ class Tvm:
         """The passes that rid a model of what the importer cannot take."""
         from graphopt.pass_manager import parse_pipeline
 
-        return tuple(parse_pipeline("convert-opset{version=13,at_least=true}"))
+        return tuple(parse_pipeline("inline-functions,convert-opset{version=13,at_least=true}"))
 
     def compile(self, model: ir.Model, target: Target, options: Options, folder: Path) -> None:
         """Import, schedule, generate code and link; `log.json` says what became of each kernel."""
