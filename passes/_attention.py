@@ -158,6 +158,8 @@ def mask_of(op: Op, scores: Scores, dims: Dims, dtype: ir.DataType) -> ir.Value 
     """
     total: ir.Value | None = None
     alone = len(scores.masks) == 1
+    if sum(isinstance(mask, tuple) for mask in scores.masks) > 1:
+        raise Refuse("a row that is masked everywhere would differ")
     for mask in scores.masks:
         addend = (
             _raised(op, mask) if isinstance(mask, ir.Value) else _addend(op, mask, dtype, alone)
