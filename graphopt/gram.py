@@ -194,7 +194,8 @@ def _thinned(array: Reals, axes: range, rows: int | None, phase: int) -> Reals:
     for axis in axes:
         index[axis] = slice(phase % min(stride, array.shape[axis]), None, stride)
         phase //= stride
-    return array[tuple(index)]
+    picked: Reals = array[tuple(index)]
+    return picked
 
 
 def _geometry(node: ir.Node, shape: Sequence[int]) -> tuple[object, ...]:

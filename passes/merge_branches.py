@@ -97,7 +97,8 @@ def _identity(op: Op, value: ir.Value, wide: _Branch) -> _Branch | None:
     spread = (1,) * (wide.weights.ndim - 2)
     weights = np.zeros((channels, each, *spread))
     places = list(range(channels))
-    weights[places, [place % each for place in places]] = np.broadcast_to(scale, channels).reshape(-1, *spread)
+    filled = np.broadcast_to(scale, channels).reshape(-1, *spread)
+    weights[places, [place % each for place in places]] = filled
     return _Branch(x, weights, bias, wide.strides, (0,) * len(spread), wide.group, None)
 
 

@@ -30,15 +30,16 @@ LINES, FUNCTION_LINES = 450, 80
 FLOORS = [
     "errors ir dims _polynomial _wire _external _operators _tensors _validate _checks _writing "
     "_container files atomic npz __version__",
-    "shape* cost sizes runner emulation batch execute numpy_ops numpy_moves feeds input_uses random_inputs "
-    "target report closeness artifact places child trust cache models samples _sources images taps gram",
+    "shape* cost sizes runner emulation batch execute numpy_ops numpy_moves feeds input_uses "
+    "random_inputs target report closeness artifact places child trust cache models samples "
+    "_sources images taps gram",
     "context _match rewriting driver pass_manager numbering cutting regions judging verification "
     "losses profiles partition splicing rebatching attachments quantizer pruner",
     "passes",
     "backends timing accuracy chain",
-    "optimization quantization pruning compression surgery explanation compilation building selection worker machine measurement bisection differences inspection _foreign "
-    "graphsurgeon "
-    "onnxscript cli __init__ __main__",
+    "optimization quantization pruning compression surgery explanation compilation building "
+    "selection worker machine measurement bisection differences inspection _foreign "
+    "graphsurgeon onnxscript cli __init__ __main__",
 ]
 PUBLIC = {
     *("GraphoptError", "Model", "PassManager", "Refuse", "Report", "Target"),

@@ -86,7 +86,9 @@ def compress(
             show(f"writing {output}")
             made = compression.compress(source, chosen.name, data=data, seed=seed)
             files.save(made, output, overwrite=overwrite)
-    written = None if output is None else {"scheme": chosen.name, "bytes": output.stat().st_size}
+    written: dict[str, str | int] | None = None
+    if output is not None:
+        written = {"scheme": chosen.name, "bytes": output.stat().st_size}
     _tell(model, output, written, found, json_to, quiet)
 
 

@@ -58,13 +58,11 @@ def _start(ordered: Floats, count: int) -> npt.NDArray[np.float64]:
     """
     low, high = float(ordered[0]), float(ordered[-1])
     if high <= low:
-        return low + np.arange(count) * max(abs(low), 1.0) * 1e-6
+        return low + np.arange(count, dtype=np.float64) * (max(abs(low), 1.0) * 1e-6)
     density, edges = np.histogram(ordered, bins=1024, range=(low, high))
     share = np.concatenate(([0.0], np.cumsum(np.cbrt(density.astype(np.float64)))))
-    start: npt.NDArray[np.float64] = np.interp(
-        (np.arange(count) + 0.5) / count * share[-1], share, edges
-    )
-    return start
+    places = (np.arange(count) + 0.5) / count * share[-1]
+    return np.interp(places, share, edges).astype(np.float64)
 
 
 def cluster_vectors(vectors: npt.NDArray[Any], count: int) -> tuple[Floats, Bytes]:
