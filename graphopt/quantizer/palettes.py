@@ -62,7 +62,8 @@ def _start(ordered: Floats, count: int) -> npt.NDArray[np.float64]:
     density, edges = np.histogram(ordered, bins=1024, range=(low, high))
     share = np.concatenate(([0.0], np.cumsum(np.cbrt(density.astype(np.float64)))))
     places = (np.arange(count) + 0.5) / count * share[-1]
-    start: npt.NDArray[np.float64] = np.interp(places, share, edges).astype(np.float64)
+    interpolate: Any = np.interp
+    start: npt.NDArray[np.float64] = interpolate(places, share, edges)
     return start
 
 
