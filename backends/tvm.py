@@ -74,9 +74,9 @@ class Tvm:
 
     def supports(self, model: ir.Model, target: Target) -> dict[str, str]:
         """Asked of the importer, node by node; shapes that it cannot handle are found as well."""
+        self._require(self.is_available())
         from graphopt.backends import _tvm_import
 
-        self._require(self.is_available())
         return _tvm_import.unsupported(model)
 
     def legalize(self, target: Target) -> tuple[Pass, ...]:
@@ -87,9 +87,9 @@ class Tvm:
 
     def compile(self, model: ir.Model, target: Target, options: Options, folder: Path) -> None:
         """Import, schedule, generate code and link; `log.json` says what became of each kernel."""
+        self._require(self.can_compile(target))
         from graphopt.backends import _tvm_compile
 
-        self._require(self.can_compile(target))
         _tvm_compile.compile_model(model, target, options, folder)
 
     def load(self, folder: Path, manifest: Manifest) -> TvmExecutable:
