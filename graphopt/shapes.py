@@ -64,6 +64,7 @@ class Shapes:
     Raises InputError for an override of no input, or of another rank; never for a model.
     """
 
+    @ir.paused_gc()
     def __init__(
         self, model: ir.Model, *, overrides: Mapping[str, Sequence[int | str]] | None = None
     ) -> None:

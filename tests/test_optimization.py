@@ -37,6 +37,15 @@ def ops(model: ir.Model) -> list[str]:
     return [node.op_type for node in ir.all_nodes(model)]
 
 
+def test_the_public_api_is_complete_and_nothing_else() -> None:
+    assert graphopt.__all__ == [
+        "GraphoptError", "Model", "PassManager", "Refuse", "Report", "Target", "compile",
+        "compress", "load", "measure", "optimize", "prune", "quantize", "rewrite", "save", "verify",
+    ]  # fmt: skip
+    for name in graphopt.__all__:
+        assert getattr(graphopt, name) is not None
+
+
 def test_a_path_a_proto_and_an_ir_model_give_the_same_and_are_left_alone(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -402,3 +402,14 @@ def test_nested_loops_and_calls_cannot_take_long() -> None:
         started = time.process_time()
         Shapes(model(source))
         assert time.process_time() - started < 30
+
+
+def test_time_per_node_is_linear() -> None:
+    line = "{r} = Relu({a})"
+    seconds: list[float] = []
+    for count in (1_000, 20_000):
+        found = model(f"g (float[b,64] x) => (float y) {{ {_chain(line, count)} }}")
+        started = time.process_time()
+        Shapes(found)
+        seconds.append((time.process_time() - started) / count)
+    assert seconds[1] < 60e-6 and seconds[1] < 3 * seconds[0]
