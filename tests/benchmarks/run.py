@@ -86,6 +86,8 @@ class Setting:
     torch: str
     names: Sequence[str] = ()
     """Of the models that repeat and latency take; all where there are none."""
+    target: str = "portable"
+    """What the models of latency are optimized for."""
 
 
 def process(command: Sequence[str]) -> Cost:
@@ -257,7 +259,8 @@ def latency(setting: Setting) -> Iterator[Line]:
     surely: list[str] = []
     out = setting.folder / "fast.onnx"
     for path in models(setting):
-        package.save(package.optimize(path, verify="off"), out, overwrite=True)
+        small = package.optimize(path, verify="off", target=setting.target)
+        package.save(small, out, overwrite=True)
         data = path.with_name("inputs.npz")
         feeds = load_feeds(data, package.load(path)) if data.exists() else None
         pair = {"original": path, "optimized": out}
@@ -293,12 +296,13 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, metavar="FOLDER")
     parser.add_argument("--torch", default=sys.executable, metavar="PYTHON")
     parser.add_argument("--models", nargs="*", default=[], metavar="NAME")
+    parser.add_argument("--target", default="portable", help="of latency: cpu for this machine's")
     options = parser.parse_args()
     lines: list[Line] = []
     with tempfile.TemporaryDirectory() as scratch:
         folder: Path = options.keep or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
-        setting = Setting(folder.absolute(), options.torch, options.models)
+        setting = Setting(folder.absolute(), options.torch, options.models, options.target)
         for name in options.only:
             for line in SECTIONS[name](setting):
                 lines.append(line)
