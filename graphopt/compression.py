@@ -25,7 +25,7 @@ SCHEMES = {
     "lossless": "",
     "float16": "store-float16",
     "int8": "quantize-weights{bits=8}",
-    "int4": "quantize-weights{bits=4,block_size=32}",
+    "int4": "quantize-weights{bits=4,block=32}",
     "palette-8": "palettize-weights{bits=8}",
     "palette-6": "palettize-weights{bits=6}",
     "palette-4": "palettize-weights{bits=4}",

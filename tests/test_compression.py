@@ -34,6 +34,12 @@ def test_smaller_files_keep_less() -> None:
     assert compression.smallest(found, 300).name == "lossless"
 
 
+@pytest.mark.parametrize("name", list(compression.SCHEMES))
+def test_every_scheme_is_to_be_had(name: str) -> None:
+    """With the options that the passes have."""
+    assert not compression.survey(MODEL, [name])[0].reason
+
+
 def test_none_is_good_enough() -> None:
     with pytest.raises(InputError, match="no scheme keeps 90 dB"):
         compression.smallest(compression.survey(MODEL, ["palette-3"]), 90)
