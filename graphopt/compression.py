@@ -48,7 +48,8 @@ class Scheme:
     packed_bytes: int | None = None
     """Of the compressed container; None where its extra is not installed."""
     weight_snr_db: float | None = None
-    """Over all weights that were stored anew; None where none lost anything."""
+    """Over all weights that the model computes from what is stored; None where none lost anything
+    or, as rows of embeddings do, none is computed whole."""
     loss: Loss | None = None
     """Results beside those of the model as it was."""
     load_ms: float = 0.0
@@ -179,14 +180,14 @@ def _weight_snr(source: ir.Model, made: ir.Model) -> float | None:
     names = [v.name or "" for node in made.graph for v in node.outputs if v.name in before]
     if not names:
         return None
+    probe = taps.tapped(made, names)
+    probe.graph.inputs.clear()
     signal = noise = 0.0
+    found: dict[str, Any] = Runner(probe).run({})
     for name in names:
-        probe = taps.tapped(made, [name])
-        probe.graph.inputs.clear()
-        found: Any = Runner(probe).run({})[name]
         tensor = before[name].const_value
         assert tensor is not None
         weights = tensor.numpy().astype(np.float64)
         signal += float(np.sum(weights**2))
-        noise += float(np.sum((weights - np.asarray(found).astype(np.float64)) ** 2))
+        noise += float(np.sum((weights - np.asarray(found[name]).astype(np.float64)) ** 2))
     return float(10 * np.log10(signal / noise)) if noise else None

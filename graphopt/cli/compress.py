@@ -139,11 +139,12 @@ def _table(found: list[Scheme]) -> object:
         if scheme.reason:
             continue
         loss = scheme.loss
+        compared = scheme.weight_snr_db is not None or loss is None or loss.sqnr_db is None
         table.add_row(
             scheme.name,
             size(scheme.bytes),
             "needs graphopt[zstd]" if scheme.packed_bytes is None else size(scheme.packed_bytes),
-            _decibels(scheme.weight_snr_db),
+            _decibels(scheme.weight_snr_db) if compared else "",
             _decibels(loss.sqnr_db if loss else None),
             "" if loss is None or loss.agreement is None else f"{100 * loss.agreement:.1f} %",
             f"{scheme.load_ms:.1f} ms",

@@ -21,7 +21,7 @@ def constant_value(context: Context, graph: ir.Graph, array: ir.Array, hint: str
 def replace_constant(context: Context, node: ir.Node, index: int, array: ir.Array) -> None:
     """Give a node of the main graph another constant operand, of the type of its old one.
 
-    The old one goes where nothing else uses it.
+    The old one goes where nothing else uses it, and the new one takes its name.
 
     Raises:
         InputError: a value that the type cannot hold.
@@ -33,6 +33,7 @@ def replace_constant(context: Context, node: ir.Node, index: int, array: ir.Arra
         cast = array.astype(tensor.dtype.numpy())
     if tensor.dtype.is_floating_point() and not np.isfinite(cast.astype(np.float64)).all():
         raise InputError(f"a new weight of {ir.label(node)} is beyond what {tensor.dtype} holds")
-    node.replace_input_with(index, constant_value(context, node.graph, cast, old.name or "weight"))
+    node.replace_input_with(index, None)
     if old.is_initializer() and not is_used(old) and not old.is_graph_input():
         drop_initializer(context, old)
+    node.replace_input_with(index, constant_value(context, node.graph, cast, old.name or "weight"))

@@ -91,7 +91,8 @@ def dequantized(
     """A DequantizeLinear, before a node, of the codes of one of its weights.
 
     `codes` are those of the matrix that `gram.weight_matrix` makes of weights of that shape; for
-    LSTM and GRU of the weights as they are. The node's operand is replaced.
+    LSTM and GRU of the weights as they are. The node's operand is replaced; where nothing else
+    uses it, the result takes its name.
     """
     graph, old = node.graph, node.inputs[index]
     assert graph is not None and old is not None
@@ -125,7 +126,9 @@ def dequantized(
     result.type, result.shape = ir.TensorType(tensor.dtype), ir.Shape(shape)
     context.shapes.update(made, context.root(graph))
     node.replace_input_with(index, result)
-    _drop(context, old)
+    if old.is_initializer() and not is_used(old) and not old.is_graph_input():
+        drop_initializer(context, old)
+        context.rename(result, hint)
     return result
 
 
@@ -287,8 +290,3 @@ def _take_place(context: Context, node: ir.Node, *made: ir.Node) -> None:
         context.shapes.update(new, context.root(graph))
     replace_value(context, node.outputs[0], made[-1].outputs[0], fresh=True)
     remove(context, node)
-
-
-def _drop(context: Context, value: ir.Value) -> None:
-    if value.is_initializer() and not is_used(value) and not value.is_graph_input():
-        drop_initializer(context, value)
