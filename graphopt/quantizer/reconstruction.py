@@ -45,7 +45,7 @@ class Pair:
     new: Floats
     """X'ᵀX' [groups, k, k]."""
     cross: Floats
-    """X'ᵀX [groups, k, k]."""
+    """X'ᵀX [groups, k, k]; the same array as `new` where nothing before the layer changed."""
     new_mean: Floats
     """[groups, k]"""
     old_mean: Floats
@@ -54,6 +54,8 @@ class Pair:
     def centred(self) -> Pair:
         """The sums of the columns without their means."""
         new = self.new - self.count * self.new_mean[:, :, None] * self.new_mean[:, None, :]
+        if self.cross is self.new:
+            return Pair(new, new, self.new_mean, self.old_mean, self.count)
         cross = self.cross - self.count * self.new_mean[:, :, None] * self.old_mean[:, None, :]
         return Pair(new, cross, self.new_mean, self.old_mean, self.count)
 
@@ -77,11 +79,13 @@ def pairs(
             other = block if before is None else next(before)
             if sums is None:
                 shape = (block.shape[0], block.shape[2])
-                square = (*shape, shape[1])
-                sums = Pair(np.zeros(square), np.zeros(square), np.zeros(shape), np.zeros(shape), 0)
+                square = np.zeros((*shape, shape[1]))
+                cross = square if before is None else np.zeros_like(square)
+                sums = Pair(square, cross, np.zeros(shape), np.zeros(shape), 0)
             turned = block.transpose(0, 2, 1)
             sums.new += turned @ block
-            sums.cross += turned @ other
+            if before is not None:
+                sums.cross += turned @ other
             sums.new_mean += block.sum(axis=1, dtype=np.float64)
             sums.old_mean += other.sum(axis=1, dtype=np.float64)
             sums.count += block.shape[1]
