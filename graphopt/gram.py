@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -20,6 +20,7 @@ import numpy.typing as npt
 from graphopt import ir
 from graphopt.errors import InputError
 from graphopt.ir import Array
+from graphopt.taps import groups, tap
 
 __all__ = [
     "LINEAR",
@@ -27,6 +28,7 @@ __all__ = [
     "accumulate",
     "column_blocks",
     "columns",
+    "grams",
     "weight_matrix",
     "weight_tensor",
 ]
@@ -182,6 +184,29 @@ def accumulate(
             if not np.all(np.isfinite(sums[key].total)):
                 raise InputError(f"{value.name!r} holds values that are not finite")
     return {name: sums[key] for name, key in named.items() if key in sums}
+
+
+def grams(
+    model: ir.Model,
+    nodes: Sequence[ir.Node],
+    samples: Iterable[Mapping[str, Array]],
+    *,
+    rows: int | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> dict[str, Gram]:
+    """`accumulate` over samples of a model, which is run once for each part that fits into memory.
+
+    `samples` are gone through as often. Raises InputError as `accumulate` does, GraphoptError where
+    the model does not run.
+    """
+    found: dict[str, Gram] = {}
+    tensors = dict.fromkeys(v.name or "" for n in nodes if (v := n.inputs[0]) is not None)
+    for group in groups(model, list(tensors), next(iter(samples))) if tensors else ():
+        if progress is not None:
+            progress("sums of inputs")
+        part = [n for n in nodes if n.inputs[0] is not None and n.inputs[0].name in group]
+        found |= accumulate(part, tap(model, group, samples), rows=rows)
+    return found
 
 
 def _thinned(array: Reals, axes: range, rows: int | None, phase: int) -> Reals:

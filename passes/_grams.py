@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from graphopt import gram, ir, taps
+from graphopt import gram, ir
 from graphopt.context import Context
 from graphopt.gram import Gram
 
@@ -36,5 +36,4 @@ def by_parts(
                 break
             count += 1
         part, waiting = waiting[:count], waiting[count:]
-        inputs = dict.fromkeys(value for node in part if (value := node.inputs[0]) is not None)
-        yield part, gram.accumulate(part, taps.tap(context.model, list(inputs), context.samples))
+        yield part, gram.grams(context.model, part, context.samples)

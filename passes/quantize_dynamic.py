@@ -22,13 +22,12 @@ from graphopt import ir
 from graphopt.context import Context
 from graphopt.driver import drop_initializer, remove, replace_value
 from graphopt.errors import InputError
-from graphopt.gram import Gram, accumulate
+from graphopt.gram import Gram, grams
 from graphopt.pass_manager import Pass
 from graphopt.passes.convert_opset import ConvertOpset
 from graphopt.quantizer.grids import Grid
 from graphopt.quantizer.insertion import gptq_integers, weight_axis, weight_range
 from graphopt.quantizer.placement import table_for
-from graphopt.taps import groups, tap
 
 _SAMPLES = 64
 _ROWS = 64
@@ -59,10 +58,10 @@ class QuantizeDynamic(Pass):
             if ir.opset(context.model.graph) < 11:
                 raise InputError("quantize-dynamic needs opset 11, and the model stays below it")
             nodes = [node for node in context.model.graph if self._wanted(context, node)]
-        grams = self._grams(context, nodes)
+        sums = self._sums(context, nodes)
         maker = _Maker(context, table_for(context.target).weight, self.per_channel)
         for node in nodes:
-            maker.replace(node, grams.get(ir.label(node)))
+            maker.replace(node, sums.get(ir.label(node)))
 
     def _wanted(self, context: Context, node: ir.Node) -> bool:
         if node.op_type not in ("MatMul", "Gemm") or node.domain or ir.label(node) in self.keep:
@@ -79,16 +78,10 @@ class QuantizeDynamic(Pass):
             and tensor.size >= _SMALLEST
         )
 
-    def _grams(self, context: Context, nodes: list[ir.Node]) -> dict[str, Gram]:
+    def _sums(self, context: Context, nodes: list[ir.Node]) -> dict[str, Gram]:
         if self.rounding == "nearest" or context.samples is None:
             return {}
-        samples = context.samples.take(_SAMPLES)
-        tensors = {v.name or "": None for n in nodes if (v := n.inputs[0]) is not None}
-        found: dict[str, Gram] = {}
-        for group in groups(context.model, list(tensors), next(iter(samples))):
-            part = [n for n in nodes if n.inputs[0] is not None and n.inputs[0].name in group]
-            found |= accumulate(part, tap(context.model, group, samples), rows=_ROWS)
-        return found
+        return grams(context.model, nodes, context.samples.take(_SAMPLES), rows=_ROWS)
 
 
 @dataclass

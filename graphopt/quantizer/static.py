@@ -13,7 +13,7 @@ from pathlib import Path
 from graphopt import ir
 from graphopt.context import Context
 from graphopt.errors import InputError
-from graphopt.gram import Gram, accumulate
+from graphopt.gram import Gram, grams
 from graphopt.quantizer.calibration import calibrate
 from graphopt.quantizer.insertion import Insertion, Rounded
 from graphopt.quantizer.placement import Plan, Table, plan
@@ -21,7 +21,6 @@ from graphopt.quantizer.ranges import Ranges
 from graphopt.quantizer.sketch import Sketch, Sketches
 from graphopt.samples import Samples
 from graphopt.shapes import Shapes
-from graphopt.taps import groups, tap
 
 ROUNDINGS = ("nearest", "gptq")
 
@@ -89,14 +88,7 @@ class Static:
         samples = self.samples.take(_GRAM_SAMPLES)
         everything = self.plan(self.model, Shapes(self.model))
         nodes = [n for n in everything.linear if ir.constant(n.inputs[1]) is not None]
-        tensors = {v.name or "": None for n in nodes if (v := n.inputs[0]) is not None}
-        found: dict[str, Gram] = {}
-        for group in groups(self.model, list(tensors), next(iter(samples))):
-            if self.progress is not None:
-                self.progress("sums for rounding")
-            part = [n for n in nodes if n.inputs[0] is not None and n.inputs[0].name in group]
-            found |= accumulate(part, tap(self.model, group, samples), rows=_GRAM_ROWS)
-        return found
+        return grams(self.model, nodes, samples, rows=_GRAM_ROWS, progress=self.progress)
 
 
 def choose(made: Plan, sketches: Sketches, how: Ranges) -> dict[ir.Value, tuple[float, float]]:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -17,10 +18,9 @@ import numpy.typing as npt
 
 from graphopt import files, ir
 from graphopt.context import Context
-from graphopt.gram import LINEAR, Gram, accumulate, weight_matrix, weight_tensor
+from graphopt.gram import LINEAR, grams, weight_matrix, weight_tensor
 from graphopt.quantizer.rounding import Scheme, gptq
 from graphopt.runner import Runner
-from graphopt.taps import groups, tap
 
 __all__ = ["RECURRENT", "Chosen", "average_bits", "choose", "spend"]
 
@@ -56,12 +56,12 @@ def choose(
     refusal is recorded for weights that are shared.
     """
     chosen = Chosen()
+    kinds: dict[str, list[tuple[ir.Node, Scheme]]] = {
+        **dict.fromkeys(LINEAR, chosen.linear),
+        **dict.fromkeys(RECURRENT, chosen.recurrent),
+        "Gather": chosen.tables,
+    }
     for node in context.model.graph:
-        kinds: dict[str, list[tuple[ir.Node, Scheme]]] = {
-            **dict.fromkeys(LINEAR, chosen.linear),
-            **dict.fromkeys(RECURRENT, chosen.recurrent),
-            "Gather": chosen.tables,
-        }
         found = kinds.get(node.op_type) if node.domain in ("", "ai.onnx") else None
         index = 0 if node.op_type == "Gather" else 1
         tensor = ir.constant(node.inputs[index]) if found is not None else None
@@ -130,7 +130,7 @@ def spend(
     spent = sum(size * schemes[node].average(k) for node, (size, k) in sizes.items())
     noise = dict.fromkeys(schemes, 1.0)
     if samples is not None:
-        noise = _noise(context.model, layers, list(_first(samples, _TRIED)), progress)
+        noise = _noise(context.model, layers, list(islice(samples, _TRIED)), progress)
     worth = {node: noise[node] / sizes[node][0] for node in schemes}
     for node in sorted(schemes, key=lambda n: -worth[n]):
         wider = replace(schemes[node], bits=wide)
@@ -142,13 +142,6 @@ def spend(
     return list(schemes.items())
 
 
-def _first(samples: Iterable[Feeds], count: int) -> Iterable[Feeds]:
-    for index, feeds in enumerate(samples):
-        if index >= count:
-            return
-        yield feeds
-
-
 def _noise(
     model: ir.Model,
     layers: Sequence[tuple[ir.Node, Scheme]],
@@ -158,7 +151,7 @@ def _noise(
     """The share of noise in the outputs that each layer makes, rounded alone."""
     exact = _outputs(model, feeds)
     noise: dict[ir.Node, float] = {}
-    grams = _grams(model, [node for node, _ in layers], feeds)
+    sums = grams(model, [node for node, _ in layers], feeds, rows=_ROWS)
     for node, scheme in layers:
         if progress is not None:
             progress(f"sensitivity of {ir.label(node)}")
@@ -166,7 +159,7 @@ def _noise(
         tensor, array = ir.constant(value), ir.array(value)
         assert tensor is not None and array is not None and value is not None
         copy = files.copy(model)
-        codes = gptq(weight_matrix(node, array), grams[ir.label(node)].xtx, scheme)
+        codes = gptq(weight_matrix(node, array), sums[ir.label(node)].xtx, scheme)
         rough = weight_tensor(node, codes.values, array.shape).astype(np.float32)
         twin = copy.graph.initializers.get(value.name or "")
         if twin is None:  # a Constant node's
@@ -177,16 +170,6 @@ def _noise(
             _relative(a, b) for a, b in zip(exact, _outputs(copy, feeds), strict=True)
         )
     return noise
-
-
-def _grams(model: ir.Model, nodes: Sequence[ir.Node], feeds: Sequence[Feeds]) -> dict[str, Gram]:
-    """XᵀX of each layer's inputs, tapped in groups that fit into memory."""
-    tensors = dict.fromkeys(v.name or "" for n in nodes if (v := n.inputs[0]) is not None)
-    found: dict[str, Gram] = {}
-    for group in groups(model, list(tensors), feeds[0]):
-        part = [n for n in nodes if n.inputs[0] is not None and n.inputs[0].name in group]
-        found |= accumulate(part, tap(model, group, feeds), rows=_ROWS)
-    return found
 
 
 def _relative(exact: npt.NDArray[Any], other: npt.NDArray[Any]) -> float:
