@@ -60,6 +60,7 @@ def limits(op: Op, value: ir.Value | None, depth: int = _DEPTH) -> Range:
         return _ALL if not dtype.is_integer() else _of_type(dtype)
     low, high = _of_node(op, node, depth)
     if dtype.is_integer():
+        low, high = _whole(low), _whole(high)  # quotients and casts round toward 0
         least, most = _of_type(dtype)
         return (low, high) if least <= low and high <= most else (least, most)
     most = _WHOLE.get(dtype, 0.0)
@@ -137,6 +138,10 @@ def _clipped(op: Op, node: ir.Node, first: Range) -> Range:
     least = first[0] if low is None else max(first[0], low)
     most = first[1] if high is None else min(first[1], high)
     return min(least, most), max(least, most)
+
+
+def _whole(x: float) -> float:
+    return math.trunc(x) if math.isfinite(x) else x
 
 
 def _exponential(x: float) -> float:
