@@ -244,9 +244,8 @@ def _text(function: ir.Function) -> bytes:
 
 def _rename_clashes(first: ir.Model, second: ir.Model, tied: set[ir.Value], prefix: str) -> None:
     """Give what bears a name of the first model another one in the second."""
-    names = _names(first)
-    taken = names[0] | _names(second)[0]
-    nodes = names[1] | _names(second)[1]
+    names, own = _names(first), _names(second)
+    taken, nodes = names[0] | own[0], names[1] | own[1]
     for graph in ir.graphs(second):
         if any(graph is function.graph for function in second.functions.values()):
             continue

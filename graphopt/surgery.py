@@ -365,8 +365,8 @@ def split(model: ModelLike, at: Sequence[str]) -> tuple[ir.Model, ir.Model]:
     for value in cut:
         if value.producer() is None:
             raise InputError(f"{value.name!r} is computed by nothing: there is nothing to split")
-    head = splicing.needed(cut)
-    tail = [node for node in graph if node in splicing.needed(graph.outputs) and node not in head]
+    head, every = splicing.needed(cut), splicing.needed(graph.outputs)
+    tail = [node for node in graph if node in every and node not in head]
     if not tail:
         raise InputError("nothing is left after these tensors")
     tail = [node for node in tail if not _constant(node)]
