@@ -8,9 +8,8 @@ Needs: ONNX Runtime's CPU (com.microsoft), float or double.
 from __future__ import annotations
 
 from graphopt import ir
+from graphopt.passes._vendor import MICROSOFT
 from graphopt.rewriting import Op, Refuse, rewrite
-
-DOMAIN = "com.microsoft"
 
 
 @rewrite.on("Scan", benefit=3)
@@ -34,11 +33,11 @@ def fuse_cdist(op: Op, node: ir.Node) -> dict[ir.Value, ir.Value] | None:
     x, points = node.inputs
     if x is None or points is None or op.rank(x) != 2 or op.rank(points) != 2:
         raise Refuse("the points are no matrix")
-    if DOMAIN not in op.target.domains or op.target.device != "cpu":
+    if MICROSOFT not in op.target.domains or op.target.device != "cpu":
         raise Refuse("the target has no CDist")
     if op.dtype(x) not in (ir.DataType.FLOAT, ir.DataType.DOUBLE):
         raise Refuse("CDist is for float and double")
-    distances = op.CDist(points, x, metric="sqeuclidean", _domain=DOMAIN)
+    distances = op.CDist(points, x, metric="sqeuclidean", _domain=MICROSOFT)
     return {node.outputs[0]: x, node.outputs[1]: distances}
 
 
