@@ -16,7 +16,6 @@ from typing import Any, BinaryIO, Protocol, cast
 import numpy as np
 import numpy.typing as npt
 
-from graphopt import npz
 from graphopt.errors import InputError
 
 Array = npt.NDArray[Any]
@@ -190,11 +189,6 @@ def user_function(text: str) -> Callable[[], Any]:
         raise InputError(f"{path}: has no function {function!r}")
     function_found: Callable[[], Any] = found
     return function_found
-
-
-def read_npz(path: Path) -> Row:
-    """The arrays of one .npz that is one row."""
-    return npz.read(path)
 
 
 def _text(array: Array) -> Array:

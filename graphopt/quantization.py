@@ -30,7 +30,7 @@ from graphopt.quantizer.budget import Budget, rank, search
 from graphopt.quantizer.calibration import fingerprint
 from graphopt.quantizer.kernels import Kernels, count_kernels
 from graphopt.quantizer.ranges import Ranges
-from graphopt.quantizer.scoring import Layer, Metric, Score, first, interleaved, layers, score
+from graphopt.quantizer.scoring import Layer, Metric, Score, interleaved, layers, score
 from graphopt.quantizer.static import Static
 from graphopt.samples import Samples, SamplesLike, open_samples
 from graphopt.shapes import Shapes
@@ -347,7 +347,7 @@ def _choose(context: Context, samples: Samples, target: Target, method: Method) 
         return method, "asked for"
     if target.device == "cuda":
         return "static", "GPUs have no kernels for ranges of run time"
-    feeds = first(samples)
+    feeds = next(iter(samples))
     sizes = {
         str(dim.value): size
         for value in context.model.graph.inputs
@@ -398,7 +398,7 @@ def _measure(
     report.kernels = count_kernels(result)
     if seconds > 0:
         work.tell("latency")
-        times = interleaved([base, result], first(work.samples), seconds=seconds)
+        times = interleaved([base, result], next(iter(work.samples)), seconds=seconds)
         report.milliseconds_before, report.milliseconds_after = map(float, np.median(times, axis=1))
         report.ratio = float(np.median(times[1] / times[0]))
 

@@ -9,14 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
 from graphopt import files, ir
 from graphopt.errors import InputError
 from graphopt.runner import Runner
 
-__all__ = ["MEMORY_LIMIT", "check_finite", "groups", "tap", "tapped"]
+__all__ = ["MEMORY_LIMIT", "groups", "tap", "tapped"]
 
 Array = npt.NDArray[Any]
 Feeds = Mapping[str, Array]
@@ -129,9 +128,3 @@ def _sizes(model: ir.Model, names: Sequence[str], feeds: Feeds) -> dict[str, int
     for value, count in zip(outputs, counted, strict=True):
         sizes[value.name or ""] = 4 * int(results[count.name or ""])
     return sizes
-
-
-def check_finite(name: str, array: Array, where: str) -> None:
-    """Raise InputError, naming the tensor, for values that are infinite or no numbers."""
-    if array.dtype.kind == "f" and not np.isfinite(array).all():
-        raise InputError(f"{where}: the values of {name!r} are not all finite")

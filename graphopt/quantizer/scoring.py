@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -213,18 +212,10 @@ def _round(
     runners: Sequence[Runner], inputs: Sequence[Mapping[str, Array]], *, reverse: bool
 ) -> list[float]:
     times = [0.0] * len(runners)
-    for index in _order(len(runners), reverse):
+    order = range(len(runners))
+    for index in reversed(order) if reverse else order:
         runners[index].run(inputs[index])
         begin = time.perf_counter()
         runners[index].run(inputs[index])
         times[index] = 1e3 * (time.perf_counter() - begin)
     return times
-
-
-def _order(count: int, reverse: bool) -> Iterator[int]:
-    return iter(reversed(range(count)) if reverse else range(count))
-
-
-def first(samples: Iterable[Mapping[str, Array]]) -> Mapping[str, Array]:
-    """The first sample."""
-    return next(itertools.islice(samples, 1))
