@@ -12,8 +12,9 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import pkgutil
+import time
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -22,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from graphopt.artifact import Manifest, TensorInfo
+from graphopt.collector import paused_gc
 from graphopt.errors import GraphoptError, InputError
 from graphopt.target import Target
 
@@ -120,8 +122,11 @@ class Backend(Protocol):
         """None, or why this machine cannot run what is compiled for a target."""
         ...
 
-    def supports(self, model: ir.Model, target: Target) -> dict[str, str]:
-        """The nodes it cannot take, by label, each with the reason; empty when it takes all."""
+    def supports(self, model: ir.Model, target: Target, options: Any = None) -> dict[str, str]:
+        """The nodes it cannot take, by label, each with the reason; empty when it takes all.
+
+        Options, without which the defaults hold, may make a difference: sizes that they set.
+        """
         ...
 
     def legalize(self, target: Target) -> tuple[Pass, ...]:
@@ -201,6 +206,27 @@ def check_feeds(inputs: tuple[TensorInfo, ...], feeds: Mapping[str, Array]) -> N
             raise InputError(f"input {info.name!r} takes {info.dtype}, got {dtype}")
         if info.shape is not None and not _fits(feed.shape, info.shape):
             raise InputError(f"input {info.name!r} takes {info}, got {list(feed.shape)}")
+
+
+def timed(call: Callable[[], object], runs: int) -> npt.NDArray[np.int64]:
+    """Nanoseconds of each of `runs` calls, with the garbage collector held off."""
+    clock = time.perf_counter_ns
+
+    def once() -> int:
+        start = clock()
+        call()
+        return clock() - start
+
+    return taken(once, runs)
+
+
+def taken(once: Callable[[], int], runs: int) -> npt.NDArray[np.int64]:
+    """What `once` says that it took, `runs` times, with the garbage collector held off."""
+    times = np.empty(runs, np.int64)
+    with paused_gc():
+        for index in range(runs):
+            times[index] = once()
+    return times
 
 
 def _fits(shape: tuple[int, ...], wanted: tuple[int | str, ...]) -> bool:

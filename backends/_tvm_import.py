@@ -49,9 +49,12 @@ def import_model(model: ir.Model, sizes: Mapping[str, int]) -> Any:
     return importer.module
 
 
-def unsupported(model: ir.Model) -> dict[str, str]:
-    """The reasons by label of the nodes that cannot be imported, those of branches included."""
-    return _run(files.copy(model), stop=False).refused
+def unsupported(model: ir.Model, sizes: Mapping[str, int]) -> dict[str, str]:
+    """The reasons by label of the nodes that cannot be imported, those of branches included.
+
+    Arguments and errors are those of `import_model`.
+    """
+    return _run(_fixed(model, sizes), stop=False).refused
 
 
 def _run(model: ir.Model, *, stop: bool) -> _Importer:

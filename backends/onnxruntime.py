@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 import importlib
 import json
 import math
 import re
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -19,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from graphopt.artifact import Manifest, TensorInfo
-from graphopt.backends import Array, OpTime, Output, check_feeds, make_options
+from graphopt.backends import Array, OpTime, Output, check_feeds, make_options, timed
 from graphopt.errors import GraphoptError, InputError, MissingError
 from graphopt.target import Target
 
@@ -122,7 +120,7 @@ class OnnxRuntime:
             return reason
         return _lacks(_DEVICES[target.device]) or target.foreign()
 
-    def supports(self, model: ir.Model, target: Target) -> dict[str, str]:
+    def supports(self, model: ir.Model, target: Target, options: Any = None) -> dict[str, str]:
         """Tried by making sessions without the large weights: whole first, then node by node."""
         from graphopt.backends._onnxruntime_support import unsupported
 
@@ -209,18 +207,7 @@ class OnnxRuntimeExecutable:
         call: Callable[[], object] = (
             self._caller(self._session, feeds) if memory is None else self._bound(feeds, memory)
         )
-        clock, times = time.perf_counter_ns, np.empty(runs, np.int64)
-        collecting = gc.isenabled()
-        gc.disable()
-        try:
-            for index in range(runs):
-                start = clock()
-                call()
-                times[index] = clock() - start
-        finally:
-            if collecting:
-                gc.enable()
-        return times
+        return timed(call, runs)
 
     def profile(self, feeds: Mapping[str, Array], runs: int = 10) -> tuple[OpTime, ...]:
         """From ONNX Runtime's own profile of a second session; its file is deleted."""

@@ -7,7 +7,7 @@ Both are strongly typed: what is int8 or float16 in the model is that in the eng
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from graphopt.artifact import Manifest
 from graphopt.backends import make_options
@@ -72,7 +72,7 @@ class Tensorrt:
 
         return self.is_available() or _cuda_driver.missing() or _mismatch(target)
 
-    def supports(self, model: ir.Model, target: Target) -> dict[str, str]:
+    def supports(self, model: ir.Model, target: Target, options: Any = None) -> dict[str, str]:
         """Asked of its parser."""
         from graphopt.backends import _tensorrt_build
 

@@ -72,12 +72,14 @@ class Tvm:
             return target.foreign()
         return f"no code runs on {target.name}: name a device, such as cpu"
 
-    def supports(self, model: ir.Model, target: Target) -> dict[str, str]:
+    def supports(
+        self, model: ir.Model, target: Target, options: Options | None = None
+    ) -> dict[str, str]:
         """Asked of the importer, node by node; shapes that it cannot handle are found as well."""
         self._require(self.is_available())
         from graphopt.backends import _tvm_import
 
-        return _tvm_import.unsupported(model)
+        return _tvm_import.unsupported(model, (options or Options()).sizes())
 
     def legalize(self, target: Target) -> tuple[Pass, ...]:
         """The passes that rid a model of what the importer cannot take."""

@@ -97,7 +97,7 @@ def compile_here(
     from graphopt import files
 
     chosen, loaded = backends.get(backend), files.load(Path(model))
-    refused = chosen.supports(loaded, target)
+    refused = chosen.supports(loaded, target, options)
     if refused:
         return refused
     try:

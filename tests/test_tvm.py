@@ -230,6 +230,27 @@ def test_sizes_that_are_set(tmp_path: Path) -> None:
 
 
 @needs_tvm
+def test_sizes_that_are_set_decide_what_is_taken(tmp_path: Path) -> None:
+    model = with_weights(
+        """
+        g (float[seq,2,5] x, float[] w, float[] r) => (float y)
+        { [steps] y = LSTM <hidden_size = 8> (x, w, r) }
+        """,
+        w=random(1, 32, 5),
+        r=random(1, 32, 8),
+    )
+    assert list(BACKEND.supports(model, CPU)) == ["steps"]
+    folder = compilation.compile(
+        model, CPU, tmp_path / "a", backend="tvm", options={"dims": "seq=3"}, level=0
+    )
+    assert not artifact.read(folder).fallback
+    feeds = {"x": random(3, 2, 5)}
+    found = compilation.load(folder, trust=True).run(feeds)["y"]
+    assert isinstance(found, np.ndarray)
+    np.testing.assert_allclose(found, expected(model, feeds)[0], rtol=1e-4, atol=1e-4)
+
+
+@needs_tvm
 def test_tuning_goes_on_and_is_never_worse(tmp_path: Path) -> None:
     model = with_weights("g (float[12,64] x, float[] w) => (float[12,96] y) { y = MatMul (x, w) }",
                          w=random(64, 96))  # fmt: skip
