@@ -83,7 +83,7 @@ def test_corpus(folder: object) -> None:
     """Every model of the corpus: masked is pruned, and something is pruned."""
     path = CORPUS / str(getattr(folder, "name", ""))
     if path.name in SLOW:
-        pytest.skip("takes minutes on two cores: see tests/benchmarks/pruning.py")
+        pytest.skip("takes minutes on two cores")
     clean = parse_pipeline(",".join(PIPELINES[1]))
     model = PassManager(clean).run(Context(files.load(path / "model.onnx")))
     if path.name in NOTHING:
