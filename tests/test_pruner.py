@@ -209,6 +209,23 @@ def test_bodies() -> None:
     assert done.error < 1e-5
 
 
+def test_rounds_of_computed_sizes() -> None:
+    """A size that is computed at run time is patched in each round, under a name of its own."""
+    numbers = ",".join(str(index % 7 + 1) for index in range(32))
+    model = parse(
+        "net (float[N,T,4] x) => (float[N,T,1] y)"
+        f"<float[4,8] w = {{{numbers}}}, float[8,1] v = {{1,2,3,4,5,6,7,8}}, int64[1] c = {{8}}>"
+        "{ a = MatMul(x, w) s = Shape <start = 0, end = 2> (x) k = Concat <axis = 0> (s, c)"
+        "  r = Reshape(a, k) y = MatMul(r, v) }"
+    )
+    for left in (6, 5):
+        done = prune_once(model, Options(ratio=0.3, round_to=1))
+        assert [count for _, count in done.counts.values()] == [left]
+        assert done.error is not None
+        assert done.error < 1e-5
+        model = done.model
+
+
 def test_original_is_left_alone() -> None:
     """The model that was pruned a copy of still computes what it did."""
     model = files.load(ARCHITECTURES["detector"][0]())

@@ -13,7 +13,7 @@ from graphopt.pruner.rules_linear import is_depthwise, optional
 from graphopt.pruner.rules_move import slices
 from graphopt.pruner.tracing import Axes, Trace, Unknown
 
-__all__ = ["Kept", "adjust"]
+__all__ = ["Kept", "adjust", "constant"]
 
 Adjustment = Callable[["Kept", ir.Node], None]
 
@@ -70,7 +70,7 @@ class Kept:
             array = array.copy()
             for position, number in changes.items():
                 array.flat[position] = number
-            node.replace_input_with(index, self.constant(node, array, name))
+            node.replace_input_with(index, constant(node, array, name))
             return
         self._patched(node, index, name, changes)
 
@@ -87,34 +87,41 @@ class Kept:
         for position, number in changes.items():
             mask[position], numbers[position] = True, number
         operands = (
-            self.constant(node, mask, f"{name}_mask"),
-            self.constant(node, numbers, f"{name}_new"),
+            constant(node, mask, f"{name}_mask"),
+            constant(node, numbers, f"{name}_new"),
             value,
         )
         patch = ir.Node("", "Where", operands)
-        patch.outputs[0].name = f"{node.outputs[0].name}__{name}"
+        patch.outputs[0].name = _free(node.graph, f"{node.outputs[0].name}__{name}")
         patch.outputs[0].type = ir.TensorType(dtype)
         node.graph.insert_before(node, patch)
         node.replace_input_with(index, patch.outputs[0])
 
-    def constant(self, node: ir.Node, array: ir.Array, name: str) -> ir.Value:
-        """A new initializer beside a node."""
-        assert node.graph is not None
-        title = f"{node.outputs[0].name}__{name}"
-        while title in node.graph.initializers:  # of an earlier round
-            title += "_"
-        value = ir.Value(
-            name=title,
-            shape=ir.Shape(array.shape),
-            type=ir.TensorType(ir.DataType.from_numpy(array.dtype)),
-            const_value=ir.tensor(array, name=title),
-        )
-        node.graph.register_initializer(value)
-        return value
-
     def attribute(self, node: ir.Node, name: str, number: int) -> None:
         """Set an integer attribute."""
         node.attributes[name] = ir.Attr(name, ir.AttributeType.INT, number)
+
+
+def constant(node: ir.Node, array: ir.Array, name: str) -> ir.Value:
+    """A new initializer beside a node."""
+    assert node.graph is not None
+    title = _free(node.graph, f"{node.outputs[0].name}__{name}")
+    value = ir.Value(
+        name=title,
+        shape=ir.Shape(array.shape),
+        type=ir.TensorType(ir.DataType.from_numpy(array.dtype)),
+        const_value=ir.tensor(array, name=title),
+    )
+    node.graph.register_initializer(value)
+    return value
+
+
+def _free(graph: ir.Graph, title: str) -> str:
+    """A name that no value of the graph has, of an earlier round for one."""
+    made = {value.name for node in graph for value in node.outputs}
+    while title in made or title in graph.initializers:
+        title += "_"
+    return title
 
 
 def _conv(kept: Kept, node: ir.Node) -> None:
@@ -157,7 +164,7 @@ def _split(kept: Kept, node: ir.Node) -> None:
         node.attributes["split"] = ir.Attr("split", ir.AttributeType.INTS, tuple(sizes))
     else:
         node.attributes.pop("num_outputs", None)
-        value = kept.constant(node, np.asarray(sizes, np.int64), "split")
+        value = constant(node, np.asarray(sizes, np.int64), "split")
         node.resize_inputs(2)
         node.replace_input_with(1, value)
 
@@ -189,7 +196,7 @@ def _gather(kept: Kept, node: ir.Node) -> None:
     wanted = indices.astype(np.int64) % len(mask)
     renumbered = np.cumsum(mask) - 1
     left = renumbered[wanted[mask[wanted]]].astype(indices.dtype)
-    node.replace_input_with(1, kept.constant(node, left, "indices"))
+    node.replace_input_with(1, constant(node, left, "indices"))
 
 
 def _pad(kept: Kept, node: ir.Node) -> None:
