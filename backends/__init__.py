@@ -217,10 +217,10 @@ def timed(call: Callable[[], object], runs: int) -> npt.NDArray[np.int64]:
         call()
         return clock() - start
 
-    return taken(once, runs)
+    return series(once, runs)
 
 
-def taken(once: Callable[[], int], runs: int) -> npt.NDArray[np.int64]:
+def series(once: Callable[[], int], runs: int) -> npt.NDArray[np.int64]:
     """What `once` says that it took, `runs` times, with the garbage collector held off."""
     times = np.empty(runs, np.int64)
     with paused_gc():

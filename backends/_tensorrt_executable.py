@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import importlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from graphopt.artifact import Manifest, TensorInfo
-from graphopt.backends import Array, OpTime, Output, check_feeds
+from graphopt.backends import Array, OpTime, Output, check_feeds, series
 from graphopt.backends._cuda_driver import Event, Memory, Stream, activate
 from graphopt.backends._tensorrt_library import derive, library, log
 from graphopt.errors import GraphoptError, InputError
@@ -47,19 +46,15 @@ class TensorrtExecutable:
     def benchmark(self, feeds: Mapping[str, Array], runs: int) -> npt.NDArray[np.int64]:
         """Nanoseconds per run between two events on the device; copies are not in them."""
         bound = _Bound(self, feeds)
-        first, last, times = Event(), Event(), np.empty(runs, np.int64)
-        collecting = gc.isenabled()
-        gc.disable()
-        try:
-            for index in range(runs):
-                first.record(self._stream)
-                bound.enqueue()
-                last.record(self._stream)
-                times[index] = last.nanoseconds_since(first)
-        finally:
-            if collecting:
-                gc.enable()
-        return times
+        first, last = Event(), Event()
+
+        def once() -> int:
+            first.record(self._stream)
+            bound.enqueue()
+            last.record(self._stream)
+            return last.nanoseconds_since(first)
+
+        return series(once, runs)
 
     def profile(self, feeds: Mapping[str, Array], runs: int = 10) -> tuple[OpTime, ...]:
         """From the library's own profiler; a layer may stand for several nodes."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import importlib
 import json
 import os
@@ -16,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from graphopt.artifact import Manifest, TensorInfo
-from graphopt.backends import Array, OpTime, Output, check_feeds
+from graphopt.backends import Array, OpTime, Output, check_feeds, timed
 from graphopt.errors import GraphoptError, InputError
 
 if TYPE_CHECKING:
@@ -75,19 +74,7 @@ class TvmExecutable:
     def benchmark(self, feeds: Mapping[str, Array], runs: int) -> npt.NDArray[np.int64]:
         """Nanoseconds of each run; the collector of garbage waits meanwhile."""
         arguments = self._arguments(feeds)
-        times = np.empty(runs, np.int64)
-        clock = time.perf_counter_ns
-        collecting = gc.isenabled()
-        gc.disable()
-        try:
-            for index in range(runs):
-                start = clock()
-                self._call(arguments)
-                times[index] = clock() - start
-        finally:
-            if collecting:
-                gc.enable()
-        return times
+        return timed(lambda: self._call(arguments), runs)
 
     def profile(self, feeds: Mapping[str, Array], runs: int = 10) -> tuple[OpTime, ...]:
         """Time per kernel, in the order in which they run; each call of one is a row of its own."""

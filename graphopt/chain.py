@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-import time
 from collections.abc import Mapping, Sequence
 from typing import cast
 
@@ -11,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from graphopt.artifact import TensorInfo
-from graphopt.backends import Array, Executable, OpTime, Output, check_feeds
+from graphopt.backends import Array, Executable, OpTime, Output, check_feeds, timed
 
 
 class Chain:
@@ -30,28 +28,13 @@ class Chain:
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Output]:
         """All outputs by name."""
         check_feeds(self.inputs, feeds)
-        values: dict[str, Output] = dict(feeds)
-        for part in self._parts:
-            values |= part.run(_taken(part, values))
+        values = self._values(feeds)
         return {info.name: values[info.name] for info in self.outputs}
 
     def benchmark(self, feeds: Mapping[str, Array], runs: int) -> npt.NDArray[np.int64]:
         """Nanoseconds per run; checks between the pieces are part of what a run costs."""
         check_feeds(self.inputs, feeds)
-        clock, times = time.perf_counter_ns, np.empty(runs, np.int64)
-        collecting = gc.isenabled()
-        gc.disable()
-        try:
-            for index in range(runs):
-                start = clock()
-                values: dict[str, Output] = dict(feeds)
-                for part in self._parts:
-                    values |= part.run(_taken(part, values))
-                times[index] = clock() - start
-        finally:
-            if collecting:
-                gc.enable()
-        return times
+        return timed(lambda: self._values(feeds), runs)
 
     def profile(self, feeds: Mapping[str, Array], runs: int = 10) -> tuple[OpTime, ...]:
         """The profiles of the pieces, one after the other."""
@@ -63,6 +46,13 @@ class Chain:
             rows += part.profile(taken, runs)
             values |= part.run(taken)
         return tuple(rows)
+
+    def _values(self, feeds: Mapping[str, Array]) -> dict[str, Output]:
+        """What all the pieces put out, by name."""
+        values: dict[str, Output] = dict(feeds)
+        for part in self._parts:
+            values |= part.run(_taken(part, values))
+        return values
 
 
 def _taken(part: Executable, values: Mapping[str, Output]) -> dict[str, Array]:

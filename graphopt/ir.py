@@ -6,20 +6,20 @@ onnx-ir's own objects, not wrappers.
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import importlib.abc
 import importlib.machinery
 import importlib.util
 import logging
 import operator
 import sys
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import cast
 
 import numpy as np
 import numpy.typing as npt
+
+from graphopt.collector import paused_gc
 
 
 class _LazySympy(importlib.abc.MetaPathFinder):
@@ -247,18 +247,3 @@ def sources(node: Node) -> tuple[str, ...]:
     """Labels of the nodes of the loaded file that this node was made from (lineage)."""
     meta = cast("dict[str, tuple[str, ...]]", node.meta)
     return meta.get(SOURCES) or (label(node),)
-
-
-@contextlib.contextmanager
-def paused_gc() -> Generator[None]:
-    """Keep Python's garbage collector out while many nodes are made, none of which is garbage.
-
-    It walks all of them again and again: at 100,000 nodes that takes longer than making them.
-    """
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
