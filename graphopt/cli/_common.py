@@ -8,7 +8,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -87,6 +87,18 @@ def check_destination(path: Path) -> None:
         raise InputError(f"{path} is a folder; name the file to write")
     if not path.parent.is_dir():
         raise InputError(f"{path.parent} is no folder")
+
+
+def check_output(path: Path, overwrite: bool, sources: Sequence[Path] = ()) -> None:
+    """Find out before the work that a file cannot be written, or would replace another one.
+
+    Raises:
+        InputError: as `check_destination`, or a file is there and `overwrite` is not set.
+    """
+    check_destination(path)
+    if path.exists() and not overwrite:
+        same = any(path.samefile(source) for source in sources)
+        raise InputError(f"{path} {'is the input' if same else 'exists'}; use --overwrite")
 
 
 def write_json(data: Any, destination: str) -> None:

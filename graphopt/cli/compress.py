@@ -10,7 +10,7 @@ import click
 
 from graphopt.cli._common import (
     MODEL,
-    check_destination,
+    check_output,
     console,
     json_option,
     progress,
@@ -63,9 +63,7 @@ def compress(
     if output is None and scheme is not None:
         raise InputError("say where to write the result (-o OUT.onnx)")
     if output is not None:
-        check_destination(output)
-        if output.exists() and not overwrite:
-            raise InputError(f"{output} exists; use --overwrite")
+        check_output(output, overwrite)
         if scheme is None and min_sqnr is None and output.suffix != ".zst":
             raise InputError(
                 "say how: --scheme NAME, --min-sqnr DB, or an output that ends in .zst"

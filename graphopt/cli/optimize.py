@@ -12,6 +12,7 @@ from graphopt.cli._common import (
     NamedShape,
     Size,
     check_destination,
+    check_output,
     console,
     json_option,
     limits,
@@ -127,7 +128,7 @@ def optimize(model: Path, **options: Any) -> None:
     if output is None and not options["dry_run"]:
         raise InputError("say where to write the result (-o OUT.onnx), or use --dry-run")
     if output is not None and not options["dry_run"]:
-        _check_output(model, output, options["overwrite"])
+        check_output(output, options["overwrite"], [model])
     for destination in (options["report"], options["json_to"]):
         if destination not in (None, "-"):
             check_destination(Path(destination))
@@ -144,14 +145,6 @@ def optimize(model: Path, **options: Any) -> None:
     _tell(model, report, evaluation, options)
     if report.rolled_back:
         raise SystemExit(5)
-
-
-def _check_output(model: Path, output: Path, overwrite: bool) -> None:
-    """Fail before the work rather than after it."""
-    check_destination(output)
-    if output.exists() and not overwrite:
-        same = output.samefile(model)
-        raise InputError(f"{output} {'is the input' if same else 'exists'}; use --overwrite")
 
 
 def _optimize(path: Path, options: dict[str, Any], report: Report) -> tuple[ir.Model, ir.Model]:

@@ -10,7 +10,7 @@ import click
 
 from graphopt.cli._common import (
     MODEL,
-    check_destination,
+    check_output,
     console,
     json_option,
     limits,
@@ -117,10 +117,7 @@ def prune(model: Path, **options: Any) -> None:
     output: Path | None = options["output"]
     if output is None:
         raise InputError("say where to write the result (-o OUT.onnx)")
-    check_destination(output)
-    if output.exists() and not options["overwrite"]:
-        same = output.samefile(model)
-        raise InputError(f"{output} {'is the input' if same else 'exists'}; use --overwrite")
+    check_output(output, options["overwrite"], [model])
     from graphopt import files, pruning
 
     report = pruning.PruneReport(source=str(model))

@@ -10,7 +10,7 @@ import click
 from graphopt.cli._common import (
     MODEL,
     Size,
-    check_destination,
+    check_output,
     console,
     json_option,
     limits,
@@ -96,9 +96,7 @@ def quantize(model: Path, **options: Any) -> None:
     if output is None and not options["dry_run"]:
         raise InputError("say where to write the result with -o, or use --dry-run")
     if output is not None:
-        check_destination(output)
-        if output.exists() and not options["overwrite"]:
-            raise InputError(f"{output} exists; use --overwrite")
+        check_output(output, options["overwrite"])
     report = quantization.Quantization()
     with limits(options["time_limit"], None), progress(options["quiet"]) as show:
         result = quantization.quantize(
@@ -253,9 +251,7 @@ def check(model: Path, **options: Any) -> None:
 
     repaired: Path | None = options["repair"]
     if repaired is not None:
-        check_destination(repaired)
-        if repaired.exists() and not options["overwrite"]:
-            raise InputError(f"{repaired} exists; use --overwrite")
+        check_output(repaired, options["overwrite"])
     loaded = files.load(model)
     table = table_for(Target.parse(options["target"]), options["placement"] or "")
     found = check_quantized(loaded, table)

@@ -10,7 +10,7 @@ import click
 
 from graphopt.cli._common import (
     MODEL,
-    check_destination,
+    check_output,
     console,
     json_option,
     progress,
@@ -261,10 +261,7 @@ def _check(sources: list[Path], targets: list[Path], overwrite: bool) -> None:
     if len({target.absolute() for target in targets}) < len(targets):
         raise InputError(f"both parts would be written to {targets[0]}")
     for target in targets:
-        check_destination(target)
-        if target.exists() and not overwrite:
-            same = any(target.samefile(source) for source in sources)
-            raise InputError(f"{target} {'is the input' if same else 'exists'}; use --overwrite")
+        check_output(target, overwrite, sources)
 
 
 def _write(
