@@ -32,6 +32,7 @@ from graphopt.quantizer.kernels import Kernels, count_kernels
 from graphopt.quantizer.ranges import Ranges
 from graphopt.quantizer.scoring import Layer, Metric, Score, interleaved, layers, score
 from graphopt.quantizer.static import Static
+from graphopt.runner import Runner
 from graphopt.samples import Samples, SamplesLike, open_samples
 from graphopt.shapes import Shapes
 from graphopt.target import Target
@@ -222,6 +223,7 @@ class _Work:
         """
         static = way.static(self)
         part = self.samples.take(_SCORED)
+        floats = Runner(way.model, optimize=True)
         best: ir.Model | None = None
         least = math.inf
         for ranges in [static.ranges] if self.options.ranges else _RANGES:
@@ -230,8 +232,7 @@ class _Work:
             if not static.insert(context, self.options.keep):
                 return None, math.inf
             self.tell(f"comparison: {ranges.method}")
-            found = score(way.model, context.model, part).sqnr_db
-            noise = 0.0 if found is None else 10 ** (-found / 10)
+            noise = score(floats, context.model, part).noise
             if best is None or noise < least:
                 best, least, way.ranges = context.model, noise, ranges
         static.ranges = way.ranges or static.ranges
@@ -265,17 +266,17 @@ class _Work:
     ) -> ir.Model:
         """Keep the operators in floats that the budget asks for, worst first."""
         base = self.context.model
+        floats = Runner(base, optimize=True)
         few = self.samples.take(_RANKED)
 
         def holds(keep: Collection[str]) -> bool:
             self.tell(f"search: {len(keep)} of {len(nodes)} operators in floats")
             candidate = make(keep) if keep else result
-            return budget.holds(score(base, candidate, self.samples, metric=self.metric))
+            return budget.holds(score(floats, candidate, self.samples, metric=self.metric))
 
         def effect(name: str) -> float:
             alone = make([n for n in nodes if n != name])
-            found = score(base, alone, few).sqnr_db
-            return 0.0 if found is None else 10 ** (-found / 10)
+            return score(floats, alone, few).noise
 
         if holds(()):
             return result

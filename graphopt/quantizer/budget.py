@@ -36,7 +36,7 @@ class Budget:
             return score.before - score.after
         if score.agreement is not None:
             return 1.0 - score.agreement
-        return 0.0 if score.sqnr_db is None else 10 ** (-score.sqnr_db / 10)
+        return score.noise
 
     def holds(self, score: Score) -> bool:
         """Whether the drop is within its limit."""

@@ -67,6 +67,11 @@ class Score:
     """The metric of the first model, where there is one."""
     after: float | None = None
 
+    @property
+    def noise(self) -> float:
+        """Noise over signal of that output."""
+        return 0.0 if self.sqnr_db is None else 10 ** (-self.sqnr_db / 10)
+
 
 @dataclass
 class _Compared:
@@ -90,7 +95,7 @@ class _Compared:
 
 
 def score(
-    before: ir.Model,
+    before: ir.Model | Runner,
     after: ir.Model,
     samples: Samples,
     *,
@@ -100,10 +105,14 @@ def score(
 ) -> Score:
     """Run two models on samples, with ONNX Runtime's optimizations, and compare the outputs.
 
-    The metric is `top1` where the samples have labels and none is given. Raises GraphoptError
-    where a model does not run.
+    The first one may be loaded already, as it is where many are compared with it. The metric is
+    `top1` where the samples have labels and none is given. Raises GraphoptError where a model does
+    not run.
     """
-    runners = [Runner(model, threads=threads, optimize=True) for model in (before, after)]
+    runners = [
+        model if isinstance(model, Runner) else Runner(model, threads=threads, optimize=True)
+        for model in (before, after)
+    ]
     compared = _Compared()
     labels = samples.labels
     figure = metric or (top1 if labels is not None else None)
