@@ -9,7 +9,7 @@ with an earlier value follows, the sum is what is fitted, so that residual strea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -19,19 +19,18 @@ import numpy.typing as npt
 from graphopt import ir
 from graphopt.errors import InputError
 from graphopt.gram import LINEAR, column_blocks, weight_matrix, weight_tensor
+from graphopt.pruner.adjusting import constant
 from graphopt.pruner.batching import batched
 from graphopt.pruner.records import Record
-from graphopt.runner import Runner
 from graphopt.samples import Samples
 from graphopt.taps import tap
 
-__all__ = ["Fit", "Recovery", "outputs_of", "recover"]
+__all__ = ["Fit", "Recovery", "recover"]
 
 Reals = npt.NDArray[np.floating[Any]]
 Floats = npt.NDArray[np.float64]
 Tell = Callable[[str], None]
 
-_BATCH = 32
 _CAUTION = 0.1
 
 METHODS = ("reconstruct", "bias", "statistics")
@@ -117,11 +116,11 @@ def recover(
         InputError: samples that do not fit the model or that give values that are not finite.
         GraphoptError: ONNX Runtime cannot run one of the models.
     """
-    teacher = {v.name: v for node in record.teacher.graph for v in node.outputs}
+    known = {v.name or "" for node in record.teacher.graph for v in node.outputs}
     data = samples.take(options.samples)
     affected = _affected(model, record)
     order = {node: index for index, node in enumerate(model.graph)}
-    nodes = [node for node in model.graph if node in affected and node.outputs[0].name in teacher]
+    nodes = [node for node in model.graph if node in affected and _aim(node, known) in known]
     if only is not None:
         nodes = [node for node in nodes if node.outputs[0].name in only]
     fits: list[Fit] = []
@@ -132,7 +131,7 @@ def recover(
             if node.op_type == "BatchNormalization":
                 _restate(model, node, data, options)
         elif node.op_type in LINEAR and node.domain in ("", "ai.onnx"):
-            fit = _refit(model, node, record, data, options, order)
+            fit = _refit(model, node, _aim(node, known), record, data, options, order)
             fits += [] if fit is None else [fit]
     return fits
 
@@ -153,6 +152,7 @@ def _affected(model: ir.Model, record: Record) -> set[ir.Node]:
 def _refit(
     model: ir.Model,
     node: ir.Node,
+    aim: str,
     record: Record,
     data: Samples,
     options: Recovery,
@@ -165,7 +165,7 @@ def _refit(
     array = tensor.numpy()
     if array.dtype.kind != "f" or weights.graph is not model.graph:
         return None
-    sums = _collect(model, node, record, data, options, order)
+    sums = _collect(model, node, aim, record, data, options, order)
     if sums is None or not sums.count:
         return None
     matrix = weight_matrix(node, array).astype(np.float64)
@@ -226,25 +226,26 @@ def _error(sums: _Sums, whole: Floats) -> float:
 def _collect(
     model: ir.Model,
     node: ir.Node,
+    aim: str,
     record: Record,
     data: Samples,
     options: Recovery,
     order: dict[ir.Node, int],
 ) -> _Sums | None:
     """Run both models up to a node and sum up what its fit needs."""
-    source, output = node.inputs[0], node.outputs[0]
+    source, other = node.inputs[0], None
     addition = _addition(node, order)
-    aim = output if addition is None else addition[0].outputs[0]
-    other = None if addition is None else addition[1]
-    kept = record.kept.get(aim.name or "", {})
+    if addition is not None:
+        aim, other = addition[0].outputs[0].name or "", addition[1]
+    kept = record.kept.get(aim, {})
     assert source is not None
     asked = [source] if other is None else [source, other]
     sums = _Sums()
     rng = np.random.default_rng(0)
     mine = tap(model, asked, batched(model, data, options.batch))
-    theirs = tap(record.teacher, [aim.name or ""], batched(record.teacher, data, options.batch))
+    theirs = tap(record.teacher, [aim], batched(record.teacher, data, options.batch))
     for own, given in zip(mine, theirs, strict=True):
-        target = given[aim.name or ""]
+        target = given[aim]
         for axis, positions in kept.items():
             target = np.take(target, positions, axis)
         if other is not None:
@@ -265,6 +266,33 @@ def _collect(
     if sums.count and not all(np.isfinite(held[0]).all() for held in (sums.xtx, sums.xty)):
         raise InputError(f"{data.where}: values at {ir.label(node)} are not finite")
     return sums
+
+
+def _biased(node: ir.Node) -> tuple[ir.Value, ir.Value] | None:
+    """The sum of a MatMul's result and a bias of its own, which nothing else reads; the bias."""
+    output = node.outputs[0]
+    uses = list(output.uses())
+    if node.op_type != "MatMul" or len(uses) != 1 or output.is_graph_output():
+        return None
+    add, weights = uses[0].node, ir.constant(node.inputs[1])
+    bias = add.inputs[1 - uses[0].idx] if add.op_type == "Add" else None
+    tensor = ir.constant(bias)
+    if bias is None or tensor is None or weights is None or len(weights.shape) < 2:
+        return None
+    own = bias.is_initializer() and len(bias.uses()) == 1
+    fits = tensor.shape.numpy() == weights.shape.numpy()[-1:]
+    return (add.outputs[0], bias) if own and fits else None
+
+
+def _aim(node: ir.Node, known: Collection[str]) -> str:
+    """What a node, with its bias, computes, as it is called among these names.
+
+    A sum with a bias that an earlier refit put there has no name among them: it stands for the
+    product.
+    """
+    sums = _biased(node)
+    name = "" if sums is None else sums[0].name or ""
+    return name if name in known else node.outputs[0].name or ""
 
 
 def _addition(node: ir.Node, order: dict[ir.Node, int]) -> tuple[ir.Node, ir.Value] | None:
@@ -316,9 +344,9 @@ def _bias(node: ir.Node, matrix: Floats) -> tuple[Floats, str | None]:
     if node.op_type == "MatMul":
         if matrix.shape[0] != 1:
             return np.zeros(shape), None
-        # An Add that follows holds the bias; the fit is for the product alone, whose own bias
-        # is then what has to be added to that.
-        return np.zeros(shape), "add"
+        sums = _biased(node)
+        held = None if sums is None else ir.array(sums[1])
+        return np.zeros(shape) if held is None else held.astype(np.float64)[None], "add"
     value = node.inputs[2] if len(node.inputs) > 2 else None
     if value is None:
         return np.zeros(shape), "input"
@@ -337,38 +365,22 @@ def _set_bias(model: ir.Model, node: ir.Node, place: str, bias: Reals) -> None:
             value.shape = ir.Shape(bias.shape)
             return
         node.resize_inputs(3)
-        node.replace_input_with(2, _constant(model, node, bias))
+        node.replace_input_with(2, constant(node, bias, "bias"))
         return
-    uses = list(node.outputs[0].uses())
-    for use in uses:
-        other = use.node.inputs[1 - use.idx] if use.node.op_type == "Add" else None
-        array = ir.array(other)
-        if len(uses) == 1 and other is not None and array is not None and array.shape == bias.shape:
-            other.const_value = ir.tensor(
-                np.add(array, bias, dtype=np.float64).astype(array.dtype), name=other.name
-            )
-            return
+    sums = _biased(node)
+    if sums is not None:
+        sums[1].const_value = ir.tensor(bias, name=sums[1].name)
+        return
     output = node.outputs[0]
-    constant = _constant(model, node, bias)
-    add = ir.Node("", "Add", [output, constant])
+    add = ir.Node("", "Add", [output, constant(node, bias, "bias")])
     made = add.outputs[0]
     made.shape, made.type = output.shape, output.type
     made.name = f"{output.name}__refitted"
+    if output.is_graph_output():  # whose name is the model's
+        made.name, output.name = output.name, f"{output.name}__product"
     output.replace_all_uses_with(made, replace_graph_outputs=True)
     add.replace_input_with(0, output)
     model.graph.insert_after(node, add)
-
-
-def _constant(model: ir.Model, node: ir.Node, array: Reals) -> ir.Value:
-    name = f"{node.outputs[0].name}__bias"
-    value = ir.Value(
-        name=name,
-        shape=ir.Shape(array.shape),
-        type=ir.TensorType(ir.DataType.from_numpy(array.dtype)),
-        const_value=ir.tensor(array, name=name),
-    )
-    model.graph.register_initializer(value)
-    return value
 
 
 def _restate(model: ir.Model, node: ir.Node, data: Samples, options: Recovery) -> None:
@@ -389,10 +401,3 @@ def _restate(model: ir.Model, node: ir.Node, data: Samples, options: Recovery) -
         kind = ir.array(value)
         assert kind is not None
         value.const_value = ir.tensor(array.astype(kind.dtype), name=value.name)
-
-
-def outputs_of(model: ir.Model, data: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The model's outputs, batch by batch."""
-    runner = Runner(model, optimize=True)
-    for feeds in batched(model, data, _BATCH):
-        yield runner.run(feeds)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 
@@ -15,13 +15,15 @@ from graphopt import atomic, ir
 from graphopt.errors import InputError
 from graphopt.pruner.applying import apply
 from graphopt.pruner.atoms import Axis
+from graphopt.pruner.batching import batched
 from graphopt.pruner.estimating import Estimator, Size
 from graphopt.pruner.groups import Family, Groups
 from graphopt.pruner.measuring import readers
 from graphopt.pruner.records import Record, positions
-from graphopt.pruner.recovery import Recovery, outputs_of, recover
+from graphopt.pruner.recovery import Recovery, recover
 from graphopt.pruner.selection import Scores, Selection, kept_count
 from graphopt.pruner.slopes import distance
+from graphopt.runner import Runner
 from graphopt.samples import Samples
 
 __all__ = ["SHARES", "Curves", "path", "scan"]
@@ -34,6 +36,7 @@ Tell = Callable[[str], None]
 _FITTED, _JUDGED = 192, 64
 """Samples that layers are refitted on, and others that the outputs are compared on."""
 _STEP = 1 / 16
+_BATCH = 32
 
 
 def scan(
@@ -59,7 +62,7 @@ def scan(
     judged = list(itertools.islice(data, fitted if fitted < len(data) else 0, None))
     key = _key(groups, scores, data, how)
     curves = _read(file, key)
-    before = list(outputs_of(groups.model, judged))
+    before = list(_outputs(groups.model, judged))
     for number, family in enumerate(groups.families):
         if len(curves.get(family.name, {})) == len(SHARES):
             continue
@@ -67,7 +70,7 @@ def scan(
         found: dict[float, float] = {}
         for share in SHARES:
             gone = _least(family, scores, share, how)
-            after = outputs_of(_refitted(groups, gone, family, data.take(fitted)), judged)
+            after = _outputs(_refitted(groups, gone, family, data.take(fitted)), judged)
             pairs = zip(before, after, strict=True)
             found[share] = float(np.mean([distance(a, b) for a, b in pairs]))
         curves[family.name] = found
@@ -75,6 +78,13 @@ def scan(
             text = json.dumps({"key": key, "curves": curves}, indent=1).encode()
             _write(Path(file), text)
     return curves
+
+
+def _outputs(model: ir.Model, data: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The model's outputs, batch by batch."""
+    runner = Runner(model, optimize=True)
+    for feeds in batched(model, data, _BATCH):
+        yield runner.run(feeds)
 
 
 def _write(file: Path, text: bytes) -> None:
