@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -108,16 +108,17 @@ class Match:
     captures: dict[str, Any]
     nodes: list[ir.Node]
 
-    def needed_outside(self, root: ir.Node) -> str | None:
-        """The name of a covered value, other than the root's, that something else needs."""
-        covered = set(self.nodes)
-        for node in self.nodes:
-            if node is root:
-                continue
-            for value in node.outputs:
-                if value.is_graph_output() or any(u not in covered for u in value.consumers()):
-                    return value.name
-        return None
+
+def needed_outside(nodes: Iterable[ir.Node], root: ir.Node) -> ir.Value | None:
+    """A value of these nodes, other than the root's, that something else needs."""
+    covered = {root: None, **dict.fromkeys(nodes)}
+    for node in covered:
+        if node is root:
+            continue
+        for value in node.outputs:
+            if value.is_graph_output() or any(u not in covered for u in value.consumers()):
+                return value
+    return None
 
 
 _Bindings = dict[int, Any]

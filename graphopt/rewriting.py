@@ -9,13 +9,13 @@ The style follows onnxscript's rewriter; the matcher is a backtracking goal sear
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Annotated, Any, cast
 
 import numpy as np
 
 from graphopt import ir
-from graphopt._match import Apply, Pattern, PatternOp, Wild, match
+from graphopt._match import Apply, Pattern, PatternOp, Wild, match, needed_outside
 from graphopt.context import Context
 from graphopt.dims import DimLike
 from graphopt.target import Target
@@ -32,6 +32,13 @@ Result = ir.Value | Sequence[ir.Value | None] | Mapping[ir.Value, ir.Value] | No
 
 class Refuse(Exception):
     """A rule looked right but may not be applied; the reason goes into the report."""
+
+
+def require_unneeded(nodes: Iterable[ir.Node], root: ir.Node) -> None:
+    """Raises Refuse where something else needs a value of nodes that go with their root."""
+    outside = needed_outside(nodes, root)
+    if outside is not None:
+        raise Refuse(f"{outside.name!r} is used elsewhere")
 
 
 class Op:
@@ -235,10 +242,10 @@ class PatternRewrite(Rule):
             found = match(pattern, node, op.opset, op.shape)
             if found is None:
                 continue
-            outside = found.needed_outside(node)
+            outside = needed_outside(found.nodes, node)
             if outside is None:
                 return self._replacement(op, **found.captures)
-            needed_elsewhere = needed_elsewhere or f"{outside!r} is used elsewhere"
+            needed_elsewhere = needed_elsewhere or f"{outside.name!r} is used elsewhere"
         if needed_elsewhere:
             raise Refuse(needed_elsewhere)
         return None

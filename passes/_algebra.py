@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from graphopt import ir
 from graphopt._match import rtol
-from graphopt.rewriting import Op
+from graphopt.rewriting import Op, require_unneeded
 
 Polynomial = dict[int, float]
 """Coefficients by power."""
@@ -19,7 +19,7 @@ class Reader:
     """Reads scalar arithmetic above a root, and notes the operators that it has read.
 
     Operators whose results are needed elsewhere stay unread unless they are read for every use:
-    `outside` tells.
+    `require_unneeded` tells.
     """
 
     def __init__(self, op: Op, root: ir.Node) -> None:
@@ -40,15 +40,9 @@ class Reader:
         cast = self.take(value, "Cast")
         return value if cast is None else cast.inputs[0]
 
-    def outside(self) -> str | None:
-        """The name of a value that was read through although something else needs it."""
-        for node in self.nodes:
-            if node is self._root:
-                continue
-            for value in node.outputs:
-                if value.is_graph_output() or any(u not in self.nodes for u in value.consumers()):
-                    return value.name
-        return None
+    def require_unneeded(self) -> None:
+        """Raises Refuse where a value was read through although something else needs it."""
+        require_unneeded(self.nodes, self._root)
 
     def number(self, value: ir.Value | None) -> float | None:
         """The number of a constant of one element that does not raise the other's rank."""

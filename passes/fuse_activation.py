@@ -256,9 +256,7 @@ def fuse_hard_sigmoid(op: Op, node: ir.Node) -> ir.Value | None:
             continue
         if not reader.near(top * scale, 1.0, None) or len(reader.nodes) < 2:
             continue
-        outside = reader.outside()
-        if outside is not None:
-            raise Refuse(f"{outside!r} is used elsewhere")
+        reader.require_unneeded()
         if op.dtype(x) != ir.DataType.FLOAT:
             raise Refuse("needs float32")
         gate = op.HardSigmoid(x, alpha=slope * scale, beta=offset * scale)

@@ -26,7 +26,7 @@ from graphopt.passes._attention import (
 )
 from graphopt.passes._layout import permutation
 from graphopt.passes._views import reshaped
-from graphopt.rewriting import Op, Refuse, rewrite
+from graphopt.rewriting import Op, Refuse, require_unneeded, rewrite
 
 _TYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
@@ -52,7 +52,7 @@ def fuse_attention(op: Op, node: ir.Node) -> dict[ir.Value, ir.Value] | None:
     dtype = op.dtype(values)
     if dtype is None or dtype not in _TYPES or op.dtype(scores.query) != dtype:
         return None
-    _require_unneeded([*covered, *scores.nodes], node)
+    require_unneeded([*covered, *scores.nodes], node)
     if op.opset < 23:
         raise Refuse("needs opset 23")
     keys, factor = exchanged(op, scores.keys)
@@ -94,14 +94,6 @@ def _softmax(op: Op, weights: ir.Value | None) -> tuple[ir.Node | None, ir.Node 
     rank = op.rank(node.outputs[0])
     last = op.attr(node, "axis", -1 if op.opset >= 13 else 1) in (-1, (rank or 0) - 1)
     return (node, narrowing) if last and rank in (3, 4) else (None, None)
-
-
-def _require_unneeded(covered: list[ir.Node], root: ir.Node) -> None:
-    inside = {*covered, root}
-    for node in covered:
-        for value in node.outputs:
-            if value.is_graph_output() or any(u not in inside for u in value.consumers()):
-                raise Refuse(f"{value.name!r} is used elsewhere")
 
 
 def _attention(

@@ -35,9 +35,7 @@ def fuse_instancenorm(op: Op, node: ir.Node) -> ir.Value | None:
             continue
         if square is not node.inputs[index] and centred(op, reader, square) != source:
             continue
-        outside = reader.outside()
-        if outside is not None:
-            raise Refuse(f"{outside!r} is used elsewhere")
+        reader.require_unneeded()
         return _normalized(op, node, source[0], source[1], epsilon)
     return None
 

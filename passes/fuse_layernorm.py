@@ -40,9 +40,7 @@ def fuse_layernorm(op: Op, node: ir.Node) -> ir.Value | None:
         x, axes = source
         if mean_axes(op, mean) != axes:
             continue
-        outside = reader.outside()
-        if outside is not None:
-            raise Refuse(f"{outside!r} is used elsewhere")
+        reader.require_unneeded()
         if op.opset < 17:
             raise Refuse("needs opset 17")
         return normalized(op, "LayerNormalization", x, axes, epsilon)

@@ -38,9 +38,7 @@ def fuse_lpnorm(op: Op, node: ir.Node) -> ir.Value | None:
     axes = reduced_axes(op, reduction, rank)
     if axes is None or len(axes) != 1 or not op.attr(reduction, "keepdims", 1):
         return None
-    outside = reader.outside()
-    if outside is not None:
-        raise Refuse(f"{outside!r} is used elsewhere")
+    reader.require_unneeded()
     if op.dtype(x) != ir.DataType.FLOAT:
         raise Refuse("needs float32")
     if op.target.device == "cpu" and axes[0] != rank - 1:

@@ -36,9 +36,7 @@ def fuse_rmsnorm(op: Op, node: ir.Node) -> ir.Value | None:
         if found[0] is not x and scale is None:
             continue
         x, axes = found
-        outside = reader.outside()
-        if outside is not None:
-            raise Refuse(f"{outside!r} is used elsewhere")
+        reader.require_unneeded()
         if op.opset < 23:
             raise Refuse("needs opset 23")
         result = normalized(op, "RMSNormalization", x, axes, power[0])
