@@ -101,7 +101,7 @@ def survey(
     """What each scheme comes to for a model.
 
     Raises:
-        InputError: no such scheme, or a model or data that cannot be used.
+        InputError: a model or data that cannot be used.
     """
     source = files.load(model)
     samples = None if data is None else open_samples(data, source)
@@ -109,20 +109,31 @@ def survey(
     for name in names:
         if progress is not None:
             progress(name)
-        report = Report()
-        try:
-            made = compress(source, name, data=samples, seed=seed, report=report)
-        except (GraphoptError, MissingError) as error:
-            found.append(Scheme(name, SCHEMES.get(name, name), reason=str(error)))
-            continue
-        rolled_back = [r.rolled_back for r in report.passes if r.rolled_back]
-        unchanged = bool(SCHEMES.get(name, name)) and not any(r.rewrites for r in report.passes)
-        if rolled_back or unchanged:
-            why = rolled_back[0] if rolled_back else "no weight here is worth it"
-            found.append(Scheme(name, report.pipeline, reason=why))
-            continue
-        found.append(_measured(name, source, made, report))
+        found.append(try_scheme(source, name, data=samples, seed=seed)[0])
     return found
+
+
+def try_scheme(
+    model: files.ModelLike, name: str, *, data: SamplesLike | None = None, seed: int = 0
+) -> tuple[Scheme, ir.Model | None]:
+    """What one scheme comes to for a model, and that model; None where the scheme gives its reason.
+
+    Raises:
+        InputError: a model or data that cannot be used.
+    """
+    source = files.load(model)
+    samples = None if data is None else open_samples(data, source)
+    report = Report()
+    try:
+        made = compress(source, name, data=samples, seed=seed, report=report)
+    except GraphoptError as error:
+        return Scheme(name, SCHEMES.get(name, name), reason=str(error)), None
+    rolled_back = [r.rolled_back for r in report.passes if r.rolled_back]
+    unchanged = bool(SCHEMES.get(name, name)) and not any(r.rewrites for r in report.passes)
+    if rolled_back or unchanged:
+        why = rolled_back[0] if rolled_back else "no weight here is worth it"
+        return Scheme(name, report.pipeline, reason=why), None
+    return _measured(name, source, made, report), made
 
 
 def smallest(found: Sequence[Scheme], sqnr_db: float) -> Scheme:

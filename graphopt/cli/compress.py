@@ -71,18 +71,22 @@ def compress(
     from graphopt import compression, files
 
     source = files.load(model)
+    made = None
     with progress(quiet) as show:
         if output is None or min_sqnr is not None:
             found = compression.survey(source, data=data, seed=seed, progress=show)
+            chosen = found[0] if min_sqnr is None else compression.smallest(found, min_sqnr)
         else:
             name = scheme or "lossless"
-            found = compression.survey(source, [name], data=data, seed=seed, progress=show)
-            if found[0].reason:
-                raise InputError(f"{model}: {name}: {found[0].reason}")
-        chosen = found[0] if min_sqnr is None else compression.smallest(found, min_sqnr)
+            show(name)
+            chosen, made = compression.try_scheme(source, name, data=data, seed=seed)
+            found = [chosen]
+            if made is None:
+                raise InputError(f"{model}: {name}: {chosen.reason}")
         if output is not None:
             show(f"writing {output}")
-            made = compression.compress(source, chosen.name, data=data, seed=seed)
+            if made is None:  # a survey keeps none of the many that it makes
+                made = compression.compress(source, chosen.name, data=data, seed=seed)
             files.save(made, output, overwrite=overwrite)
     written: dict[str, str | int] | None = None
     if output is not None:
