@@ -6,7 +6,6 @@ import importlib
 from collections.abc import Sequence
 from typing import Any
 
-relax: Any = importlib.import_module("tvm.relax")
 tirx: Any = importlib.import_module("tvm.tirx")
 _arith: Any = importlib.import_module("tvm.sym")
 

@@ -58,7 +58,7 @@ def tvm_target(target: Target, threads: int) -> Any:
     if target.device == "cuda":
         arch = target.arch or "sm_75"
         return tvm.target.Target({"kind": "cuda", "arch": arch, "host": _host()})
-    data = {"kind": "llvm", "num-cores": threads or 4, **_cpu(target)}
+    data = {"kind": "llvm", "num-cores": threads, **_cpu(target)}
     return tvm.target.Target(data)
 
 

@@ -6,6 +6,7 @@ others keep the last axis in the lanes.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -57,16 +58,8 @@ def inline_all(schedule: Any, blocks: list[Any]) -> None:
     """Compute each block where it is read, apart from those that cannot be."""
     for block in blocks:
         if not is_reduction(schedule, block):
-            attempt(lambda block=block: schedule.compute_inline(block))
-
-
-def attempt(action: Any) -> bool:
-    """Whether a scheduling step that may be impossible was done."""
-    try:
-        action()
-    except RuntimeError:  # ScheduleError, which leaves the schedule as it was
-        return False
-    return True
+            with contextlib.suppress(RuntimeError):  # after which the schedule is as it was
+                schedule.compute_inline(block)
 
 
 def lanes_for(schedule: Any, loop: Any, widest: int) -> int:
@@ -74,7 +67,7 @@ def lanes_for(schedule: Any, loop: Any, widest: int) -> int:
     return math.gcd(extent(schedule, loop), widest) if is_static(schedule, loop) else 1
 
 
-def elementwise(schedule: Any, block: Any, machine: Machine, *, threads: bool = True) -> None:
+def elementwise(schedule: Any, block: Any, machine: Machine) -> None:
     """Vectors along the last axis, or along all where each element only depends on its like."""
     loops = schedule.get_loops(block)
     if not loops:
@@ -97,7 +90,7 @@ def elementwise(schedule: Any, block: Any, machine: Machine, *, threads: bool = 
         outer = [*outer, rest]
     elif len(loops) == 1:
         outer = loops
-    if threads and total >= _PARALLEL_ELEMENTS and outer:
+    if total >= _PARALLEL_ELEMENTS and outer:
         parallel(schedule, outer, machine.threads)
 
 

@@ -183,11 +183,11 @@ class _Product:
             if bands is not None:
                 at = bands if self._shared is None else self._shared
                 s.compute_at(block, at, preserve_unit_loops=True)
-                self._vectorize_copy(block, at)
+                self._vectorize_copy(block)
             else:
                 elementwise(s, block, self._machine)
 
-    def _vectorize_copy(self, block: Any, below: Any) -> None:
+    def _vectorize_copy(self, block: Any) -> None:
         s = self._schedule
         last = s.get_loops(block)[-1]
         lanes = math.gcd(extent(s, last), self._tile["lanes"])

@@ -11,7 +11,6 @@ from graphopt._polynomial import terms_of as terms
 from graphopt.dims import Atom, Dim, DimLike, as_int, atoms
 from graphopt.shapes import Shapes
 
-tvm: Any = importlib.import_module("tvm")
 relax: Any = importlib.import_module("tvm.relax")
 tirx: Any = importlib.import_module("tvm.tirx")
 
@@ -69,11 +68,6 @@ class Sizes:
         if values.ndim == 1:
             return shape
         return relax.op.reshape(relax.op.shape_to_tensor(shape), ())
-
-    def scalar(self, value: ir.Value) -> Any:
-        """A symbolic or plain integer that graphopt knows, or None."""
-        values = self._shapes.values(value)
-        return None if values is None or values.size != 1 else self._one(values.item())
 
     def _all(self, sizes: Sequence[Any]) -> list[Any] | None:
         expressions = [self._one(size) for size in sizes]

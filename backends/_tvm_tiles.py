@@ -89,11 +89,6 @@ def ranked(rows: int | None, columns: int, registers: Registers, dtype: str) -> 
     return sorted(tiles, key=lambda tile: (round(_cost(rows, columns, tile), 9), tile.vectors))
 
 
-def choose(rows: int | None, columns: int, registers: Registers, dtype: str) -> Tile:
-    """The first of `ranked`."""
-    return ranked(rows, columns, registers, dtype)[0]
-
-
 def _cost(rows: int | None, columns: int, tile: Tile) -> float:
     """Time per useful multiplication, in a unit of its own."""
     width = tile.columns

@@ -16,7 +16,7 @@ import pytest
 from graphopt import artifact, backends, compilation, files, ir
 from graphopt.backends import Array
 from graphopt.backends._tvm_options import Options
-from graphopt.backends._tvm_tiles import Registers, choose
+from graphopt.backends._tvm_tiles import Registers, ranked
 from graphopt.errors import GraphoptError, InputError, MissingError
 from graphopt.target import Target
 from tests._models import parse
@@ -362,7 +362,7 @@ def test_dims_that_are_none(dims: str) -> None:
 @pytest.mark.parametrize("columns", [1, 3, 10, 24, 64, 1000])
 def test_tiles_fit_the_registers(target: str, rows: int | None, columns: int) -> None:
     registers = Registers.of(Target.parse(target))
-    tile = choose(rows, columns, registers, "float32")
+    tile = ranked(rows, columns, registers, "float32")[0]
     assert tile.rows * tile.vectors + tile.vectors + 1 <= registers.count
     assert tile.lanes <= registers.lanes("float32")
     assert rows is None or tile.rows <= rows
