@@ -56,7 +56,7 @@ def build(model: ir.Model, target: Target, options: Options) -> bytes:
         raise _refusal(refused, [tidy(parser.get_error(i).desc()) for i in _count(parser)])
     config = builder.create_builder_config()
     _configure(config, options)
-    _aim(config, target)
+    aim(config, target)
     _add_profile(builder, config, network, profiles.parse(options.shapes))
     log().take()
     engine = builder.build_serialized_network(network, config)
@@ -150,10 +150,13 @@ def _configure(config: Any, options: Options) -> None:
         config.hardware_compatibility_level = levels[_COMPATIBILITY[options.compatibility]]
 
 
-def _aim(config: Any, target: Target) -> None:
-    """Say which GPU the engine is for; without one, it is the library's own choice."""
+def aim(config: Any, target: Target) -> None:
+    """Say which GPU the engine is for; without one, it is the library's own choice.
+
+    Full TensorRT knows of none: it builds for the GPU that it is on.
+    """
     known = architectures()
-    if not target.arch:
+    if not target.arch or not known:
         return
     if target.arch not in known:
         raise MissingError(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from graphopt import artifact, backends, compilation
-from graphopt.backends import Array
+from graphopt.backends import Array, _tensorrt_build
 from graphopt.errors import GraphoptError, InputError, MissingError
 from graphopt.target import Target
 
@@ -204,6 +205,14 @@ def test_an_architecture_that_it_does_not_build_for(tmp_path: Path) -> None:
         build(plain(), tmp_path / "a", "cuda:sm_90")
     with pytest.raises(MissingError, match="for NVIDIA GPUs, not for cpu"):
         build(plain(), tmp_path / "a", "cpu")
+
+
+def test_full_tensorrt_builds_for_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has no list of architectures; whether the GPU is the target was asked before."""
+    monkeypatch.setattr(_tensorrt_build, "architectures", dict[str, Any])
+    config = SimpleNamespace()
+    _tensorrt_build.aim(config, Target.parse("cuda:sm_89"))
+    assert not vars(config)
 
 
 @pytest.mark.usefixtures("installed")
