@@ -160,7 +160,10 @@ def publish(folder: Path, *, overwrite: bool) -> Generator[Path]:
 
 
 def present(folder: Path) -> list[str]:
-    """What is in an artifact folder and the folders of its parts, the manifest apart, sorted."""
+    """What is in an artifact folder and the folders of its parts, sorted.
+
+    The manifest and its signature are left out.
+    """
     found: list[str] = []
     for path in folder.iterdir():
         if path.is_dir() and not path.is_symlink():

@@ -303,8 +303,8 @@ def _prepare(
     loaded = files.load(model)
     compilation.compile(loaded, target, place, backend=backend, options=options, level=0)
     size = _size(place)
-    compiled = [path for path in place.iterdir() if path.name != artifact.MANIFEST]
-    if isinstance(model, str | os.PathLike) and [path.name for path in compiled] == ["model.onnx"]:
+    compiled = artifact.present(place)
+    if isinstance(model, str | os.PathLike) and compiled == ["model.onnx"]:
         size = Path(model).stat().st_size
     # this process compiled it: what it may run needs no further trust
     executable = compilation.load(place, trust=True)
@@ -325,8 +325,8 @@ def _settings(chosen: Sequence[Backend], options: Mapping[str, Any]) -> dict[str
 
 
 def _size(folder: Path) -> int:
-    """Bytes of an artifact's files, the manifest apart."""
-    return sum(path.stat().st_size for path in folder.iterdir() if path.name != artifact.MANIFEST)
+    """Bytes of an artifact's files and of its parts', the manifest and its signature apart."""
+    return sum((folder / name).stat().st_size for name in artifact.present(folder))
 
 
 def _check_bindings(bindings: Mapping[str, int], names: set[str]) -> None:

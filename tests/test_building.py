@@ -20,6 +20,7 @@ from onnx import parser
 from graphopt import artifact, backends, building, compilation, files, ir, places, trust
 from graphopt.backends import Backend
 from graphopt.errors import GraphoptError, InputError, MissingError, TimeLimitError
+from graphopt.measurement import measure
 from graphopt.report import Report
 from graphopt.target import Target
 
@@ -249,6 +250,15 @@ def test_what_a_backend_does_not_take_falls_back(
         executable.run({})
     check(compile(source, tmp_path / "b"))  # out of the cache
     assert len(partial) == 2
+
+
+@pytest.mark.usefixtures("partial")
+def test_the_size_of_a_model_that_was_cut_is_that_of_its_pieces(
+    source: ir.Model, tmp_path: Path
+) -> None:
+    folder = compile(source, tmp_path / "a")
+    found = measure(folder, {"x": X}, latency=False, process=False).models[0]
+    assert found.bytes == sum(path.stat().st_size for path in folder.glob("part*/*"))
 
 
 def test_a_piece_is_checked_like_any_file(
