@@ -1,4 +1,4 @@
-"""What layer and root-mean-square normalization have in common, and their scale and bias."""
+"""What normalizations have in common: their parts, their scale and bias, casts around them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from graphopt import ir
 from graphopt.passes._algebra import Reader
 from graphopt.passes._layout import reduced_axes
-from graphopt.passes._linear import Floats, floats, narrowed
+from graphopt.passes._linear import Floats, along, floats, narrowed
 from graphopt.rewriting import Op, Refuse
 
 STASHED = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
@@ -95,6 +95,41 @@ def squared(reader: Reader, value: ir.Value | None) -> ir.Value | None:
     if node.op_type == "Mul":
         return node.inputs[0] if node.inputs[0] is node.inputs[1] else None
     return node.inputs[0] if reader.number(node.inputs[1]) == 2 else None
+
+
+def standardized(op: Op, node: ir.Node) -> tuple[ir.Value, list[int], float] | None:
+    """(x, axes, epsilon) where a node is (x - mean(x)) / sqrt(mean((x - mean(x))^2) + epsilon).
+
+    Raises:
+        Refuse: something else needs a part of it.
+    """
+    for index in (0, 1)[: 1 if node.op_type == "Div" else 2]:
+        reader = Reader(op, node)
+        variance = divided_by_root(reader, node, index)
+        source = None if variance is None else _centred(op, reader, node.inputs[index])
+        if variance is None or source is None:
+            continue
+        epsilon, spread = variance
+        mean = reader.take(spread, "ReduceMean")
+        square = None if mean is None else squared(reader, mean.inputs[0])
+        if mean is None or square is None or mean_axes(op, mean) != source[1]:
+            continue
+        if square is not node.inputs[index] and _centred(op, reader, square) != source:
+            continue
+        reader.require_unneeded()
+        return *source, epsilon
+    return None
+
+
+def _centred(op: Op, reader: Reader, value: ir.Value | None) -> tuple[ir.Value, list[int]] | None:
+    """(x, axes) where a value is x - mean of x over axes."""
+    difference = reader.take(reader.uncast(value), "Sub")
+    x = None if difference is None else difference.inputs[0]
+    mean = None if difference is None else reader.take(difference.inputs[1], "ReduceMean")
+    if x is None or mean is None or mean.inputs[0] is not x:
+        return None
+    axes = mean_axes(op, mean)
+    return None if axes is None else (x, axes)
 
 
 def normalized(
@@ -186,3 +221,58 @@ def _fitted(values: Floats, sizes: tuple[int, ...]) -> Floats | None:
         return np.broadcast_to(values, sizes)
     except ValueError:
         return None
+
+
+def channel_affine(op: Op, node: ir.Node, op_type: str) -> ir.Value | None:
+    """Take a Mul or Add of one number a channel into a normalization's scale or bias."""
+    for index in (0, 1):
+        value, operand = node.inputs[index], node.inputs[1 - index]
+        norm = None if value is None else value.producer()
+        if value is None or norm is None or norm.op_type != op_type or norm.domain:
+            continue
+        numbers, dtype = floats(op, operand), op.dtype(value)
+        scale, bias = floats(op, norm.inputs[1]), floats(op, norm.inputs[2])
+        shape = op.shape(value)
+        if numbers is None or scale is None or bias is None or shape is None:
+            return None
+        if op.uses(value) != 1 or op.shape(node.outputs[0]) != shape:
+            return None
+        each = along(numbers, len(shape), 1, len(scale))
+        if each is None:
+            raise Refuse("what follows does not vary along the channels alone")
+        if node.op_type == "Mul":
+            scale, bias = scale * each, bias * each
+        else:
+            bias = bias + each
+        operands = [op.initializer(narrowed(v, dtype), "weight") for v in (scale, bias)]
+        return op.build(op_type, [norm.inputs[0], *operands], norm.attributes)[0]
+    return None
+
+
+def around_casts(op: Op, node: ir.Node, op_type: str) -> ir.Value | None:
+    """A normalization without the casts before it and, at the root, after it."""
+    value = node.inputs[0]
+    norm = None if value is None else value.producer()
+    if value is None or norm is None or norm.op_type != op_type or norm.domain:
+        return None
+    wide = norm.inputs[0]
+    widening = None if wide is None else wide.producer()
+    if widening is None or widening.op_type != "Cast" or widening.domain or op.uses(value) != 1:
+        return None
+    x = widening.inputs[0]
+    return None if x is None else _narrowed_norm(op, node, norm, x)
+
+
+def _narrowed_norm(op: Op, node: ir.Node, norm: ir.Node, x: ir.Value) -> ir.Value | None:
+    """A float32 normalization of x, cast to float16 or bfloat16, done on the narrow x."""
+    to = op.dtype(x)
+    narrow = to is not None and to in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+    if not narrow or op.attr(node, "to") != to:
+        return None
+    operands: list[ir.Value] = []
+    for value in norm.inputs[1:]:
+        numbers = floats(op, value)
+        if numbers is None:
+            return None
+        operands.append(op.initializer(narrowed(numbers, to), "weight"))
+    return op.build(norm.op_type, [x, *operands], norm.attributes)[0]

@@ -12,7 +12,7 @@ import numpy as np
 
 from graphopt import ir
 from graphopt.passes._linear import floats, narrowed
-from graphopt.passes.fuse_instancenorm import channel_affine
+from graphopt.passes._normalization import channel_affine
 from graphopt.rewriting import Op, Refuse, rewrite
 
 

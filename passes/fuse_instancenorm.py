@@ -10,10 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from graphopt import ir
-from graphopt.passes._algebra import Reader
-from graphopt.passes._linear import along, floats, narrowed
-from graphopt.passes._normalization import divided_by_root, mean_axes, squared
-from graphopt.passes.fuse_layernorm import centred
+from graphopt.passes._normalization import channel_affine, standardized
 from graphopt.rewriting import Op, Refuse, rewrite
 
 _TYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
@@ -22,22 +19,8 @@ _TYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
 @rewrite.on("Div", "Mul", benefit=8)
 def fuse_instancenorm(op: Op, node: ir.Node) -> ir.Value | None:
     """(x - mean(x)) / sqrt(mean((x - mean(x))^2) + epsilon) for each instance and channel."""
-    for index in (0, 1)[: 1 if node.op_type == "Div" else 2]:
-        reader = Reader(op, node)
-        variance = divided_by_root(reader, node, index)
-        source = None if variance is None else centred(op, reader, node.inputs[index])
-        if variance is None or source is None:
-            continue
-        epsilon, spread = variance
-        mean = reader.take(spread, "ReduceMean")
-        square = None if mean is None else squared(reader, mean.inputs[0])
-        if mean is None or square is None or mean_axes(op, mean) != source[1]:
-            continue
-        if square is not node.inputs[index] and centred(op, reader, square) != source:
-            continue
-        reader.require_unneeded()
-        return _normalized(op, node, source[0], source[1], epsilon)
-    return None
+    found = standardized(op, node)
+    return None if found is None else _normalized(op, node, *found)
 
 
 def _normalized(
@@ -69,29 +52,3 @@ def _scaled_inside(op: Op, node: ir.Node) -> bool:
 def fuse_instancenorm_affine(op: Op, node: ir.Node) -> ir.Value | None:
     """A scale or bias for each channel after InstanceNormalization becomes its own."""
     return channel_affine(op, node, "InstanceNormalization")
-
-
-def channel_affine(op: Op, node: ir.Node, op_type: str) -> ir.Value | None:
-    """Take a Mul or Add of one number a channel into a normalization's scale or bias."""
-    for index in (0, 1):
-        value, operand = node.inputs[index], node.inputs[1 - index]
-        norm = None if value is None else value.producer()
-        if value is None or norm is None or norm.op_type != op_type or norm.domain:
-            continue
-        numbers, dtype = floats(op, operand), op.dtype(value)
-        scale, bias = floats(op, norm.inputs[1]), floats(op, norm.inputs[2])
-        shape = op.shape(value)
-        if numbers is None or scale is None or bias is None or shape is None:
-            return None
-        if op.uses(value) != 1 or op.shape(node.outputs[0]) != shape:
-            return None
-        each = along(numbers, len(shape), 1, len(scale))
-        if each is None:
-            raise Refuse("what follows does not vary along the channels alone")
-        if node.op_type == "Mul":
-            scale, bias = scale * each, bias * each
-        else:
-            bias = bias + each
-        operands = [op.initializer(narrowed(v, dtype), "weight") for v in (scale, bias)]
-        return op.build(op_type, [norm.inputs[0], *operands], norm.attributes)[0]
-    return None

@@ -11,12 +11,12 @@ from graphopt import ir
 from graphopt.passes._algebra import Reader
 from graphopt.passes._normalization import (
     affine,
+    around_casts,
     divided_by_root,
     mean_square,
     normalized,
     scale_behind_root,
 )
-from graphopt.passes.fuse_layernorm import around_casts
 from graphopt.rewriting import Op, Refuse, rewrite
 
 
