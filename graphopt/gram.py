@@ -29,6 +29,7 @@ __all__ = [
     "column_blocks",
     "columns",
     "grams",
+    "padding",
     "weight_matrix",
     "weight_tensor",
 ]
@@ -288,7 +289,7 @@ def _windows(node: ir.Node, x: Reals, shape: Sequence[int]) -> tuple[Reals, int]
     dilations = _ints(node, "dilations", [1] * rank)
     spans = [d * (k - 1) + 1 for k, d in zip(kernel, dilations, strict=True)]
     if node.op_type == "Conv":
-        begins, ends = _pads(node, x.shape[2:], spans, strides)
+        begins, ends = padding(node, x.shape[2:], spans, strides)
         steps = strides
     else:
         begins, ends = _transposed_pads(node, x.shape[2:], spans, strides)
@@ -339,10 +340,10 @@ def _padded(x: Reals, begins: Sequence[int], ends: Sequence[int]) -> Reals:
     return np.pad(x, [(0, 0), (0, 0), *widths]) if any(b or e for b, e in widths) else x
 
 
-def _pads(
+def padding(
     node: ir.Node, sizes: Sequence[int], spans: Sequence[int], strides: Sequence[int]
 ) -> tuple[list[int], list[int]]:
-    """The padding of a Conv before and behind each spatial axis."""
+    """The padding of a Conv or a pooling before and behind each spatial axis."""
     rank = len(spans)
     mode = ir.attribute(node, "auto_pad", "NOTSET")
     if mode == "VALID":

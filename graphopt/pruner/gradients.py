@@ -15,9 +15,10 @@ import numpy.typing as npt
 
 from graphopt import files, ir
 from graphopt.errors import InputError
+from graphopt.gram import padding
 from graphopt.runner import Runner
 
-__all__ = ["Tape"]
+__all__ = ["Tape", "with_inputs"]
 
 Array = npt.NDArray[Any]
 Values = Mapping[str, Array]
@@ -43,12 +44,8 @@ class Tape:
             for name, value in model.graph.initializers.items()
             if (array := ir.array(value)) is not None and name not in names
         }
-        copy = files.copy(model)
+        copy = with_inputs(model, names)
         graph = copy.graph
-        for name in names:
-            value = graph.initializers.pop(name)
-            value.const_value = None
-            graph.inputs.append(value)
         known = {v.name: v for node in graph for v in node.outputs if v.name}
         wanted = dict.fromkeys(
             value.name
@@ -81,6 +78,16 @@ class Tape:
                 earlier = known.get(value.name)
                 known[value.name] = gradient if earlier is None else earlier + gradient
         return {name: known[name] for name in names if name in known}
+
+
+def with_inputs(model: ir.Model, names: Sequence[str]) -> ir.Model:
+    """A copy in which constants are inputs."""
+    copy = files.copy(model)
+    for name in names:
+        value = copy.graph.initializers.pop(name)
+        value.const_value = None
+        copy.graph.inputs.append(value)
+    return copy
 
 
 def _path(model: ir.Model, names: set[str]) -> list[ir.Node]:
@@ -139,20 +146,6 @@ def _real(node: ir.Node, name: str, default: float) -> float:
     return float(str(ir.attribute(node, name, default)))
 
 
-def _pads(node: ir.Node, sizes: Sequence[int], spans: Sequence[int], steps: Sequence[int]) -> Any:
-    """Zeros before and after each spatial axis."""
-    mode = str(ir.attribute(node, "auto_pad", "NOTSET"))
-    if mode.startswith("SAME"):
-        totals = [
-            max((-(-n // s) - 1) * s + k - n, 0)
-            for n, k, s in zip(sizes, spans, steps, strict=True)
-        ]
-        low = [t // 2 if mode == "SAME_UPPER" else t - t // 2 for t in totals]
-        return [(a, t - a) for a, t in zip(low, totals, strict=True)]
-    pads = _numbers(node, "pads", [0] * 2 * len(sizes))
-    return list(zip(pads[: len(sizes)], pads[len(sizes) :], strict=True))
-
-
 def _conv(node: ir.Node, x: list[Array], y: Array, g: Array) -> Gradients:
     """A product for each place of the kernel, so that no columns are laid out."""
     source, weights = x[0], x[1]
@@ -161,7 +154,7 @@ def _conv(node: ir.Node, x: list[Array], y: Array, g: Array) -> Gradients:
     steps = _numbers(node, "strides", [1] * rank)
     wide = _numbers(node, "dilations", [1] * rank)
     spans = [d * (k - 1) + 1 for k, d in zip(weights.shape[2:], wide, strict=True)]
-    pads = _pads(node, source.shape[2:], spans, steps)
+    pads = list(zip(*padding(node, source.shape[2:], spans, steps), strict=True))
     padded = np.pad(source, [(0, 0), (0, 0), *pads])
     back = np.zeros_like(padded)
     slope = np.zeros_like(weights)
@@ -317,7 +310,7 @@ def _pool(node: ir.Node, x: list[Array], y: Array, g: Array) -> Gradients:
     steps = _numbers(node, "strides", [1] * len(kernel))
     if _integer(node, "ceil_mode", 0) or any(d != 1 for d in _numbers(node, "dilations", [])):
         raise InputError(f"no gradient is known of such pooling ({ir.label(node)})")
-    pads = _pads(node, source.shape[2:], kernel, steps)
+    pads = list(zip(*padding(node, source.shape[2:], kernel, steps), strict=True))
     largest = node.op_type == "MaxPool"
     filler = -np.inf if largest else 0.0
     padded = np.pad(source, [(0, 0), (0, 0), *pads], constant_values=filler)

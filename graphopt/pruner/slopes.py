@@ -8,8 +8,9 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
-from graphopt import files, ir
+from graphopt import ir
 from graphopt.pruner.batching import batched
+from graphopt.pruner.gradients import with_inputs
 from graphopt.pruner.groups import Groups, Slot
 from graphopt.pruner.measuring import readers
 from graphopt.pruner.selection import Scores
@@ -41,7 +42,7 @@ def by_slope(groups: Groups, samples: Samples, tell: Tell) -> Scores:
         for slot in family
         if (array := ir.array(slot.value)) is not None
     }
-    runner = Runner(_with_inputs(groups.model, list(weights)), optimize=True)
+    runner = Runner(with_inputs(groups.model, list(weights)), optimize=True)
     feeds = list(batched(groups.model, samples, _BATCH))
     before = [runner.run({**feed, **weights}) for feed in feeds]
     scores = np.zeros(len(groups.trace.atoms))
@@ -54,16 +55,6 @@ def by_slope(groups: Groups, samples: Samples, tell: Tell) -> Scores:
                 for feed, old in zip(feeds, before, strict=True)
             )
     return scores
-
-
-def _with_inputs(model: ir.Model, names: Sequence[str]) -> ir.Model:
-    """A copy in which constants are inputs."""
-    copy = files.copy(model)
-    for name in names:
-        value = copy.graph.initializers.pop(name)
-        value.const_value = None
-        copy.graph.inputs.append(value)
-    return copy
 
 
 def _scaled(
