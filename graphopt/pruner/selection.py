@@ -72,10 +72,14 @@ def select(
             for family in groups.families
         ]
     for family, share in zip(groups.families, shares, strict=True):
-        keep = kept_count(family, share, how)
-        order = np.argsort(scores[family.roots], kind="stable")
-        gone.append(family.roots[order[: len(family.roots) - keep]])
+        gone.append(least(family, scores, share, how))
     return np.concatenate(gone)
+
+
+def least(family: Family, scores: Scores, share: float, how: Selection) -> Axis:
+    """The representatives of the groups of a family that go: the least important ones."""
+    order = np.argsort(scores[family.roots], kind="stable")
+    return family.roots[order[: len(family.roots) - _kept_count(family, share, how)]]
 
 
 def _global(groups: Groups, scores: Scores, ratio: float) -> list[float]:
@@ -88,7 +92,7 @@ def _global(groups: Groups, scores: Scores, ratio: float) -> list[float]:
     return [float(np.count_nonzero(item < limit)) / len(item) for item in normal]
 
 
-def kept_count(family: Family, share: float, how: Selection) -> int:
+def _kept_count(family: Family, share: float, how: Selection) -> int:
     """How many groups of a family are left."""
     count = len(family.roots)
     keep = max(count - int(count * share + 1e-9), math.ceil(count * how.least), 1)

@@ -21,7 +21,7 @@ from graphopt.pruner.groups import Family, Groups
 from graphopt.pruner.measuring import readers
 from graphopt.pruner.records import Record, positions
 from graphopt.pruner.recovery import Recovery, recover
-from graphopt.pruner.selection import Scores, Selection, kept_count
+from graphopt.pruner.selection import Scores, Selection, least
 from graphopt.pruner.slopes import distance
 from graphopt.runner import Runner
 from graphopt.samples import Samples
@@ -69,7 +69,7 @@ def scan(
         tell(f"sensitivity {number + 1} of {len(groups.families)}: {family.name}")
         found: dict[float, float] = {}
         for share in SHARES:
-            gone = _least(family, scores, share, how)
+            gone = least(family, scores, share, how)
             after = _outputs(_refitted(groups, gone, family, data.take(fitted)), judged)
             pairs = zip(before, after, strict=True)
             found[share] = float(np.mean([distance(a, b) for a, b in pairs]))
@@ -89,11 +89,6 @@ def _outputs(model: ir.Model, data: Iterable[Mapping[str, Any]]) -> Iterator[dic
 
 def _write(file: Path, text: bytes) -> None:
     atomic.write(file, lambda out: out.write(text))
-
-
-def _least(family: Family, scores: Scores, share: float, how: Selection) -> Axis:
-    order = np.argsort(scores[family.roots], kind="stable")
-    return family.roots[order[: len(family.roots) - kept_count(family, share, how)]]
 
 
 def _refitted(groups: Groups, gone: Axis, family: Family, data: Samples) -> ir.Model:
