@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from graphopt import ir
-from graphopt.gram import LINEAR, column_blocks, weight_matrix
+from graphopt.gram import LINEAR, Gram, column_blocks, weight_matrix
 from graphopt.pruner.atoms import Axis
 from graphopt.pruner.batching import batched
 from graphopt.pruner.criteria import by_weights
@@ -122,12 +122,14 @@ def column_roots(node: ir.Node, roots: Axis, shape: tuple[int, ...]) -> Axis:
 
 
 def thinned(node: ir.Node, x: Reals, rows: int, rng: np.random.Generator) -> Iterator[Reals]:
-    """Columns [groups, rows, k] of a batch: about `rows` random positions of each sample."""
+    """Columns [groups, rows, k] of a batch in blocks, of each at most `rows` for each sample.
+
+    A convolution's blocks hold one sample, or a part of it, those of products the whole batch.
+    """
+    total = x.shape[0] * rows
     for block in column_blocks(node, x):
-        total = x.shape[0] * rows
-        share = total / max(block.shape[1], 1)
-        if share < 1:
-            block = block[:, rng.choice(block.shape[1], max(total, 1), replace=False)]
+        if total < block.shape[1]:
+            block = block[:, rng.choice(block.shape[1], total, replace=False)]
         yield block
 
 
@@ -179,18 +181,17 @@ def by_reconstruction(groups: Groups, samples: Samples, tell: Tell) -> Scores:
 def _parts(groups: Groups, family: Family, samples: Samples) -> Iterator[_Part]:
     nodes = readers([family])
     rng = np.random.default_rng(0)
-    sums: dict[ir.Node, Floats] = {}
-    counts: dict[ir.Node, int] = {}
+    sums: dict[ir.Node, Gram] = {}
     for node, x in _inputs(groups, nodes, samples) if nodes else ():
         for block in thinned(node, x, ROWS, rng):
-            product = np.matmul(block.transpose(0, 2, 1), block).astype(np.float64)
-            sums[node] = sums[node] + product if node in sums else product
-            counts[node] = counts.get(node, 0) + block.shape[1]
+            if node not in sums:
+                sums[node] = Gram.empty(block.shape[0], block.shape[2])
+            sums[node].add(block)
     for node, total in sums.items():
         weights = weight_matrix(node, _weights(node))
         _, roots = _channels(groups, node)
         columns = column_roots(node, roots, weights.shape)
-        gram = total / counts[node]
+        gram = total.xtx / total.count
         size = float((np.matmul(weights, gram) * weights).sum())
         for index in range(len(gram)):
             damping = _DAMPING * float(np.trace(gram[index])) / len(gram[index]) + 1e-12
