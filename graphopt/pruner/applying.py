@@ -17,7 +17,6 @@ _SPARED = {
     "BatchNormalization": (3, 4),
     "DequantizeLinear": (1, 2),
     "Div": (1,),
-    "InstanceNormalization": (),
     "Mod": (1,),
     "QLinearConv": (1, 2, 4, 5, 6, 7),
     "QLinearMatMul": (1, 2, 4, 5, 6, 7),

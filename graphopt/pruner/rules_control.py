@@ -45,7 +45,7 @@ def _loop(trace: Trace, node: ir.Node) -> Sequence[Axes]:
     carried = list(node.inputs[2:])
     for value in body.inputs[:2]:
         trace.axes[value] = trace.fixed(value)
-    return _run_body(trace, node, body, carried, body.inputs[2:], body.outputs[1:], [])
+    return _run_body(trace, node, body, carried, body.inputs[2:], body.outputs[1:])
 
 
 def _scan(trace: Trace, node: ir.Node) -> Sequence[Axes]:
@@ -61,7 +61,7 @@ def _scan(trace: Trace, node: ir.Node) -> Sequence[Axes]:
         trace.freeze(value, f"scanned by {ir.label(node)}", [0])
         trace.axes[inner] = axes[1:]
     carried = list(node.inputs[:states])
-    return _run_body(trace, node, body, carried, body.inputs[:states], body.outputs, [])
+    return _run_body(trace, node, body, carried, body.inputs[:states], body.outputs)
 
 
 def _run_body(
@@ -71,7 +71,6 @@ def _run_body(
     carried: Sequence[ir.Value | None],
     inner: Sequence[ir.Value],
     results: Sequence[ir.Value],
-    found: list[Axes],
 ) -> Sequence[Axes]:
     for value, name in zip(carried, inner, strict=True):
         before = trace.of(value)
@@ -85,6 +84,7 @@ def _run_body(
             _tie(trace, node, before, expected)
         trace.axes[name] = before if same else expected
     trace.graph(body)
+    found: list[Axes] = []
     for index, value in enumerate(results):
         axes = trace.of(value)
         if index < len(carried):
