@@ -1,11 +1,13 @@
 """Scales and shifts folded into the constant weights of Conv, ConvTranspose, Gemm and MatMul.
 
-All of it is computed in float64 and rounded once to the type of the weights.
+All of it is computed in float64 and rounded once to the type of the weights. Also, which of these
+operators take the same tensor.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +16,7 @@ from graphopt import ir
 from graphopt.rewriting import Op, Refuse
 
 Floats = npt.NDArray[np.float64]
+B = TypeVar("B")
 
 _SMALLEST_NORMAL = {
     ir.DataType.FLOAT16: 2.0**-14,
@@ -22,6 +25,8 @@ _SMALLEST_NORMAL = {
 }
 
 LINEAR = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
+
+_MOST_USES = 64  # each sibling looks at all others
 
 
 def narrowed(values: Floats, dtype: ir.DataType | None) -> ir.Array:
@@ -57,6 +62,23 @@ def linear_producer(op: Op, value: ir.Value | None) -> ir.Node | None:
     if value is None or node is None or node.op_type not in LINEAR or node.domain:
         return None
     return node if op.uses(value) == 1 else None
+
+
+def siblings(
+    op: Op,
+    node: ir.Node,
+    read: Callable[[Op, ir.Node], B | None],
+    alike: Callable[[B, B], bool],
+) -> list[B]:
+    """What `read` makes of a node and of those like it that take its first operand too.
+
+    Empty where it makes nothing of the node itself, or where too many nodes take the operand.
+    """
+    x, own = node.inputs[0], read(op, node)
+    if x is None or own is None or op.uses(x) > _MOST_USES:
+        return []
+    users = (user for user in dict.fromkeys(x.consumers()) if user.graph is node.graph)
+    return [b for user in users if (b := read(op, user)) is not None and alike(own, b)]
 
 
 def channel_axis(op: Op, node: ir.Node) -> int | None:

@@ -15,12 +15,11 @@ import numpy as np
 
 from graphopt import ir
 from graphopt.passes._layout import UNARY
-from graphopt.passes._linear import channel_axis
+from graphopt.passes._linear import channel_axis, siblings
 from graphopt.passes._slices import split
 from graphopt.rewriting import Op, rewrite
 
 _BLOCK = 16
-_MOST_USES = 64  # each convolution looks at all others
 
 
 @dataclass(frozen=True)
@@ -40,17 +39,13 @@ class _Branch:
 def merge_convs(op: Op, node: ir.Node) -> dict[ir.Value, ir.Value] | None:
     """Convolutions of x are parts of one with all their output channels."""
     x = node.inputs[0]
-    own = _branch(op, node)
-    if x is None or own is None or channel_axis(op, node) is None or op.uses(x) > _MOST_USES:
-        return None
-    users = [u for u in dict.fromkeys(x.consumers()) if u.graph is node.graph]
-    branches = [b for u in users if (b := _branch(op, u)) is not None and _alike(own, b)]
-    if len(branches) < 2:
+    branches = [] if channel_axis(op, node) is None else siblings(op, node, _branch, _alike)
+    if x is None or len(branches) < 2:
         return None
     weights = np.concatenate([b.weights for b in branches])
     inputs: list[Any] = [x, op.initializer(weights, "weight")]
     if any(b.bias is not None for b in branches):
-        kind = own.weights.dtype
+        kind = weights.dtype
         biases = [np.zeros(len(b.weights), kind) if b.bias is None else b.bias for b in branches]
         inputs.append(op.initializer(np.concatenate(biases), "bias"))
     value = op.build("Conv", inputs, node.attributes)[0]

@@ -7,20 +7,20 @@ Needs: three matrices or more, or two that each have a bias; matrices of moderat
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from graphopt import ir
+from graphopt.passes._linear import siblings
 from graphopt.passes._slices import split
 from graphopt.rewriting import Op, Refuse, rewrite
 
 _MOST_BYTES = 64 << 20  # a merged matrix is a copy in memory, whatever file the parts are in
 
-_FEWEST_GEMMS = 3  # a Gemm and a Split in place of two are no fewer
-
-_MOST_USES = 64  # each product looks at all others
+_FEWEST = 3  # one product and a Split in place of two are no fewer, unless a bias goes too
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class _Branch:
     weights: ir.Array
     addition: ir.Node | None
     bias: ir.Array | None
+    """Of as many elements as the matrix has columns."""
 
     @property
     def result(self) -> ir.Value:
@@ -41,48 +42,48 @@ class _Branch:
 def merge_matmuls(op: Op, node: ir.Node) -> dict[ir.Value, ir.Value] | None:
     """x A, x B, x C are parts of x [A B C]; their biases are parts of one bias."""
     x = node.inputs[0]
-    own = None if x is None else _branch(op, node)
     rank = None if x is None else op.rank(x)
-    if x is None or own is None or rank is None or op.uses(x) > _MOST_USES:
+    branches = [] if rank is None else siblings(op, node, _branch, _alike)
+    if x is None or rank is None or len(branches) < 2:
         return None
-    users = [u for u in dict.fromkeys(x.consumers()) if u.graph is node.graph]
-    branches = [b for u in users if (b := _branch(op, u)) is not None and _alike(own, b)]
-    if len(branches) < (2 if own.bias is not None else 3):
+    biases = [b.bias for b in branches if b.bias is not None]
+    if len(branches) < _FEWEST and not biases:
         return None
-    if sum(b.weights.nbytes for b in branches) > _MOST_BYTES:
-        raise Refuse("the merged matrix would be large")
-    widths = [b.weights.shape[1] for b in branches]
-    weights = np.concatenate([b.weights for b in branches], axis=1)
-    value = op.MatMul(x, op.initializer(weights, "weight"))
-    if own.bias is not None:
-        biases: list[Any] = [
-            np.broadcast_to(b.bias.reshape(-1), (width,))
-            for b, width in zip(branches, widths, strict=True)
-            if b.bias is not None
-        ]
+    value = op.MatMul(x, _joined(op, branches))
+    if biases:
         value = op.Add(value, op.initializer(np.concatenate(biases), "bias"))
-    parts = split(op, value, rank - 1, widths)
-    return {b.result: part for b, part in zip(branches, parts, strict=True)}
+    return _dealt(op, value, rank - 1, branches)
 
 
 @rewrite.on("Gemm")
 def merge_gemms_of_input(op: Op, node: ir.Node) -> dict[ir.Value, ir.Value] | None:
     """The same of Gemms, with their biases."""
-    x, own = node.inputs[0], _gemm(op, node)
-    if x is None or own is None or op.uses(x) > _MOST_USES:
+    x, branches = node.inputs[0], siblings(op, node, _gemm, _alike)
+    if x is None or len(branches) < _FEWEST:
         return None
-    users = [u for u in dict.fromkeys(x.consumers()) if u.graph is node.graph]
-    branches = [b for u in users if (b := _gemm(op, u)) is not None and _alike(own, b)]
-    if len(branches) < _FEWEST_GEMMS:
-        return None
-    if sum(b.weights.nbytes for b in branches) > _MOST_BYTES:
-        raise Refuse("the merged matrix would be large")
-    widths = [b.weights.shape[1] for b in branches]
-    inputs: list[Any] = [x, op.initializer(np.concatenate([b.weights for b in branches], axis=1))]
+    inputs: list[Any] = [x, _joined(op, branches)]
     biases = [b.bias for b in branches if b.bias is not None]
     if biases:
         inputs.append(op.initializer(np.concatenate(biases), "bias"))
-    parts = split(op, op.Gemm(*inputs), 1, widths)
+    return _dealt(op, op.Gemm(*inputs), 1, branches)
+
+
+def _joined(op: Op, branches: Sequence[_Branch]) -> ir.Value:
+    """The matrices side by side.
+
+    Raises:
+        Refuse: they are large together.
+    """
+    if sum(b.weights.nbytes for b in branches) > _MOST_BYTES:
+        raise Refuse("the merged matrix would be large")
+    return op.initializer(np.concatenate([b.weights for b in branches], axis=1), "weight")
+
+
+def _dealt(
+    op: Op, value: ir.Value, axis: int, branches: Sequence[_Branch]
+) -> dict[ir.Value, ir.Value]:
+    """The parts of a merged result, each in the place of its branch's."""
+    parts = split(op, value, axis, [b.weights.shape[1] for b in branches])
     return {b.result: part for b, part in zip(branches, parts, strict=True)}
 
 
@@ -98,12 +99,10 @@ def _gemm(op: Op, node: ir.Node) -> _Branch | None:
     if weights is None or (value is not None and bias is None):
         return None
     weights = weights.T if op.attr(node, "transB", 0) else weights
-    width = weights.shape[1]
-    if bias is not None:
-        if bias.size not in (1, width) or bias.size != (bias.shape[-1] if bias.ndim else 1):
-            return None
-        bias = np.broadcast_to(bias.reshape(-1), (width,))
-    return _Branch(node, weights, None, bias)
+    if bias is None:
+        return _Branch(node, weights, None, None)
+    row = _row(bias, weights.shape[1], 2)
+    return None if row is None else _Branch(node, weights, None, row)
 
 
 def _alike(a: _Branch, b: _Branch) -> bool:
@@ -127,12 +126,15 @@ def _branch(op: Op, node: ir.Node) -> _Branch | None:
     if addition is not None and addition.op_type == "Add" and addition.graph is node.graph:
         index = list(addition.inputs).index(product)
         bias = op.const(addition.inputs[1 - index])
-        if bias is not None and _is_bias(bias, weights.shape[1], op.rank(product)):
-            return _Branch(node, weights, addition, bias)
+        row = None if bias is None else _row(bias, weights.shape[1], op.rank(product))
+        if row is not None:
+            return _Branch(node, weights, addition, row)
     return _Branch(node, weights, None, None)
 
 
-def _is_bias(values: ir.Array, width: int, rank: int | None) -> bool:
-    """Whether an addend of a product of that rank varies along its last axis alone."""
+def _row(values: ir.Array, width: int, rank: int | None) -> ir.Array | None:
+    """An addend of a product of that rank, for each column; None where it varies along others."""
     last = values.shape[-1] if values.ndim else 1
-    return rank is not None and values.ndim <= rank and values.size == last in (1, width)
+    if rank is None or values.ndim > rank or not values.size == last in (1, width):
+        return None
+    return np.broadcast_to(values.reshape(-1), (width,))
