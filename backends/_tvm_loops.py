@@ -34,6 +34,13 @@ def kinds(schedule: Any, block: Any) -> list[int]:
     return [int(axis.iter_type) for axis in schedule.get(block).iter_vars]
 
 
+def by_kind(schedule: Any, block: Any) -> tuple[list[Any], list[Any]]:
+    """A block's loops: the spatial ones, then the reduced ones."""
+    loops, sorts = schedule.get_loops(block), kinds(schedule, block)
+    spatial = [loop for loop, kind in zip(loops, sorts, strict=True) if kind == _SPATIAL]
+    return spatial, [loop for loop, kind in zip(loops, sorts, strict=True) if kind != _SPATIAL]
+
+
 def is_reduction(schedule: Any, block: Any) -> bool:
     """Whether a block sums, or takes an extreme, along some axis."""
     return any(kind != _SPATIAL for kind in kinds(schedule, block))
@@ -94,8 +101,11 @@ def elementwise(schedule: Any, block: Any, machine: Machine) -> None:
         parallel(schedule, outer, machine.threads)
 
 
-def parallel(schedule: Any, loops: list[Any], threads: int) -> Any:
-    """Share the rounds of the outermost loops out to threads; returns the fused loop."""
+def parallel(schedule: Any, loops: list[Any], threads: int) -> tuple[Any, int]:
+    """Share the rounds of the outermost loops out to threads.
+
+    Returns the fused loop, and how many loops it was made of.
+    """
     taken, rounds = 0, 1
     for loop in loops:
         rounds *= extent(schedule, loop)
@@ -104,7 +114,7 @@ def parallel(schedule: Any, loops: list[Any], threads: int) -> Any:
             break
     fused = schedule.fuse(*loops[:taken]) if taken > 1 else loops[0]
     schedule.parallel(fused)
-    return fused
+    return fused, taken
 
 
 def _is_pure(schedule: Any, block: Any) -> bool:
@@ -116,11 +126,9 @@ def _is_pure(schedule: Any, block: Any) -> bool:
 
 def reduce(schedule: Any, block: Any, machine: Machine) -> None:
     """Sum in vector registers, along the reduced axis or beside it."""
-    loops, sorts = schedule.get_loops(block), kinds(schedule, block)
-    spatial = [loop for loop, kind in zip(loops, sorts, strict=True) if kind == _SPATIAL]
-    reduced = [loop for loop, kind in zip(loops, sorts, strict=True) if kind != _SPATIAL]
+    spatial, reduced = by_kind(schedule, block)
     widest = machine.registers.lanes(dtype_of(schedule, block))
-    if sorts[-1] != _SPATIAL and _reads_last(schedule, block):
+    if kinds(schedule, block)[-1] != _SPATIAL and _reads_last(schedule, block):
         lanes = lanes_for(schedule, reduced[-1], widest)
         if lanes > 1 and _across(schedule, block, spatial, reduced, lanes, machine):
             return

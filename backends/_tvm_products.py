@@ -9,9 +9,11 @@ from typing import Any
 from graphopt.backends._tvm_indices import number, ravel, simple
 from graphopt.backends._tvm_loops import (
     Machine,
+    by_kind,
     elementwise,
     extent,
     is_static,
+    parallel,
 )
 
 _tirx: Any = importlib.import_module("tvm.tirx")
@@ -101,10 +103,7 @@ class _Product:
 
     def _loops(self) -> tuple[list[Any], Any, Any, Any, list[Any]]:
         """The product's loops by what they are for."""
-        loops = self._schedule.get_loops(self._product)
-        sorts = [int(v.iter_type) for v in self._schedule.get(self._product).iter_vars]
-        spatial = [loop for loop, sort in zip(loops, sorts, strict=True) if sort == 0]
-        sums = [loop for loop, sort in zip(loops, sorts, strict=True) if sort != 0]
+        spatial, sums = by_kind(self._schedule, self._product)
         if self._tile.get("stacked"):
             *outer, row, column = spatial
             width = self._tile["vectors"] * self._tile["lanes"]
@@ -153,19 +152,10 @@ class _Product:
 
     def _share(self, order: list[Any], work: int, bands: Any) -> int:
         """Share tiles out to threads; returns how many loops were fused."""
-        s, threads = self._schedule, self._machine.threads
         if work < _PARALLEL_WORK:
             return 0
         candidates = order[: order.index(bands) + 1] if bands is not None else order
-        taken, rounds = 0, 1
-        for loop in candidates:
-            rounds *= extent(s, loop)
-            taken += 1
-            if rounds >= 8 * threads or (rounds >= threads and rounds % threads == 0):
-                break
-        fused = s.fuse(*candidates[:taken]) if taken > 1 else candidates[0]
-        s.parallel(fused)
-        self._shared = fused
+        self._shared, taken = parallel(self._schedule, candidates, self._machine.threads)
         return taken
 
     def _clear(self, start: Any, depth: int) -> None:
