@@ -1,6 +1,6 @@
 """A 24-layer BERT as torch's legacy exporter writes it, with dynamic batch and sequence.
 
-    python tests/benchmarks/bert.py OUT.onnx [--layers 24] [--hidden 64]
+    python -m tests.benchmarks.bert OUT.onnx [--layers 24] [--hidden 64]
 
 Its weights are random and it is narrow: what is measured is the graph, some 2,000 nodes of which
 more than half compute shapes. Needs torch and onnx, and nothing of graphopt, so that it can be
@@ -9,12 +9,12 @@ made in an environment of its own.
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import math
-import warnings
 from pathlib import Path
 from typing import Any
+
+from tests.benchmarks._torch_export import main, varied, write
 
 # mypy: allow-subclassing-any
 # torch is no dependency of the project, so type checkers do not see it
@@ -97,37 +97,18 @@ class Bert(nn.Module):
 def export(path: Path, layers: int = 24, hidden: int = 64, opset: int = 17) -> None:
     """Write the model; the same weights each time."""
     torch.manual_seed(0)
-    model = Bert(layers, hidden).eval()
-    for parameter in model.parameters():  # equal ones, such as fresh biases, would be shared
-        parameter.data.add_(torch.randn_like(parameter), alpha=0.02)
+    model = varied(Bert(layers, hidden))
     ids = torch.randint(0, VOCABULARY, (2, 16))
-    inputs = ["input_ids", "attention_mask", "token_type_ids"]
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "token_type_ids": torch.zeros_like(ids),
+    }
     outputs = ["last_hidden_state", "pooler_output"]
     axes = {name: {0: "batch", 1: "sequence"} for name in (*inputs, outputs[0])}
     axes[outputs[1]] = {0: "batch"}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.onnx.export(
-            model,
-            (ids, torch.ones_like(ids), torch.zeros_like(ids)),
-            str(path),
-            input_names=inputs,
-            output_names=outputs,
-            dynamic_axes=axes,
-            opset_version=opset,
-            dynamo=False,
-        )
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--layers", type=int, default=24)
-    parser.add_argument("--hidden", type=int, default=64)
-    parser.add_argument("--opset", type=int, default=17)
-    options = parser.parse_args()
-    export(options.out, options.layers, options.hidden, options.opset)
+    write(model, inputs, path, outputs, axes, opset)
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, export)

@@ -1,6 +1,6 @@
 """A 24-layer Llama-like decoder with a KV cache as torch's legacy exporter writes it, all dynamic.
 
-    python tests/benchmarks/llama.py OUT.onnx [--layers 24] [--hidden 64]
+    python -m tests.benchmarks.llama OUT.onnx [--layers 24] [--hidden 64]
 
 Root-mean-square normalization spelled out, rotary embeddings by `rotate_half`, keys and values
 shared by groups of heads, a causal mask computed from the lengths, SwiGLU. Its weights are random
@@ -10,12 +10,12 @@ Needs torch and onnx, and nothing of graphopt, so that it can be made in an envi
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import math
-import warnings
 from pathlib import Path
 from typing import Any
+
+from tests.benchmarks._torch_export import main, varied, write
 
 # mypy: allow-subclassing-any
 # torch is no dependency of the project, so type checkers do not see it
@@ -134,42 +134,24 @@ class Llama(nn.Module):
 def export(path: Path, layers: int = 24, hidden: int = 64, opset: int = 17) -> None:
     """Write the model; the same weights each time."""
     torch.manual_seed(0)
-    model = Llama(layers, hidden).eval()
-    for parameter in model.parameters():  # equal ones, such as fresh scales, would be shared
-        parameter.data.add_(torch.randn_like(parameter), alpha=0.02)
+    model = varied(Llama(layers, hidden))
     ids, known = torch.randint(0, VOCABULARY, (1, 5)), 7
     places = torch.arange(known, known + 5).unsqueeze(0)
-    past = [torch.randn(1, HEADS // GROUPS, known, hidden // HEADS) for _ in range(2 * layers)]
     pairs = [f"{index}.{part}" for index in range(layers) for part in ("key", "value")]
-    inputs = ["input_ids", "attention_mask", "position_ids", *(f"past.{p}" for p in pairs)]
+    past = [torch.randn(1, HEADS // GROUPS, known, hidden // HEADS) for _ in pairs]
+    now = {
+        "input_ids": ids,
+        "attention_mask": torch.ones(1, known + 5),
+        "position_ids": places,
+    }
+    inputs = now | {f"past.{p}": cache for p, cache in zip(pairs, past, strict=True)}
     outputs = ["logits", *(f"present.{p}" for p in pairs)]
-    axes = {name: {1: "sequence"} for name in (*inputs[:3], "logits")}
+    axes = {name: {1: "sequence"} for name in (*now, "logits")}
     axes["attention_mask"] = {1: "total"}
-    axes |= {name: {2: "past"} for name in inputs[3:]}
+    axes |= {name: {2: "past"} for name in inputs if name not in now}
     axes |= {name: {2: "total"} for name in outputs[1:]}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.onnx.export(
-            model,
-            (ids, torch.ones(1, known + 5), places, *past),
-            str(path),
-            input_names=inputs,
-            output_names=outputs,
-            dynamic_axes=axes,
-            opset_version=opset,
-            dynamo=False,
-        )
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--layers", type=int, default=24)
-    parser.add_argument("--hidden", type=int, default=64)
-    parser.add_argument("--opset", type=int, default=17)
-    options = parser.parse_args()
-    export(options.out, options.layers, options.hidden, options.opset)
+    write(model, inputs, path, outputs, axes, opset)
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, export)

@@ -175,8 +175,7 @@ def _exported(setting: Setting, name: str) -> Path | None:
     path = setting.folder / f"{name}.onnx"
     if not path.exists():
         try:
-            script = ROOT / "tests" / "benchmarks" / f"{name}.py"
-            process([setting.torch, str(script), str(path)])
+            process([setting.torch, "-m", f"tests.benchmarks.{name}", str(path)])
         except (SystemExit, OSError) as error:
             print(f"{name} skipped: {error}")
             return None
