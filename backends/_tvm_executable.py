@@ -17,6 +17,7 @@ import numpy.typing as npt
 from graphopt.artifact import Manifest, TensorInfo
 from graphopt.backends import Array, OpTime, Output, check_feeds, timed
 from graphopt.errors import GraphoptError, InputError
+from graphopt.target import cores
 
 if TYPE_CHECKING:
     from graphopt.backends._tvm_options import Options
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 LIBRARY = "model.so"
 NOTES = "kernels.json"
 """What became of each kernel, and the ranges of inputs that are indices."""
+ERRORS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError)
+"""What TVM raises: Python's own classes, chosen by the text of the C++ error."""
+_REASON_LENGTH = 300
 _WARMUP = 3
 _SPREAD = -1
 """TVM's code for worker threads that are bound to no core."""
@@ -53,7 +57,7 @@ class TvmExecutable:
         sizes = options.sizes()
         self.inputs = tuple(_bound(info, sizes) for info in manifest.inputs)
         self.outputs = tuple(_bound(info, sizes) for info in manifest.outputs)
-        self._threads = options.threads or _cores()
+        self._threads = options.threads or cores()
         tvm = _import(self._threads)
         self._tvm = tvm
         self._device = tvm.cuda(0) if manifest.target.device == "cuda" else tvm.cpu()
@@ -63,8 +67,8 @@ class TvmExecutable:
             machine: Any = importlib.import_module("tvm.runtime.vm").VirtualMachine
             self._machine = machine(library, self._device)
             self._main = self._machine["main"]
-        except _errors() as error:
-            raise _failure(error) from None
+        except ERRORS as error:
+            raise GraphoptError(f"tvm: {last_line(error)}") from None
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Output]:
         """All outputs by name, as arrays of their own."""
@@ -112,8 +116,8 @@ class TvmExecutable:
     def _call(self, arguments: list[Any]) -> list[Any]:
         try:
             result = self._main(*arguments)
-        except _errors() as error:
-            raise _failure(error) from None
+        except ERRORS as error:
+            raise GraphoptError(f"tvm: {last_line(error)}") from None
         return [result] if hasattr(result, "numpy") else list(result)
 
 
@@ -163,13 +167,9 @@ def _bound(info: TensorInfo, sizes: Mapping[str, int]) -> TensorInfo:
     return TensorInfo(info.name, info.dtype, shape)
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _import(threads: int = 0) -> Any:
     """TVM, which reads its number of threads once, when it is first used."""
-    os.environ.setdefault("TVM_NUM_THREADS", str(threads or _cores()))
+    os.environ.setdefault("TVM_NUM_THREADS", str(threads or cores()))
     return importlib.import_module("tvm")
 
 
@@ -182,13 +182,8 @@ def _set_threads(threads: int) -> None:
     _configure()(_SPREAD, threads)
 
 
-@cache
-def _errors() -> tuple[type[Exception], ...]:
-    """What TVM raises: Python's own classes, chosen by the text of the C++ error."""
-    return (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError)
-
-
-def _failure(error: Exception) -> GraphoptError:
-    """An error of TVM's as one line."""
-    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
-    return GraphoptError(f"tvm: {(lines or [type(error).__name__])[-1][:400]}")
+def last_line(error: Exception) -> str:
+    """Of an error of TVM's: what comes after the trace of C++ and Python that it holds."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = [line for line in lines if not line.startswith(("File ", "Traceback", "^"))]
+    return (lines or [type(error).__name__])[-1][:_REASON_LENGTH]

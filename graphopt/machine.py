@@ -17,7 +17,7 @@ from typing import Any
 
 from graphopt import __version__
 from graphopt.errors import GraphoptError
-from graphopt.target import cpuinfo
+from graphopt.target import cores, cpuinfo
 
 _LOADS = 3
 _CHILD = """
@@ -51,13 +51,9 @@ class Machine:
             load: float | None = os.getloadavg()[0]
         except OSError:
             load = None
-        if hasattr(os, "sched_getaffinity"):
-            cores = len(os.sched_getaffinity(0))
-        else:
-            cores = os.cpu_count() or 1
         return cls(
             cpu=info.get("model name") or platform.processor() or platform.machine(),
-            cores=cores,
+            cores=cores(),
             load_average=load,
             governor=_governor(),
             system=f"{platform.system()} {platform.release()} {platform.machine()}",

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -22,7 +21,7 @@ from graphopt import artifact, backends
 from graphopt.backends import Array, Backend
 from graphopt.building import FALLBACK
 from graphopt.errors import GraphoptError, InputError, MissingError, TimeLimitError
-from graphopt.target import Target
+from graphopt.target import Target, cores
 from graphopt.timing import Latency, Plan, Progress, benchmark, silent
 from graphopt.worker import Worker
 
@@ -210,8 +209,8 @@ def _candidates(
 
 def _tuned(search: Search, best: Candidate, fixed: set[str], minutes: float) -> Candidate:
     """The best candidate with other options, one after the other while there is time."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
-    threads = [count for count in (1, 2, 4, 8, 16, 32, 64, 128) if count < cores] + [cores]
+    most = cores()
+    threads = [count for count in (1, 2, 4, 8, 16, 32, 64, 128) if count < most] + [most]
     choices: dict[str, Sequence[Any]] = {"threads": threads, **_CHOICES}
     tried = sum(len(values) for name, values in choices.items() if name not in fixed)
     seconds = max(0.2, 60 * minutes / max(tried, 1) - 0.5)
