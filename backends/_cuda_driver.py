@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 from functools import cache
-from types import TracebackType
 from typing import Any
 
 from graphopt.errors import GraphoptError
@@ -99,7 +98,7 @@ class Memory:
 
 
 class Stream:
-    """A queue of work; `with` waits for it at the end."""
+    """A queue of work."""
 
     def __init__(self) -> None:
         stream = ctypes.c_void_p()
@@ -109,17 +108,6 @@ class Stream:
     def wait(self) -> None:
         """Until all of it is done."""
         _call("cuStreamSynchronize", ctypes.c_void_p(self.handle))
-
-    def __enter__(self) -> Stream:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.wait()
 
 
 class Event:

@@ -101,11 +101,11 @@ def test_what_fails_is_one_line(driver: Driver) -> None:
 
 
 def test_time_between_events(driver: Driver) -> None:
-    with Stream() as stream:
-        first, last = Event(), Event()
-        first.record(stream)
-        last.record(stream)
-        assert last.nanoseconds_since(first) == 1_500_000
+    stream, first, last = Stream(), Event(), Event()
+    first.record(stream)
+    last.record(stream)
+    assert last.nanoseconds_since(first) == 1_500_000
+    stream.wait()
     assert driver.calls[-1] == "cuStreamSynchronize"
 
 
