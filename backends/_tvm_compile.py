@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graphopt.backends import _tvm_link
-from graphopt.backends._tvm_executable import LIBRARY, NOTES
+from graphopt.backends._tvm_executable import ERRORS, LIBRARY, NOTES, last_line
 from graphopt.backends._tvm_import import import_model
 from graphopt.backends._tvm_kernels import Kernels
 from graphopt.backends._tvm_legalize import table
@@ -52,9 +52,8 @@ def compile_model(model: ir.Model, target: Target, options: Options, folder: Pat
             lowered, log = lower(module, aim, machine, kernels)
         executable = tvm.compile(lowered, aim)
         _export(executable, folder / LIBRARY, target.arch if target.device == "cpu" else "x86_64")
-    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as e:
-        lines = str(e).strip().splitlines() or [type(e).__name__]
-        raise GraphoptError(f"tvm: {type(e).__name__}: {lines[-1][:300]}") from e
+    except ERRORS as error:
+        raise GraphoptError(f"tvm: {type(error).__name__}: {last_line(error)}") from error
     notes = {"ranges": index_ranges(model), "search": search, **dataclasses.asdict(log)}
     (folder / NOTES).write_text(json.dumps(notes, indent=1, sort_keys=True) + "\n", "utf-8")
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from graphopt import files, ir
 from graphopt.backends._tvm_call import Call, is_constant
+from graphopt.backends._tvm_executable import last_line
 from graphopt.backends._tvm_operators import OPERATORS
 from graphopt.backends._tvm_shapes import Sizes
 from graphopt.context import Context
@@ -25,7 +26,6 @@ tvm: Any = importlib.import_module("tvm")
 relax: Any = importlib.import_module("tvm.relax")
 _frontend: Any = importlib.import_module("tvm.relax.frontend.onnx.onnx_frontend")
 
-_REASON_LENGTH = 200
 _AFTER_FIXING = "fold-constants,fold-shapes,inline-if,eliminate-identity,eliminate-dead"
 """Passes that make use of sizes that are numbers now."""
 
@@ -259,8 +259,6 @@ def _known() -> Mapping[str, Any]:
 
 
 def _reason(error: Exception) -> str:
-    """The last line of an error of TVM's that says something."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    lines = [line for line in lines if not line.startswith(("File ", "Traceback", "^"))]
-    text = lines[-1] if lines else type(error).__name__
-    return f"{type(error).__name__}: {text}"[:_REASON_LENGTH]
+    """Why a node is not taken: what a converter says, or what happened to it."""
+    said = isinstance(error, NotImplementedError) and str(error)
+    return last_line(error) if said else f"{type(error).__name__}: {last_line(error)}"

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from graphopt.backends import _tvm_loops as loops
+from graphopt.backends._tvm_executable import last_line
 from graphopt.backends._tvm_loops import Machine
 from graphopt.backends._tvm_products import PRODUCT, multiply
 
@@ -48,8 +49,7 @@ def _one(name: str, function: Any, machine: Machine, log: Log) -> Any:
         try:
             kernel = rule(schedule, machine)
         except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
-            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            reasons.append(f"{rule.__name__[1:]}: {(lines or [type(error).__name__])[-1][:200]}")
+            reasons.append(f"{rule.__name__[1:]}: {last_line(error)}")
             continue
         if kernel is None:
             continue

@@ -239,7 +239,8 @@ def test_sizes_that_are_set_decide_what_is_taken(tmp_path: Path) -> None:
         w=random(1, 32, 5),
         r=random(1, 32, 8),
     )
-    assert list(BACKEND.supports(model, CPU)) == ["steps"]
+    reason = "its number of steps is known at run time only: set it with dims"
+    assert BACKEND.supports(model, CPU) == {"steps": reason}
     folder = compilation.compile(
         model, CPU, tmp_path / "a", backend="tvm", options={"dims": "seq=3"}, level=0
     )
