@@ -23,7 +23,7 @@ from graphopt.context import Context
 from graphopt.cost import node_cost
 from graphopt.errors import InputError
 from graphopt.images import Images
-from graphopt.pass_manager import Pass, load_pass
+from graphopt.pass_manager import load_pass
 from graphopt.passes.quantize_dynamic import QuantizeDynamic
 from graphopt.passes.quantize_static import QuantizeStatic, raise_opset
 from graphopt.quantizer.budget import Budget, rank, search
@@ -205,13 +205,17 @@ class _Work:
         """Products in integers with ranges of run time."""
         single = QuantizeDynamic(keep=self.options.keep)
         self.report.steps = [str(single)]
+        floats = self._copy(self.context.model)
+        nodes = [ir.label(node) for node in single.products(floats)]
+        sums = single.sums(floats)
 
         def make(keep: Collection[str]) -> ir.Model:
             names = tuple(sorted({*self.options.keep, *keep}))
-            return self._applied(dataclasses.replace(single, keep=names), self.context.model)
+            context = self._copy(self.context.model)
+            dataclasses.replace(single, keep=names).insert(context, sums)
+            return context.model
 
         result = make(())
-        nodes = [ir.label(n) for n in self.context.model.graph if n.op_type in ("MatMul", "Gemm")]
         if budget.max_drop is not None:
             result = self._search(make, nodes, budget, result)
         return result
@@ -294,11 +298,6 @@ class _Work:
         self.report.kept = kept
         self.report.sensitivity = ranked
         return make(kept)
-
-    def _applied(self, single: Pass, model: ir.Model) -> ir.Model:
-        context = self._copy(model)
-        single.run(context)
-        return context.model
 
     def _copy(self, model: ir.Model) -> Context:
         return Context(

@@ -13,6 +13,7 @@ Written with DynamicQuantizeLinear and MatMulInteger, which ONNX Runtime makes o
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -48,20 +49,35 @@ class QuantizeDynamic(Pass):
 
     def run(self, context: Context) -> None:
         """Quantize every product that qualifies."""
+        self.insert(context, self.sums(context))
+
+    def sums(self, context: Context) -> dict[str, Gram]:
+        """XᵀX of what the products take, by label, to round by; nothing where that is not wanted.
+
+        They are those of the float model, whatever is kept of it.
+        """
+        nodes = self.products(context)
+        if not nodes or self.rounding == "nearest" or context.samples is None:
+            return {}
+        return grams(context.model, nodes, context.samples.take(_SAMPLES), rows=_ROWS)
+
+    def insert(self, context: Context, sums: Mapping[str, Gram]) -> None:
+        """Quantize, with sums that are known."""
+        maker = _Maker(context, table_for(context.target).weight, self.per_channel)
+        for node in self.products(context):
+            maker.replace(node, sums.get(ir.label(node)))
+
+    def products(self, context: Context) -> list[ir.Node]:
+        """The nodes that qualify, in a model that is converted to opset 11 where anything does."""
         if self.rounding not in ("nearest", "gptq"):
             raise InputError(f"weights are rounded nearest or by gptq, not {self.rounding!r}")
         nodes = [node for node in context.model.graph if self._wanted(context, node)]
-        if not nodes:
-            return
-        if ir.opset(context.model.graph) < 11:
+        if nodes and ir.opset(context.model.graph) < 11:
             ConvertOpset(11, at_least=True).run(context)
             if ir.opset(context.model.graph) < 11:
                 raise InputError("quantize-dynamic needs opset 11, and the model stays below it")
             nodes = [node for node in context.model.graph if self._wanted(context, node)]
-        sums = self._sums(context, nodes)
-        maker = _Maker(context, table_for(context.target).weight, self.per_channel)
-        for node in nodes:
-            maker.replace(node, sums.get(ir.label(node)))
+        return nodes
 
     def _wanted(self, context: Context, node: ir.Node) -> bool:
         if node.op_type not in ("MatMul", "Gemm") or node.domain or ir.label(node) in self.keep:
@@ -77,11 +93,6 @@ class QuantizeDynamic(Pass):
             and context.shapes.dtype(x) == ir.DataType.FLOAT
             and tensor.size >= _SMALLEST
         )
-
-    def _sums(self, context: Context, nodes: list[ir.Node]) -> dict[str, Gram]:
-        if self.rounding == "nearest" or context.samples is None:
-            return {}
-        return grams(context.model, nodes, context.samples.take(_SAMPLES), rows=_ROWS)
 
 
 @dataclass

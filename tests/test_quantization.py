@@ -274,6 +274,26 @@ def test_budget() -> None:
         quantize(model, data, max_size=100, force=True, seconds=0)
 
 
+def test_a_budget_of_dynamic_quantization() -> None:
+    """Products with constant weights alone are ranked, and the worst of them stays in floats."""
+    rng = np.random.default_rng(0)
+    made: Any = proto(
+        "net (float[N,64] x) => (float[N,32] y) "
+        "{ a = MatMul(x, w) b = Transpose(a) c = MatMul(b, a) d = MatMul(a, c) y = MatMul(d, v) }"
+    )
+    for name, shape in (("w", (64, 64)), ("v", (64, 32))):
+        weights = rng.standard_normal(shape) * np.exp(rng.standard_normal(shape))
+        tensor = ir.tensor(weights.astype(np.float32), name=name)
+        made.graph.initializer.append(ir.to_proto(tensor))
+    x = normal(64 * 64).reshape(64, 64)
+    report = Quantization()
+    found = quantize(
+        files.load(made), x, method="dynamic", max_drop=0.0, force=True, seconds=0, report=report
+    )
+    assert len(report.sensitivity) == 2 and report.kept
+    assert sum(node.op_type == "MatMulInteger" for node in found.graph) == 2 - len(report.kept)
+
+
 def test_kernels_are_the_runtimes() -> None:
     found = count_kernels(network())
     assert found.integer == 0 and found.total == 5
