@@ -161,8 +161,6 @@ def test_it_times_runs_and_nodes(backend: Backend, folder: Path) -> None:
 def test_a_run_that_fails_is_one_line(
     backend: Backend, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    if backend.name == "tvm":
-        pytest.skip("tvm: its code checks no indices")
     text = """
     <ir_version: 10, opset_import: ["" : 18]>
     g (float[2,3] x, int64[n] i) => (float[n,3] y) { y = Gather(x, i) }
