@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -19,7 +20,15 @@ from graphopt.optimization import optimize
 from graphopt.pruner.batching import batched
 from graphopt.pruner.distillation import train
 from graphopt.pruner.estimating import Size
-from graphopt.pruner.pruning import Options, Pruning, parse_ratios, prune_once
+from graphopt.pruner.pruning import (
+    Options,
+    Pruning,
+    Survey,
+    cut,
+    parse_ratios,
+    silent,
+    survey,
+)
 from graphopt.pruner.records import record_of
 from graphopt.pruner.recovery import Fit, Recovery
 from graphopt.pruner.recovery import recover as refit
@@ -160,7 +169,7 @@ def prune(
     """
     report = report if report is not None else PruneReport()
     original = files.load(model)
-    report.source = str(model) if isinstance(model, str) else original.graph.name or ""
+    report.source = str(model) if isinstance(model, str | Path) else original.graph.name or ""
     aim = Target.parse(target)
     alignment = aim.alignment if aim.alignment > 1 else 0
     options = Options(
@@ -185,12 +194,8 @@ def prune(
         wanted = "recovery" if recover else "scope sensitivity"
         raise InputError(f"{wanted} needs data: --data")
     how = Recovery() if recover is True else recover or None
-    job = _Job(original, options, samples, how, iterations, aim, progress or _silent, report)
+    job = _Job(original, options, samples, how, iterations, aim, progress or silent, report)
     return job.run(latency, max_drop, benchmark)
-
-
-def _silent(text: str) -> None:
-    """The progress of who does not want to know."""
 
 
 def _check(max_drop: float | None, latency: float, iterations: int) -> None:
@@ -214,20 +219,25 @@ class _Job:
     target: Target
     tell: Tell
     report: PruneReport
+    surveyed: Survey | None = None
+    """Of the cleaned model, once it was needed."""
+    accuracy: float | None = None
+    """Of the original, once it was needed."""
 
     def run(self, latency: float, max_drop: float | None, benchmark: bool) -> ir.Model:
         """Prune by ratio or budget, or look for what a limit allows; then take the figures."""
         self.tell("cleaning up")
         clean = optimize(self.original, level=1, verify="end")
         budget = self.options.params or self.options.flops or self.options.size
-        if latency:
-            result = self._within_latency(clean, latency)
-        elif max_drop is not None and not budget:
+        if max_drop is not None and not budget and not latency:
             result = self._within_drop(clean, max_drop)
         else:
-            result = self._rounds(clean, self.options)
-        self.tell("comparing with the original")
-        self._judge(result)
+            if latency:
+                result = self._within_latency(clean, latency)
+            else:
+                result = self._rounds(clean, self.options)
+            self.tell("comparing with the original")
+            self._judge(result)
         if max_drop is not None and (self.report.drop or 0.0) > max_drop:
             raise GateError(f"the drop is {self.report.drop:.4f}, more than {max_drop:g} allowed")
         if benchmark and self.report.latency_ratio is None:
@@ -236,7 +246,6 @@ class _Job:
 
     def _rounds(self, clean: ir.Model, options: Options) -> ir.Model:
         """All rounds of pruning and recovery, noted in the report."""
-        model = files.copy(clean)
         report, rounds = self.report, self.iterations
         report.fits = []
         share = 1 / rounds
@@ -246,9 +255,12 @@ class _Job:
             ratios={k: 1 - (1 - v) ** share for k, v in options.ratios.items()},
             **{k: getattr(options, k) ** share for k in ("params", "flops", "size")},
         )
-        first: Pruning | None = None
+        if self.surveyed is None:  # the same for each ratio that is tried
+            self.surveyed = survey(files.copy(clean), part, self.samples, self.tell)
+        model, first = clean, None
         for _ in range(rounds):
-            done = prune_once(model, part, self.samples, progress=self.tell)
+            found = survey(model, part, self.samples, self.tell) if first else self.surveyed
+            done = cut(found, part, self.samples, self.tell)
             self._note(done, first)
             first = first or done
             model = done.model
@@ -323,10 +335,9 @@ class _Job:
         labels = None if samples is None else samples.labels
         if samples is None or labels is None:
             return
-        report.accuracy = (
-            _accuracy(self.original, samples, labels),
-            _accuracy(result, samples, labels),
-        )
+        if self.accuracy is None:
+            self.accuracy = _accuracy(self.original, samples, labels)
+        report.accuracy = self.accuracy, _accuracy(result, samples, labels)
 
     def _time(self, result: ir.Model) -> None:
         """Latency before and after, interleaved."""

@@ -124,9 +124,14 @@ def test_criteria_on_data(criterion: str, data: Path) -> None:
 def test_limits(data: Path) -> None:
     """A drop is kept to, or it fails as a gate does."""
     report = PruneReport()
-    prune(CNN, max_drop=0.1, data=data, recover=True, benchmark=False, report=report)
+    told: list[str] = []
+    how: dict[str, Any] = {"recover": True, "benchmark": False, "progress": told.append}
+    prune(CNN, max_drop=0.1, data=data, report=report, **how)
     assert report.drop is not None
     assert report.drop <= 0.1
+    assert report.source == str(CNN)
+    assert sum(text.startswith("trying ratio") for text in told) > 1
+    assert told.count("ranking by l2") == 1
     with pytest.raises(GateError, match="more than"):
         prune(CNN, flops=0.3, max_drop=0.001, data=data, benchmark=False)
     with pytest.raises(GateError, match="latency of 1% cannot be reached"):

@@ -21,14 +21,23 @@ from graphopt.pruner.measuring import by_activations, by_reconstruction
 from graphopt.pruner.preparing import prepare
 from graphopt.pruner.records import RECORD, Record, positions, record_of
 from graphopt.pruner.selection import Scores, Selection, by_pattern, check_ratio, meet, select
-from graphopt.pruner.sensitivity import path, scan
+from graphopt.pruner.sensitivity import Curves, path, scan
 from graphopt.pruner.slopes import by_slope
 from graphopt.random_inputs import workable_feeds
 from graphopt.runner import Runner
 from graphopt.samples import Samples
 from graphopt.shapes import Shapes
 
-__all__ = ["Options", "Pruning", "parse_ratios", "prune_once"]
+__all__ = [
+    "Options",
+    "Pruning",
+    "Survey",
+    "cut",
+    "parse_ratios",
+    "prune_once",
+    "silent",
+    "survey",
+]
 
 _CODES = 0.05
 """How far results of quantized models may be apart, beside the largest magnitude."""
@@ -78,6 +87,18 @@ class Options:
 
 
 @dataclass
+class Survey:
+    """What can be pruned in a model and what it is worth, whatever the ratio or budget."""
+
+    groups: Groups
+    scores: Scores
+    estimate: Estimator
+    notes: list[str]
+    curves: Curves | None = None
+    """Of the sensitivity scan, once it was asked for."""
+
+
+@dataclass
 class Pruning:
     """A pruned model and what was done to get it."""
 
@@ -116,19 +137,43 @@ def prune_once(
         InputError: options that do not fit the model, or nothing in it can be pruned.
         VerificationError: the result does not compute what the masked model computes.
     """
-    tell = progress or _silent
+    tell = progress or silent
+    return cut(survey(model, options, samples, tell), options, samples, tell, check=check)
+
+
+def survey(
+    model: ir.Model, options: Options, samples: Samples | None, tell: Callable[[str], None]
+) -> Survey:
+    """Trace and rank a model of the caller's own, which is prepared in place.
+
+    Of the options only the criterion with its seed, and what is left alone, count.
+
+    Raises:
+        InputError: options that do not fit the model, or nothing in it can be pruned.
+    """
     notes = prepare(model)
     tell("tracing what belongs together")
     groups = find_groups(model, ignore=options.ignore, only=options.only, exact=options.exact)
     if not groups.families:
         raise InputError(f"nothing can be pruned: {_why(groups)}")
     tell(f"ranking by {options.criterion}")
-    scores = rank(groups, options, samples, tell)
-    estimate = Estimator(groups)
-    gone = choose(groups, scores, options, estimate, samples, tell)
+    return Survey(groups, rank(groups, options, samples, tell), Estimator(groups), notes)
+
+
+def cut(
+    found: Survey,
+    options: Options,
+    samples: Samples | None,
+    tell: Callable[[str], None],
+    *,
+    check: bool = True,
+) -> Pruning:
+    """Prune what was surveyed, which can be done any number of times; see `prune_once`."""
+    groups, estimate = found.groups, found.estimate
+    gone = choose(found, options, samples, tell)
     kept = groups.kept(gone)
     before, after = estimate(groups.kept(gone[:0])), estimate(kept)
-    result = Pruning(apply(groups, kept), groups, kept, before, after, notes=notes)
+    result = Pruning(apply(groups, kept), groups, kept, before, after, notes=list(found.notes))
     if not gone.size:
         result.notes.append("the ratio is too small for any group: nothing was pruned")
     if check:
@@ -138,7 +183,7 @@ def prune_once(
     return result
 
 
-def _silent(text: str) -> None:
+def silent(text: str) -> None:
     """The progress of who does not want to know."""
 
 
@@ -166,20 +211,16 @@ def rank(
 
 
 def choose(
-    groups: Groups,
-    scores: Scores,
-    options: Options,
-    estimate: Estimator,
-    samples: Samples | None,
-    tell: Callable[[str], None],
+    found: Survey, options: Options, samples: Samples | None, tell: Callable[[str], None]
 ) -> Axis:
     """The groups that go: by ratio, or as few as a budget of parameters and operations allows."""
+    groups, estimate = found.groups, found.estimate
     total = estimate(groups.kept(np.zeros(0, np.int64)))
 
     if options.scope == "sensitivity":
-        by_ratio = _by_sensitivity(groups, scores, options, estimate, samples, tell)
+        by_ratio = _by_sensitivity(found, options, samples, tell)
     else:
-        by_ratio = _uniformly(groups, scores, options)
+        by_ratio = _uniformly(groups, found.scores, options)
 
     def parameters(gone: Axis) -> float:
         return estimate(groups.kept(gone)).parameters / max(total.parameters, 1)
@@ -191,8 +232,8 @@ def choose(
         return estimate(groups.kept(gone)).flops / max(total.flops, 1)
 
     budgets = [(options.params, parameters), (options.flops, operations), (options.size, weights)]
-    found = [meet(by_ratio, size, limit) for limit, size in budgets if limit]
-    return max(found, key=len) if found else by_ratio(options.ratio)
+    met = [meet(by_ratio, size, limit) for limit, size in budgets if limit]
+    return max(met, key=len) if met else by_ratio(options.ratio)
 
 
 def _uniformly(groups: Groups, scores: Scores, options: Options) -> Callable[[float], Axis]:
@@ -208,19 +249,16 @@ def _uniformly(groups: Groups, scores: Scores, options: Options) -> Callable[[fl
 
 
 def _by_sensitivity(
-    groups: Groups,
-    scores: Scores,
-    options: Options,
-    estimate: Estimator,
-    samples: Samples | None,
-    tell: Callable[[str], None],
+    found: Survey, options: Options, samples: Samples | None, tell: Callable[[str], None]
 ) -> Callable[[float], Axis]:
     """The groups that go by ratio: the steps that cost the outputs least, up to that share."""
     if samples is None:
         raise InputError("scope sensitivity needs data: --data")
-    curves = scan(groups, scores, samples, options.how, tell, options.scan)
+    groups, scores = found.groups, found.scores
+    if found.curves is None:
+        found.curves = scan(groups, scores, samples, options.how, tell, options.scan)
     by = "parameters" if options.params or options.size else "flops"
-    steps = path(groups, curves, estimate, options.how, by)
+    steps = path(groups, found.curves, found.estimate, options.how, by)
     fixed = by_pattern(groups, options.ratios, -1.0) if options.ratios else {}
 
     def by_ratio(ratio: float) -> Axis:
