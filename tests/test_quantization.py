@@ -272,6 +272,8 @@ def test_budget() -> None:
     assert list(report.sensitivity.values()) == sorted(report.sensitivity.values(), reverse=True)
     with pytest.raises(GateError, match="bytes"):
         quantize(model, data, max_size=100, force=True, seconds=0)
+    with pytest.raises(GateError, match="was not measured"):
+        quantize(model, data, max_latency=1e-6, force=True, seconds=0)
 
 
 def test_a_budget_of_dynamic_quantization() -> None:

@@ -43,9 +43,11 @@ class Budget:
         return self.max_drop is None or self.drop(score) <= self.max_drop + 1e-12
 
     def check(self, score: Score | None, milliseconds: float | None, size: int) -> None:
-        """Raise GateError, naming the figure, where a limit is not met."""
+        """Raise GateError, naming the figure, where a limit is not met or nobody measured it."""
         if score is not None and not self.holds(score):
             raise GateError(f"the drop is {self.drop(score):.4g}, more than {self.max_drop:g}")
+        if self.max_latency is not None and milliseconds is None and score is not None:
+            raise GateError(f"the latency was not measured, and is to be {self.max_latency:g} ms")
         if self.max_latency is not None and (milliseconds or 0.0) > self.max_latency:
             raise GateError(f"a run takes {milliseconds:.3g} ms, more than {self.max_latency:g}")
         if self.max_size is not None and size > self.max_size:
