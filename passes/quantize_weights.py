@@ -116,7 +116,8 @@ class QuantizeWeights(Pass):
             if vendor and storage.fits_nbits(node, own):
                 continue
             rows = weights if node.op_type in RECURRENT else weight_matrix(node, weights)
-            wanted = max(wanted, storage.opset_needed(own, rows.shape[2], len(rows)))
+            groups = 1 if node.op_type == "Conv" else len(rows)  # its channels lie on one axis
+            wanted = max(wanted, storage.opset_needed(own, rows.shape[2], groups))
         if wanted > ir.opset(context.model.graph):
             ConvertOpset(wanted, at_least=True).run(context)
             if ir.opset(context.model.graph) < wanted:
