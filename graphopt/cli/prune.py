@@ -120,7 +120,7 @@ def prune(model: Path, **options: Any) -> None:
     check_output(output, options["overwrite"], [model])
     from graphopt import files, pruning
 
-    report = pruning.PruneReport(source=str(model))
+    report = pruning.PruneReport()
     passed = (
         *("ratio", "criterion", "scope", "ratios", "params", "flops", "size", "latency"),
         *("max_drop", "round_to", "ignore", "only", "exact", "iterations", "data", "target"),
@@ -136,7 +136,6 @@ def prune(model: Path, **options: Any) -> None:
             report=report,
         )
         files.save(result, output, overwrite=options["overwrite"])
-    report.source = str(model)
     if options["json_to"]:
         write_json({**report.to_dict(), "output": str(output)}, options["json_to"])
     if not options["quiet"] and options["json_to"] != "-":
@@ -206,7 +205,6 @@ def _tell_loss(out: Console, report: PruneReport) -> None:
             f"  {'recovery':<11} {len(report.fits)} layers refitted, mean relative error "
             f"{old_mean:.3g} -> {mean:.3g}"
         )
-
     if report.training is not None:
         first, last = report.training
         out.print(f"  {'training':<11} error of the outputs {first:.3g} -> {last:.3g}")
