@@ -10,7 +10,7 @@ import numpy as np
 from graphopt import ir, npz
 from graphopt.errors import InputError
 from graphopt.ir import Array
-from graphopt.random_inputs import random_feeds, required_inputs, workable_feeds
+from graphopt.random_inputs import random_feeds, required_inputs, single_feeds, workable_feeds
 
 __all__ = [
     "check_feeds",
@@ -18,6 +18,7 @@ __all__ = [
     "load_samples",
     "random_feeds",
     "required_inputs",
+    "single_feeds",
     "workable_feeds",
 ]
 

@@ -346,21 +346,14 @@ def _random(
     """
     if ready.nodes is not None:
         from graphopt import files
-        from graphopt.feeds import workable_feeds
+        from graphopt.feeds import single_feeds
         from graphopt.shapes import Shapes
 
         loaded = files.load(model)
         shapes = Shapes(loaded)
         every = (dim for value in loaded.graph.inputs for dim in shapes.shape(value) or ())
         _check_bindings(bindings, {str(dim) for dim in every if not isinstance(dim, int)})
-        firsts = [dims[0] for v in loaded.graph.inputs if len(dims := shapes.shape(v) or ()) > 1]
-        single = {str(dim): 1 for dim in firsts if not isinstance(dim, int)} | dict(bindings)
-        try:
-            feeds = workable_feeds(loaded, shapes, seed=seed, bindings=single)
-            ready.executable.run(feeds)
-        except GraphoptError:
-            feeds = workable_feeds(loaded, shapes, seed=seed, bindings=bindings)
-        return feeds
+        return single_feeds(loaded, shapes, ready.executable.run, seed=seed, bindings=bindings)
     rng = np.random.default_rng(seed)
     made: dict[str, Array] = {}
     free = (dim for info in ready.executable.inputs for dim in info.shape or ())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -17,7 +17,7 @@ from graphopt.input_uses import Known, Tracer, Uses
 from graphopt.ir import Array
 from graphopt.runner import Runner
 
-__all__ = ["random_feeds", "required_inputs", "workable_feeds"]
+__all__ = ["random_feeds", "required_inputs", "single_feeds", "workable_feeds"]
 
 _MOST_BYTES = 2 << 30
 _WORDS = ("the", "a", "quick", "brown", "fox", "jumps", "over", "lazy", "dog")
@@ -102,6 +102,28 @@ def workable_feeds(
         else:
             return feeds
     raise GraphoptError(f"no random input was found that the model runs on: {first}")
+
+
+def single_feeds(
+    model: ir.Model,
+    shapes: Known,
+    run: Callable[[dict[str, Any]], object],
+    *,
+    seed: int = 0,
+    bindings: Mapping[str, int] | None = None,
+) -> dict[str, Any]:
+    """`workable_feeds` of batch 1 where that is free and `run` takes it; raises as that does."""
+    given = bindings or {}
+    firsts = [dims[0] for v in model.graph.inputs if len(dims := shapes.shape(v) or ()) > 1]
+    single = {str(dim): 1 for dim in firsts if not isinstance(dim, int)}
+    try:
+        feeds = workable_feeds(model, shapes, seed=seed, bindings={**single, **given})
+        run(feeds)
+    except TimeLimitError:
+        raise  # other sizes would not end either
+    except GraphoptError:
+        feeds = workable_feeds(model, shapes, seed=seed, bindings=given)
+    return feeds
 
 
 def _dims(value: ir.Value, shapes: Known) -> Sequence[DimLike] | None:

@@ -253,16 +253,11 @@ def _rewrite(folder: Path, **changes: Any) -> None:
 
 def _feeds(model: ir.Model) -> dict[str, Array]:
     """Random feeds, of batch 1 where that is free and runs."""
-    from graphopt.feeds import workable_feeds
+    from graphopt.feeds import single_feeds
+    from graphopt.runner import Runner
     from graphopt.shapes import Shapes
 
-    shapes = Shapes(model)
-    firsts = [dims[0] for v in model.graph.inputs if len(dims := shapes.shape(v) or ()) > 1]
-    single = {str(dim): 1 for dim in firsts if not isinstance(dim, int)}
-    try:
-        return workable_feeds(model, shapes, bindings=single)
-    except GraphoptError:
-        return workable_feeds(model, shapes)
+    return single_feeds(model, Shapes(model), Runner(model).run)
 
 
 @contextlib.contextmanager

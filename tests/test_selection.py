@@ -27,6 +27,9 @@ net (float[n,2] x) => (float[n,2] y) <float[2] one = {1, 1}> {
 }
 """
 FEEDS = {"x": np.ones((2, 2), np.float32)}
+PAIRS = """
+net (float[n,2] x) => (float[m,2,2] y) <int64[3] pairs = {-1, 2, 2}> { y = Reshape (x, pairs) }
+"""
 
 
 @pytest.fixture
@@ -62,6 +65,13 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measurements that cost nothing."""
     monkeypatch.setattr(selection, "_SECONDS", 0.01)
     monkeypatch.setattr(selection, "_CHOICES", {"arena": (True, False)})
+
+
+@pytest.mark.usefixtures("quick")
+def test_auto_measures_with_feeds_that_the_model_takes(tmp_path: Path) -> None:
+    """A batch of one is none of them: its two numbers make no square."""
+    out = compilation.compile(model(PAIRS), "cpu", tmp_path / "a", backend="auto")
+    assert artifact.read(out).measured
 
 
 @pytest.mark.usefixtures("quick")
