@@ -64,6 +64,30 @@ def linear_producer(op: Op, value: ir.Value | None) -> ir.Node | None:
     return node if op.uses(value) == 1 else None
 
 
+def batchnorm_factors(op: Op, node: ir.Node) -> tuple[Floats, Floats]:
+    """Scale and shift per channel of a BatchNormalization at inference.
+
+    Raises:
+        Refuse: training mode, or statistics that are not constant.
+    """
+    used = [v for v in node.outputs[1:] if v.uses() or v.is_graph_output()]
+    if op.attr(node, "training_mode", 0) or used:
+        raise Refuse("it is in training mode")
+    if op.opset < 9 and op.attr(node, "spatial", 1) == 0:
+        raise Refuse("its statistics are per element, not per channel")
+    if op.opset < 7 and not op.attr(node, "is_test", 0):
+        raise Refuse("it is in training mode")
+    scale, bias, mean, variance = (floats(op, v) for v in node.inputs[1:5])
+    if scale is None or bias is None or mean is None or variance is None:
+        raise Refuse("its scale or statistics are not constant")
+    with np.errstate(divide="ignore", invalid="ignore"):
+        factor = scale / np.sqrt(variance + op.attr(node, "epsilon", 1e-5))
+        shift = bias - mean * factor
+    if not (np.isfinite(factor).all() and np.isfinite(shift).all()):
+        raise Refuse("its scale is not finite")
+    return factor, shift
+
+
 def siblings(
     op: Op,
     node: ir.Node,

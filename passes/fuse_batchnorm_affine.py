@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from graphopt import ir
-from graphopt.passes._linear import Floats, along, floats, narrowed
+from graphopt.passes._linear import Floats, along, batchnorm_factors, floats, narrowed
 from graphopt.rewriting import Op, rewrite
 
 
@@ -27,9 +27,8 @@ def affine_before(op: Op, node: ir.Node) -> ir.Value | None:
     if found is None:
         return None
     source, scale, shift = found
-    gamma, beta, mean, variance = own
-    slope = gamma / np.sqrt(variance + op.attr(node, "epsilon", 1e-5))
-    return _normalized(op, node, source, gamma * scale, beta + slope * (shift - mean))
+    gamma, slope, base = own
+    return _normalized(op, node, source, gamma * scale, base + slope * shift)
 
 
 @rewrite.on("Mul", "Add", benefit=2)
@@ -45,9 +44,7 @@ def affine_after(op: Op, node: ir.Node) -> ir.Value | None:
         each = along(numbers, rank, 1, len(own[0]))
         if each is None or op.shape(node.outputs[0]) != op.shape(value):
             return None
-        gamma, beta, mean, variance = own
-        slope = gamma / np.sqrt(variance + op.attr(norm, "epsilon", 1e-5))
-        base = beta - slope * mean
+        gamma, _, base = own
         if node.op_type == "Mul":
             return _normalized(op, norm, norm.inputs[0], gamma * each, base * each)
         return _normalized(op, norm, norm.inputs[0], gamma, base + each)
@@ -71,11 +68,7 @@ def _affine(op: Op, node: ir.Node, count: int) -> tuple[ir.Value, Floats, Floats
     """(x, scale, shift) where a node computes scale * x + shift for each channel."""
     if node.op_type == "BatchNormalization":
         own, source = _numbers(op, node), node.inputs[0]
-        if own is None or source is None:
-            return None
-        gamma, beta, mean, variance = own
-        slope = gamma / np.sqrt(variance + op.attr(node, "epsilon", 1e-5))
-        return source, slope, beta - slope * mean
+        return None if own is None or source is None else (source, own[1], own[2])
     if node.op_type not in ("Mul", "Add") or node.domain:
         return None
     for source, operand in (node.inputs, node.inputs[::-1]):
@@ -91,12 +84,7 @@ def _affine(op: Op, node: ir.Node, count: int) -> tuple[ir.Value, Floats, Floats
     return None
 
 
-def _numbers(op: Op, node: ir.Node) -> list[Floats] | None:
-    """Scale, bias, mean and variance of an inference BatchNormalization, or None."""
-    if node.domain or op.opset < 7 or op.attr(node, "training_mode", 0):
-        return None
-    if op.attr(node, "spatial", 1) != 1 or any(op.uses(v) for v in node.outputs[1:]):
-        return None
-    found = [floats(op, v) for v in node.inputs[1:5]]
-    numbers = [array for array in found if array is not None]
-    return numbers if len(numbers) == 4 else None
+def _numbers(op: Op, node: ir.Node) -> tuple[Floats, Floats, Floats] | None:
+    """An inference BatchNormalization's scale, and what it multiplies by and adds; or None."""
+    gamma = None if node.domain or op.opset < 7 else floats(op, node.inputs[1])
+    return None if gamma is None else (gamma, *batchnorm_factors(op, node))

@@ -7,15 +7,13 @@ Needs: constant weights and statistics; for a shift before a Conv, no padding.
 
 from __future__ import annotations
 
-import numpy as np
-
 from graphopt import ir
 from graphopt.passes._linear import (
     LINEAR,
     Floats,
+    batchnorm_factors,
     channel_axis,
     channels,
-    floats,
     input_channels,
     linear_producer,
     narrowed,
@@ -31,7 +29,7 @@ def fuse_conv_batchnorm(op: Op, node: ir.Node) -> ir.Value | None:
     producer = linear_producer(op, node.inputs[0])
     if producer is None:
         return None
-    factors = _factors(op, node)
+    factors = batchnorm_factors(op, node)
     count = channels(op, producer)
     if channel_axis(op, producer) != 1 or count != len(factors[0]):
         raise Refuse("its channels are not those of the operator before it")
@@ -61,31 +59,7 @@ def fuse_batchnorm_conv(op: Op, node: ir.Node) -> ir.Value | None:
     place = input_channels(op, node)
     if op.uses(value) != 1 or place is None or norm.inputs[0] is None:
         return None
-    scale, shift = _factors(op, norm)
+    scale, shift = batchnorm_factors(op, norm)
     if place != (1, len(scale)):
         raise Refuse("its channels are not those of the operator after it")
     return prescaled(op, node, norm.inputs[0], scale, shift)
-
-
-def _factors(op: Op, node: ir.Node) -> tuple[Floats, Floats]:
-    """Scale and shift per channel.
-
-    Raises:
-        Refuse: training mode, or statistics that are not constant.
-    """
-    used = [v for v in node.outputs[1:] if v.uses() or v.is_graph_output()]
-    if op.attr(node, "training_mode", 0) or used:
-        raise Refuse("it is in training mode")
-    if op.opset < 9 and op.attr(node, "spatial", 1) == 0:
-        raise Refuse("its statistics are per element, not per channel")
-    if op.opset < 7 and not op.attr(node, "is_test", 0):
-        raise Refuse("it is in training mode")
-    scale, bias, mean, variance = (floats(op, v) for v in node.inputs[1:5])
-    if scale is None or bias is None or mean is None or variance is None:
-        raise Refuse("its scale or statistics are not constant")
-    with np.errstate(divide="ignore", invalid="ignore"):
-        factor = scale / np.sqrt(variance + op.attr(node, "epsilon", 1e-5))
-        shift = bias - mean * factor
-    if not (np.isfinite(factor).all() and np.isfinite(shift).all()):
-        raise Refuse("its scale is not finite")
-    return factor, shift

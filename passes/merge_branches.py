@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from graphopt import ir
-from graphopt.passes._linear import Floats, floats, narrowed
+from graphopt.passes._linear import Floats, batchnorm_factors, floats, narrowed
 from graphopt.rewriting import Op, rewrite
 
 
@@ -82,15 +82,10 @@ def _identity(op: Op, value: ir.Value, wide: _Branch) -> _Branch | None:
     x, scale, bias = value, np.ones(1), None
     node = value.producer()
     if node is not None and node.op_type == "BatchNormalization" and not node.domain:
-        numbers = [floats(op, v) for v in node.inputs[1:5]]
         source = node.inputs[0]
-        if source is None or any(n is None for n in numbers) or op.uses(value) != 1:
+        if source is not wide.x or op.uses(value) != 1 or len(node.outputs) > 1:
             return None
-        if op.attr(node, "training_mode", 0) or len(node.outputs) > 1:
-            return None
-        gamma, beta, mean, variance = [n for n in numbers if n is not None]
-        scale = gamma / np.sqrt(variance + op.attr(node, "epsilon", 1e-5))
-        x, bias = source, beta - mean * scale
+        x, (scale, bias) = wide.x, batchnorm_factors(op, node)
     channels, each = wide.weights.shape[:2]
     if channels != each * wide.group or set(wide.strides) != {1}:
         return None
