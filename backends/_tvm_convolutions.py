@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from graphopt.backends._tvm_call import Call, is_constant
+from graphopt.backends._tvm_indices import number
 
 relax: Any = importlib.import_module("tvm.relax")
 _op: Any = relax.op
@@ -97,12 +98,12 @@ def _pads(
     before: list[int] = []
     after: list[int] = []
     for axis in range(axes):
-        size = x.ty.shape.values[axis + 2]
-        if not hasattr(size, "value"):
+        size = number(x.ty.shape.values[axis + 2])
+        if size is None:
             raise NotImplementedError(f"auto_pad {auto} of a size known at run time only")
         reach = (kernel[axis] - 1) * dilations[axis] + 1
-        outputs = -(-int(size) // strides[axis])
-        total = max((outputs - 1) * strides[axis] + reach - int(size), 0)
+        outputs = -(-size // strides[axis])
+        total = max((outputs - 1) * strides[axis] + reach - size, 0)
         small, large = total // 2, total - total // 2
         before.append(small if auto == "SAME_UPPER" else large)
         after.append(large if auto == "SAME_UPPER" else small)
@@ -125,10 +126,10 @@ def _transposed_pads(
         reach = (kernel[axis] - 1) * dilations[axis] + 1
         total = reach + extra[axis] - strides[axis]
         if wanted is not None:
-            size = call.inputs[0].ty.shape.values[axis + 2]
-            if not hasattr(size, "value"):
+            size = number(call.inputs[0].ty.shape.values[axis + 2])
+            if size is None:
                 raise NotImplementedError("output_shape of a size known at run time only")
-            total = strides[axis] * (int(size) - 1) + extra[axis] + reach
+            total = strides[axis] * (size - 1) + extra[axis] + reach
             total -= int(wanted[len(wanted) - 2 + axis])
         cut = max(total, 0)
         first = cut - cut // 2 if auto == "SAME_LOWER" else cut // 2

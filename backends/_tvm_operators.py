@@ -10,6 +10,7 @@ import numpy as np
 
 from graphopt.backends import _tvm_convolutions, _tvm_recurrent
 from graphopt.backends._tvm_call import Call, is_constant
+from graphopt.backends._tvm_indices import number
 
 relax: Any = importlib.import_module("tvm.relax")
 _op: Any = relax.op
@@ -154,9 +155,10 @@ def _gather(call: Call) -> Any:
     if is_constant(indices):
         array = indices.value.numpy()
         if not (array >= 0).all():
-            if not hasattr(size, "value"):
+            known = number(size)
+            if known is None:
                 raise NotImplementedError("negative constant indices into an unknown size")
-            indices = relax.const(np.where(array < 0, array + int(size), array))
+            indices = relax.const(np.where(array < 0, array + known, array))
         return _op.take(data, indices, axis, mode="clip")
     zero = relax.const(0, indices.ty.dtype)
     whole = _op.astype(

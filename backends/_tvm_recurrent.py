@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from graphopt.backends._tvm_call import Call, is_constant
+from graphopt.backends._tvm_indices import number
 
 relax: Any = importlib.import_module("tvm.relax")
 _op: Any = relax.op
@@ -58,10 +59,9 @@ def convert(call: Call) -> Any:
 
 
 def _steps(call: Call) -> int:
-    steps = call.inputs[0].ty.shape[0]
-    if not isinstance(steps, int) and not hasattr(steps, "value"):
+    steps = number(call.inputs[0].ty.shape[0])
+    if steps is None:
         raise NotImplementedError("its number of steps is known at run time only: set it with dims")
-    steps = int(steps)
     if steps > _MOST_STEPS:
         raise NotImplementedError(f"{steps} steps, of which at most {_MOST_STEPS} are unrolled")
     if call.get(4) is not None or call.get(7) is not None:
