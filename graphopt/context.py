@@ -33,7 +33,6 @@ class Context:
         rewrites_left: int | None = None,
         deadline: float | None = None,
         samples: Samples | None = None,
-        reference: ir.Model | None = None,
     ) -> None:
         self.model = model
         self.target = target or Target.portable()
@@ -42,8 +41,6 @@ class Context:
         self.deadline = deadline
         self.samples = samples
         """Data for the passes that calibrate or reconstruct; None where none was given."""
-        self.reference = reference
-        """The model as it was before any pass, which recovery aims at; not to be changed."""
         self.record = PassRecord("")
         self.refresh()
 

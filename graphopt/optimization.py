@@ -118,7 +118,6 @@ def optimize(
         verify=verify,
         inputs=given,
         samples=None if data is None else _open(data, original),
-        reference=original,
         seed=seed,
         fold_bytes=fold_bytes,
         rewrites_left=bisect_limit,
@@ -150,7 +149,6 @@ class _Run:
     verify: Verify
     inputs: list[dict[str, ir.Array]] | None
     samples: Samples | None
-    reference: ir.Model
     seed: int
     fold_bytes: int
     rewrites_left: int | None
@@ -183,7 +181,6 @@ class _Run:
             rewrites_left=self.rewrites_left,
             deadline=self.deadline,
             samples=self.samples,
-            reference=self.reference,
         )
         manager = PassManager(
             passes,

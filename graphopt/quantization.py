@@ -151,7 +151,7 @@ def quantize(
     report.target, report.where, report.random = aim.name, samples.where, samples.random
     tell("optimization")
     base = optimization.optimize(original, level=2)
-    context = Context(base, target=aim, samples=samples, reference=original)
+    context = Context(base, target=aim, samples=samples)
     work = _Work(context, samples, report, tell, metric, options or QuantizeStatic(), cache)
     report.method, report.reason = _choose(context, samples, aim, method)
     budget = Budget(max_drop, max_latency, max_size)
@@ -300,12 +300,7 @@ class _Work:
         return make(kept)
 
     def _copy(self, model: ir.Model) -> Context:
-        return Context(
-            files.copy(model),
-            target=self.context.target,
-            samples=self.samples,
-            reference=self.context.reference,
-        )
+        return Context(files.copy(model), target=self.context.target, samples=self.samples)
 
 
 @dataclass

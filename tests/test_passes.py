@@ -40,7 +40,6 @@ def optimized(case: Case, source: Any) -> tuple[ir.Model, PassRecord]:
         loaded,
         target=Target.parse(name) if name else None,
         samples=samples(case, loaded) if numerics(case) == "lossy" else None,
-        reference=files.copy(loaded),
     )
     report = Report()
     passes = parse_pipeline(case.pipeline)
