@@ -21,11 +21,12 @@ import numpy as np
 
 from graphopt import ir
 from graphopt.context import Context
-from graphopt.driver import drop_initializer, remove, replace_value
+from graphopt.driver import remove, replace_value
 from graphopt.errors import InputError
 from graphopt.gram import Gram, grams
 from graphopt.pass_manager import Pass
 from graphopt.passes.convert_opset import ConvertOpset
+from graphopt.quantizer.constants import drop_unused
 from graphopt.quantizer.grids import Grid
 from graphopt.quantizer.insertion import gptq_integers, weight_axis, weight_range
 from graphopt.quantizer.placement import table_for
@@ -128,8 +129,7 @@ class _Maker:
         context.changed("dynamic", [node], [f"MatMulInteger->{result[0].name}"])
         replace_value(context, node.outputs[0], result[0], fresh=True)
         remove(context, node)
-        if not weight.uses() and weight.is_initializer() and not weight.is_graph_output():
-            drop_initializer(context, weight)
+        drop_unused(context, weight)
 
     def _weight(
         self, node: ir.Node, array: ir.Array, gram: Gram | None

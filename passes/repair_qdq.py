@@ -19,9 +19,10 @@ import numpy as np
 
 from graphopt import ir
 from graphopt.context import Context
-from graphopt.driver import drop_initializer, remove
+from graphopt.driver import remove
 from graphopt.pass_manager import Pass
 from graphopt.quantizer.checking import Pair, absorbed_range, pair_of, scales_of
+from graphopt.quantizer.constants import drop_unused
 from graphopt.quantizer.grids import Grid
 from graphopt.quantizer.placement import Table, table_for
 
@@ -62,13 +63,10 @@ def _store_weight(context: Context, node: ir.Node) -> None:
     tensor = Grid(pair.dtype).quantize(array, pair.scale.reshape(shape), pair.zero.reshape(shape))
     name = f"{node.inputs[0].name}_quantized" if node.inputs[0] is not None else "weight"
     value = context.initializer(context.model.graph, tensor, name)
-    weight = node.inputs[0]
     context.changed("stored weight", [node], [name])
     for use in tuple(node.outputs[0].uses()):
         use.node.replace_input_with(use.idx, value)
     remove(context, node)
-    if weight is not None and weight.is_initializer() and not weight.uses():
-        drop_initializer(context, weight)
 
 
 def _repair_activation(context: Context, node: ir.Node, table: Table) -> None:
@@ -133,8 +131,7 @@ def _set(
         for name in ("axis", "output_dtype"):
             node.attributes.pop(name, None)
         for value in old:
-            if value.is_initializer() and not value.uses() and not value.is_graph_output():
-                drop_initializer(context, value)
+            drop_unused(context, value)
     for node in nodes:
         if node.op_type == "QuantizeLinear":
             node.outputs[0].dtype = grid.dtype
@@ -206,8 +203,8 @@ def _drop(context: Context, value: ir.Value) -> None:
         remove(context, node)
         for operand in inputs:
             _drop(context, operand)
-    elif value.is_initializer():
-        drop_initializer(context, value)
+    else:
+        drop_unused(context, value)
 
 
 def _widest_reach(pair: Pair) -> tuple[float, float]:

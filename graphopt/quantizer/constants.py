@@ -9,7 +9,7 @@ from graphopt.context import Context
 from graphopt.driver import drop_initializer, is_used
 from graphopt.errors import InputError
 
-__all__ = ["constant_value", "replace_constant"]
+__all__ = ["constant_value", "drop_unused", "replace_constant"]
 
 
 def constant_value(context: Context, graph: ir.Graph, array: ir.Array, hint: str) -> ir.Value:
@@ -34,6 +34,13 @@ def replace_constant(context: Context, node: ir.Node, index: int, array: ir.Arra
     if tensor.dtype.is_floating_point() and not np.isfinite(cast.astype(np.float64)).all():
         raise InputError(f"a new weight of {ir.label(node)} is beyond what {tensor.dtype} holds")
     node.replace_input_with(index, None)
-    if old.is_initializer() and not is_used(old) and not old.is_graph_input():
-        drop_initializer(context, old)
+    drop_unused(context, old)
     node.replace_input_with(index, constant_value(context, node.graph, cast, old.name or "weight"))
+
+
+def drop_unused(context: Context, value: ir.Value) -> bool:
+    """Remove an initializer that nothing takes any more; whether it is gone."""
+    if not value.is_initializer() or is_used(value) or value.is_graph_input():
+        return False
+    drop_initializer(context, value)
+    return True

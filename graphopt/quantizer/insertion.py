@@ -12,8 +12,9 @@ import numpy.typing as npt
 
 from graphopt import ir
 from graphopt.context import Context
-from graphopt.driver import drop_initializer, remove
+from graphopt.driver import remove
 from graphopt.gram import Gram, weight_matrix, weight_tensor
+from graphopt.quantizer.constants import drop_unused
 from graphopt.quantizer.grids import Grid
 from graphopt.quantizer.placement import Plan, Table, is_dequantized
 from graphopt.quantizer.rounding import Codes, Scheme, gptq
@@ -204,7 +205,7 @@ class Insertion:
                 tensor = grid.quantize(array, scale.reshape(shape), zero.reshape(shape))
             self._weights[key] = self._dequantized(weight, tensor, grid, scale, zero, axis, node)
         node.replace_input_with(1, self._weights[key])
-        self._drop(weight)
+        drop_unused(self.context, weight)
         return scale
 
     def _rounded(self, node: ir.Node, array: Array, scale: Array) -> ir.TensorProtocol | None:
@@ -230,7 +231,7 @@ class Insertion:
         narrow = scale.astype(np.float32)
         zero = np.zeros(narrow.shape, np.int64)
         node.replace_input_with(2, self._dequantized(value, tensor, grid, narrow, zero, 0, node))
-        self._drop(value)
+        drop_unused(self.context, value)
 
     def _dequantized(
         self,
@@ -280,10 +281,6 @@ class Insertion:
         first = next(iter(graph), None)
         assert first is not None
         graph.insert_before(first, nodes)
-
-    def _drop(self, value: ir.Value) -> None:
-        if not value.uses() and value.is_initializer() and not value.is_graph_output():
-            drop_initializer(self.context, value)
 
 
 def gptq_integers(node: ir.Node, weight: Array, scale: Array, grid: Grid, seen: Gram) -> Array:

@@ -16,10 +16,10 @@ import numpy.typing as npt
 
 from graphopt import ir
 from graphopt.context import Context
-from graphopt.driver import drop_initializer, is_used, remove, replace_value
+from graphopt.driver import remove, replace_value
 from graphopt.errors import InputError
 from graphopt.gram import weight_tensor
-from graphopt.quantizer.constants import constant_value
+from graphopt.quantizer.constants import constant_value, drop_unused
 from graphopt.quantizer.rounding import Codes, Scheme
 
 __all__ = ["dequantized", "fits_nbits", "gather_blocks", "matmul_nbits", "opset_needed", "store"]
@@ -126,8 +126,7 @@ def dequantized(
     result.type, result.shape = ir.TensorType(tensor.dtype), ir.Shape(shape)
     context.shapes.update(made, context.root(graph))
     node.replace_input_with(index, result)
-    if old.is_initializer() and not is_used(old) and not old.is_graph_input():
-        drop_initializer(context, old)
+    if drop_unused(context, old):
         context.rename(result, hint)
     return result
 
