@@ -256,6 +256,24 @@ NETS = {
 }
 
 
+def test_gradient_of_an_old_softmax() -> None:
+    """Before opset 13 it is over its axis, which is 1 if not said, and all behind it."""
+    model = parse(
+        "net (float[2,3,4] x) => (float[2,3,4] y) <float[4] w = {1,2,3,4}>"
+        "{ a = Mul(x, w) y = Softmax(a) }"
+    )
+    model.graph.opset_imports[""] = 11
+    tape = Tape(model, ["w"])
+    rng = np.random.default_rng(0)
+    x, slope = rng.standard_normal((2, 2, 3, 4)).astype(np.float32)
+    w = np.arange(1, 5, dtype=np.float32)
+    found = tape.backward(tape.forward({"x": x}, {"w": w}), {"y": slope}, ["w"])["w"]
+    for index, step in enumerate(0.01 * np.eye(4, dtype=np.float32)):
+        ends = [tape.forward({"x": x}, {"w": w + sign * step})["y"] for sign in (1, -1)]
+        wanted = float(((ends[0] - ends[1]) * slope).sum()) / 0.02
+        assert found[index] == pytest.approx(wanted, rel=0.01)
+
+
 @pytest.mark.parametrize("body", NETS.values(), ids=NETS)
 def test_gradients(body: str) -> None:
     """Slopes are what small changes of the weights do to the outputs."""

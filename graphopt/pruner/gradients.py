@@ -252,8 +252,11 @@ def _hard(node: ir.Node, x: list[Array], y: Array, g: Array) -> Gradients:
 
 
 def _softmax(node: ir.Node, x: list[Array], y: Array, g: Array) -> Gradients:
-    axis = _integer(node, "axis", -1)
-    return [y * (g - (g * y).sum(axis, keepdims=True))]
+    """Of one axis; before opset 13 of that one and all behind it."""
+    old = node.graph is not None and ir.opset(node.graph) < 13
+    axis = _integer(node, "axis", 1 if old else -1) % y.ndim
+    axes = tuple(range(axis, y.ndim if old else axis + 1))
+    return [y * (g - (g * y).sum(axes, keepdims=True))]
 
 
 def _batch_norm(node: ir.Node, x: list[Array], y: Array, g: Array) -> Gradients:
