@@ -31,16 +31,15 @@ def measure_loss(
     samples: Samples | None = None,
     *,
     seed: int = 0,
-    limit: int = MEASURED,
 ) -> Loss:
     """Run two models on the same samples, random ones where there are none, and compare outputs.
 
+    At most 64 samples are run.
     Inputs and outputs may be of another floating point type in the second one. What is of 16 bits
     is rounded after each operator, as on a device that computes in 16 bits.
 
     Args:
         name: what was done in between; `Loss.name`.
-        limit: samples that are run at most.
 
     Raises:
         GraphoptError: the second model cannot take the first one's place, or does not run.
@@ -55,7 +54,7 @@ def measure_loss(
     old, new = Runner(emulated(before)), Runner(emulated(after))
     gauges = {output: Gauge(output) for output in old.outputs}
     count = 0
-    for feed in islice(feeds, limit):
+    for feed in islice(feeds, MEASURED):
         expected, got = old.run(feed), new.run(feed)
         for output, gauge in gauges.items():
             gauge.add(expected[output], got[output])
