@@ -145,10 +145,10 @@ def publish(folder: Path, *, overwrite: bool) -> Generator[Path]:
     _check_replaceable(folder, overwrite)
     new = folder.with_name(f".{folder.name}.{os.urandom(6).hex()}")
     try:
-        new.mkdir()
-    except OSError as error:
-        raise InputError(f"{folder.parent}: {error.strerror}") from None
-    try:
+        try:
+            new.mkdir()  # a time limit may strike right behind it
+        except OSError as error:
+            raise InputError(f"{folder.parent}: {error.strerror}") from None
         yield new
         for path in (*new.rglob("*"), new):
             _flush(path)

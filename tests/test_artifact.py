@@ -12,7 +12,7 @@ import pytest
 
 from graphopt import artifact
 from graphopt.artifact import MANIFEST, Manifest, TensorInfo
-from graphopt.errors import GraphoptError, InputError
+from graphopt.errors import GraphoptError, InputError, TimeLimitError
 from graphopt.target import Target
 
 INFO = TensorInfo("x", "float32", (1, "n"))
@@ -192,3 +192,18 @@ def test_what_is_never_replaced(tmp_path: Path) -> None:
             pass
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "home", "link"]
     assert (tmp_path / "home" / "thesis.tex").exists()
+
+
+def test_a_time_limit_right_behind_the_new_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    once = Path.mkdir
+
+    def expire(path: Path) -> None:
+        once(path)
+        raise TimeLimitError("time is up")
+
+    monkeypatch.setattr(Path, "mkdir", expire)
+    with pytest.raises(TimeLimitError), artifact.publish(tmp_path / "a", overwrite=False):
+        pass
+    assert not list(tmp_path.iterdir())
