@@ -34,8 +34,8 @@ _NO_MEMORY = ("bad_alloc", "MemoryError", "out of memory", "Cannot allocate memo
 _MAIN = """
 import json, sys
 sys.path[:] = json.loads(sys.argv[1])
-from graphopt.child import main
-main()
+from importlib import import_module
+import_module(sys.argv[2]).main()
 """
 
 
@@ -70,7 +70,7 @@ def call(
     log = _new_log(what)
     with log.open("wb") as errors_to:
         process = subprocess.Popen(
-            [sys.executable, "-c", _MAIN, json.dumps(sys.path)],
+            command(__name__),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors_to,
@@ -86,6 +86,11 @@ def call(
     finally:
         _kill(process)
     return _result(answer, process.returncode, what, log, memory)
+
+
+def command(module: str) -> list[str]:
+    """The command line that calls `main` of a module, found as this process finds its own."""
+    return [sys.executable, "-c", _MAIN, json.dumps(sys.path), module]
 
 
 def main() -> None:

@@ -7,7 +7,6 @@ with something else runs apart. Parent and child exchange pickles over pipes: bo
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import pickle
 import signal
@@ -21,16 +20,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from graphopt import artifact, errors
+from graphopt import artifact, child, errors
 from graphopt.backends import Array, OpTime, Output
 from graphopt.errors import GraphoptError
-
-_MAIN = """
-import json, sys
-sys.path[:] = json.loads(sys.argv[1])
-from graphopt.worker import main
-main()
-"""
 
 
 class Worker:
@@ -47,7 +39,7 @@ class Worker:
     def __init__(self, folder: Path, *, trust: bool = False) -> None:
         self._folder = folder
         self._process = subprocess.Popen(
-            [sys.executable, "-c", _MAIN, json.dumps(sys.path)],
+            child.command(__name__),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

@@ -232,6 +232,9 @@ def test_compile_and_run(tmp_path: Path) -> None:
     assert np.load(tmp_path / "y.npz")["logits"].shape == (2, 10)
     np.savez(tmp_path / "bad.npz", picture=np.zeros(1))
     refused(run("run", tmp_path / "d", "--inputs", tmp_path / "bad.npz"), 2, "picture")
+    inputs = ("--inputs", tmp_path / "in.npz")
+    refused(run("run", tmp_path / "d", *inputs, "-o", tmp_path / "d"), 2, "is a folder")
+    refused(run("run", tmp_path / "d", *inputs, "-o", tmp_path / "y.npz"), 2, "exists")
 
 
 def test_bisect_finds_nothing_in_a_good_pipeline() -> None:

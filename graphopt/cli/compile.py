@@ -11,6 +11,7 @@ import click
 from graphopt.cli._common import (
     MODEL,
     Size,
+    check_output,
     console,
     json_option,
     limits,
@@ -18,7 +19,6 @@ from graphopt.cli._common import (
     setting,
     write_json,
 )
-from graphopt.errors import InputError
 
 if TYPE_CHECKING:
     from graphopt.report import Report
@@ -164,8 +164,8 @@ def run(
     """
     from graphopt import compilation, npz
 
-    if output is not None and output.exists() and not overwrite:
-        raise InputError(f"{output} exists; use --overwrite")
+    if output is not None:
+        check_output(output, overwrite)
     executable = compilation.load(folder, trust=trust)
     results = executable.run(npz.read(inputs))
     if output is not None:

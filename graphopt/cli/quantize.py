@@ -136,11 +136,11 @@ def _pass(options: dict[str, Any]) -> Any:
 
 
 def _cache(options: dict[str, Any]) -> Path | None:
-    from graphopt.quantizer.calibration import cache_folder
+    from graphopt import places
 
     if options["no_cache"]:
         return None
-    return options["cache"] or cache_folder()
+    return options["cache"] or places.cache("calibration")
 
 
 def _metric(text: str | None) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from graphopt.quantizer.sketch import Sketches, add_all, merged
 from graphopt.samples import Samples
 from graphopt.taps import MEMORY_LIMIT, groups, tap
 
-__all__ = ["cache_folder", "calibrate", "fingerprint"]
+__all__ = ["calibrate", "fingerprint"]
 
 _SAVE_SECONDS = 10.0
 _FORMAT = b"graphopt sketches 1"
@@ -97,12 +96,6 @@ def _one_group(
 def _save(sketches: Sketches, file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     sketches.save(file)
-
-
-def cache_folder() -> Path:
-    """Where results are kept unless told otherwise, after the XDG base directory specification."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "graphopt" / "calibration"
 
 
 def fingerprint(model: ir.Model) -> str:
