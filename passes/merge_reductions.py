@@ -13,7 +13,7 @@ from typing import Any
 from graphopt import ir
 from graphopt.passes._layout import REDUCTIONS, reduced_axes
 from graphopt.passes._views import VIEWS
-from graphopt.rewriting import Op, rewrite
+from graphopt.rewriting import Op, Refuse, rewrite
 
 _REPEATED = frozenset({"ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd", "ReduceSum"})
 """What is the same on parts first and then on their results."""
@@ -31,6 +31,8 @@ def reduce_reduced(op: Op, node: ir.Node) -> ir.Value | None:
     keeps = [bool(op.attr(n, "keepdims", 1)) for n in (inner, node)]
     if source is None or rank is None or keeps[0] != keeps[1] or op.uses(value) != 1:
         return None
+    if node.op_type == "ReduceMean" and not _is_float(op, source):
+        raise Refuse("means of integers are rounded")
     first = reduced_axes(op, inner, rank)
     second = reduced_axes(op, node, rank if keeps[0] else rank - len(first or []))
     if not first or not second:
@@ -38,6 +40,11 @@ def reduce_reduced(op: Op, node: ir.Node) -> ir.Value | None:
     left = [axis for axis in range(rank) if keeps[0] or axis not in first]
     axes = sorted({*first, *(left[axis] for axis in second)})
     return _reduced(op, node.op_type, source, axes, keeps[0])
+
+
+def _is_float(op: Op, value: ir.Value) -> bool:
+    dtype = op.dtype(value)
+    return dtype is not None and dtype.is_floating_point()
 
 
 @rewrite.on(*VIEWS, benefit=2)
