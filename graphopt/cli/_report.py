@@ -34,10 +34,11 @@ def show(
         out.print(_verdict(report.verification))
     for loss in report.losses:
         out.print(_loss(loss))
-    if report.refusals and not verbose:
-        total, most = sum(report.refusals.values()), next(iter(report.refusals))
+    refusals = report.refusals
+    if refusals and not verbose:
+        total, most = sum(refusals.values()), next(iter(refusals))
         out.print(
-            f"declined at {_count(total, 'node')} for {_count(len(report.refusals), 'reason')}, "
+            f"declined at {_count(total, 'node')} for {_count(len(refusals), 'reason')}, "
             f"most often: {most} (-v lists them)"
         )
     for note in report.notes:
