@@ -56,7 +56,8 @@ def limits(op: Op, value: ir.Value | None, depth: int = _DEPTH) -> Range:
     if dtype == ir.DataType.BOOL:
         return 0.0, 1.0
     node = value.producer()
-    if node is None or node.domain or not depth:
+    known = node is not None and (value is node.outputs[0] or node.op_type == "Split")
+    if node is None or node.domain or not depth or not known:
         return _ALL if not dtype.is_integer() else _of_type(dtype)
     low, high = _of_node(op, node, depth)
     if dtype.is_integer():
