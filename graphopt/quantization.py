@@ -33,7 +33,7 @@ from graphopt.quantizer.ranges import Ranges
 from graphopt.quantizer.scoring import Layer, Metric, Score, interleaved, layers, score
 from graphopt.quantizer.static import Static
 from graphopt.runner import Runner
-from graphopt.samples import Samples, SamplesLike, open_samples
+from graphopt.samples import Samples, SamplesLike, bindings, open_samples
 from graphopt.shapes import Shapes
 from graphopt.target import Target
 
@@ -342,14 +342,7 @@ def _choose(context: Context, samples: Samples, target: Target, method: Method) 
         return method, "asked for"
     if target.device == "cuda":
         return "static", "GPUs have no kernels for ranges of run time"
-    feeds = next(iter(samples))
-    sizes = {
-        str(dim.value): size
-        for value in context.model.graph.inputs
-        if value.shape is not None and value.name in feeds
-        for dim, size in zip(value.shape, feeds[value.name or ""].shape, strict=False)
-        if not isinstance(dim, int) and dim.value is not None
-    }
+    sizes = bindings(context.model, next(iter(samples)))
     work = {"conv": 0, "product": 0}
     for node in context.model.graph:
         kind = "conv" if "Conv" in node.op_type else "product"

@@ -286,17 +286,17 @@ def _random(model: ir.Model, count: int) -> Samples:
     if count < 1:
         raise InputError(f"the number of samples is at least 1, not {count}")
     first = workable_feeds(model, Shapes(model))
-    bindings = _bindings(model, first)
+    sizes = bindings(model, first)
 
     def rows() -> Iterator[Row]:
         yield first
         for seed in range(1, count):
-            yield workable_feeds(model, Shapes(model), seed=seed, bindings=bindings)
+            yield workable_feeds(model, Shapes(model), seed=seed, bindings=sizes)
 
     return Samples(rows, model, where="random", count=count, random=True)
 
 
-def _bindings(model: ir.Model, feeds: Feeds) -> dict[str, int]:
+def bindings(model: ir.Model, feeds: Feeds) -> dict[str, int]:
     """Sizes of the named dimensions of inputs."""
     return {
         str(dim.value): size
