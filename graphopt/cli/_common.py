@@ -190,6 +190,29 @@ def json_option(function: F) -> F:
     )(function)
 
 
+def level_option(text: str | None = None) -> Callable[[F], F]:
+    """`-O N`, with its help."""
+    return click.option(
+        *("-O", "level"),
+        type=click.IntRange(0, 3),
+        default=2,
+        show_default=True,
+        metavar="N",
+        help=text,
+    )
+
+
+def verify_option(text: str) -> Callable[[F], F]:
+    """`--verify`, with its help."""
+    return click.option(
+        "--verify",
+        type=click.Choice(["off", "end", "each"]),
+        default="end",
+        show_default=True,
+        help=text,
+    )
+
+
 def setting(text: str) -> tuple[str, str]:
     """NAME=VALUE in two.
 

@@ -7,12 +7,20 @@ from typing import Any
 
 import click
 
-from graphopt.cli._common import MODEL, console, json_option, limits, progress, write_json
+from graphopt.cli._common import (
+    MODEL,
+    console,
+    json_option,
+    level_option,
+    limits,
+    progress,
+    write_json,
+)
 
 
 @click.command(no_args_is_help=True)
 @click.argument("model", type=MODEL)
-@click.option("-O", "level", type=click.IntRange(0, 3), default=2, show_default=True, metavar="N")
+@level_option()
 @click.option("-p", "--passes", metavar="PIPELINE", help="Pipeline text or a TOML file.")
 @click.option("--target", default="portable", show_default=True)
 @click.option("--inputs", type=MODEL, help="An .npz with one array per input.")

@@ -14,9 +14,11 @@ from graphopt.cli._common import (
     check_output,
     console,
     json_option,
+    level_option,
     limits,
     progress,
     setting,
+    verify_option,
     write_json,
 )
 
@@ -34,15 +36,7 @@ if TYPE_CHECKING:
 @click.option(
     "-o", "--output", required=True, type=click.Path(path_type=Path), help="The folder to make."
 )
-@click.option(
-    "-O",
-    "level",
-    type=click.IntRange(0, 3),
-    default=2,
-    show_default=True,
-    metavar="N",
-    help="How much to optimize first; see `graphopt optimize --help`.",
-)
+@level_option("How much to optimize first; see `graphopt optimize --help`.")
 @click.option("-p", "--passes", metavar="PIPELINE", help="Pipeline text or a TOML file.")
 @click.option(
     "--option",
@@ -51,13 +45,7 @@ if TYPE_CHECKING:
     metavar="NAME=VALUE",
     help="Of the backend, such as threads=2 or format=ort (repeatable).",
 )
-@click.option(
-    "--verify",
-    type=click.Choice(["off", "end", "each"]),
-    default="end",
-    show_default=True,
-    help="Of the passes that run first.",
-)
+@verify_option("Of the passes that run first.")
 @click.option(
     "--shapes",
     multiple=True,

@@ -15,8 +15,10 @@ from graphopt.cli._common import (
     check_output,
     console,
     json_option,
+    level_option,
     limits,
     progress,
+    verify_option,
     write_json,
 )
 from graphopt.errors import InputError
@@ -29,15 +31,7 @@ if TYPE_CHECKING:
 @click.command(no_args_is_help=True)
 @click.argument("model", type=MODEL)
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Where to write the result.")
-@click.option(
-    "-O",
-    "level",
-    type=click.IntRange(0, 3),
-    default=2,
-    show_default=True,
-    metavar="N",
-    help="0 nothing, 1 clean, 2 clean and fuse, 3 also what raises the opset.",
-)
+@level_option("0 nothing, 1 clean, 2 clean and fuse, 3 also what raises the opset.")
 @click.option(
     "-p",
     "--passes",
@@ -52,13 +46,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="What to optimize for; see `graphopt targets`.",
 )
-@click.option(
-    "--verify",
-    type=click.Choice(["off", "end", "each"]),
-    default="end",
-    show_default=True,
-    help="Compare with the original at the end, or after each pass.",
-)
+@verify_option("Compare with the original at the end, or after each pass.")
 @click.option("--inputs", type=MODEL, help="An .npz with one array per input, to verify with.")
 @click.option(
     "--data",
