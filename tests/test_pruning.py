@@ -196,6 +196,32 @@ def test_refitting_any_architecture(name: str) -> None:
     assert error(model, done.model, samples) < before
 
 
+@pytest.mark.parametrize("method", ["bias", "statistics"])
+def test_less_than_weights_is_refitted(method: str) -> None:
+    """Biases, or statistics, by themselves bring results closer; what layers share stays."""
+    model = files.load(ARCHITECTURES["resnet"][0]())
+    (value,) = model.graph.inputs
+    assert value.shape is not None
+    rng = np.random.default_rng(0)
+    rows = [rng.standard_normal(value.shape.numpy()).astype(np.float32) for _ in range(8)]
+    samples = open_samples([{value.name: row} for row in rows], model)
+    done = prune_once(files.copy(model), Options(ratio=0.3)).model
+    record = record_of(done)
+    assert record is not None
+    norms = [node for node in done.graph if node.op_type == "BatchNormalization"]
+    mean = norms[0].inputs[3]
+    assert mean is not None
+    twin = next(n for n in norms[1:] if n.inputs[3] is not None and n.inputs[3].shape == mean.shape)
+    twin.replace_input_with(3, mean)
+    held, before = ir.array(mean), error(model, done, samples)
+    recover(done, record, samples, Recovery(method=method))
+    assert error(model, done, samples) < before
+    found = ir.array(mean)
+    assert held is not None
+    assert found is not None
+    assert np.array_equal(found, held)
+
+
 def products() -> ir.Model:
     """Two products with their biases, and one without that is an output."""
     rng = np.random.default_rng(0)

@@ -389,6 +389,8 @@ def _restate(model: ir.Model, node: ir.Node, data: Samples, options: Recovery) -
     if source is None or ir.constant(mean) is None or ir.constant(variance) is None:
         return
     assert mean is not None and variance is not None
+    if len(mean.uses()) > 1 or len(variance.uses()) > 1:
+        return  # of another layer too, since what is equal was merged
     total, squares, count = np.zeros(1), np.zeros(1), 0
     for own in tap(model, [source], batched(model, data, options.batch)):
         x = own[source.name or ""].astype(np.float64)
