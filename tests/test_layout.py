@@ -29,7 +29,7 @@ LINES, FUNCTION_LINES = 450, 80
 # A file imports only from its own floor and those below; `x*` is every module that starts so.
 FLOORS = [
     "errors collector ir dims _polynomial _wire _external _operators _tensors _validate _checks "
-    "_writing _container files atomic npz __version__",
+    "_writing _container files atomic npz plots __version__",
     "shape* cost sizes runner emulation batch execute numpy_ops numpy_moves feeds input_uses "
     "random_inputs target report closeness artifact places child trust cache models samples "
     "_sources images taps gram",
