@@ -6,9 +6,10 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
-from graphopt import _writing, ir
+from graphopt import ir
 from graphopt.context import Context
 from graphopt.errors import GraphoptError
+from graphopt.files import writing
 from graphopt.pass_manager import Pass
 
 _Key = tuple[str, str, str]
@@ -68,7 +69,7 @@ def _same(one: ir.Model, other: ir.Model) -> bool:
     protos: list[list[bytes]] = []
     tensors: list[dict[str, ir.TensorProtocol | None]] = []
     for model in (one, other):
-        proto, weights = _writing.skeleton(model)
+        proto, weights = writing.skeleton(model)
         nodes = [*proto.graph.node, *(node for f in proto.functions for node in f.node)]
         heads = sorted(head.SerializeToString() for head, _ in weights)
         protos.append([*(node.SerializeToString() for node in nodes), *heads])

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from graphopt import _container, files, ir, taps
+from graphopt import files, ir, taps
 from graphopt.errors import GraphoptError, InputError, MissingError
+from graphopt.files import container
 from graphopt.optimization import optimize
 from graphopt.report import Loss, Report
 from graphopt.runner import Runner, session
@@ -154,11 +155,11 @@ def _sqnr(scheme: Scheme) -> float | None:
 
 def _measured(name: str, source: ir.Model, made: ir.Model, report: Report) -> Scheme:
     with tempfile.TemporaryDirectory(prefix="graphopt-") as folder:
-        path = Path(folder) / _container.MODEL
+        path = Path(folder) / container.MODEL
         files.save(made, path)
         size = sum(file.stat().st_size for file in path.parent.iterdir())
         load_ms = _load_ms(path)
-        packed = Path(folder) / f"packed{_container.SUFFIX}"
+        packed = Path(folder) / f"packed{container.SUFFIX}"
         packed_bytes: int | None = None
         try:
             files.save(made, packed)

@@ -17,9 +17,10 @@ import numpy as np
 import onnx
 from onnx import AttributeProto, GraphProto, NodeProto
 
-from graphopt import _writing, files, ir
+from graphopt import files, ir
 from graphopt._foreign import ForeignPass
 from graphopt.errors import InputError
+from graphopt.files import writing
 from graphopt.pass_manager import Pass
 
 _HELD = {
@@ -76,7 +77,7 @@ def from_graphsurgeon(graph: Any, like: ir.Model | None = None) -> ir.Model:
     _gather_initializers(proto.graph, like)
     if like is not None:
         _restore_unused(proto.graph, like)
-        _restore(proto, _writing.skeleton(like)[0])
+        _restore(proto, writing.skeleton(like)[0])
     model = files.load(proto)
     for name, tensor in untouched.items():
         value = model.graph.initializers.get(name)

@@ -9,13 +9,13 @@ from dataclasses import asdict, dataclass, field
 import onnx
 
 from graphopt import ir
-from graphopt._external import FileTensor
-from graphopt._writing import TYPES, remembered
 from graphopt.cost import model_cost, node_cost
 from graphopt.dims import atoms
 from graphopt.errors import GraphoptError
 from graphopt.feeds import random_feeds
 from graphopt.files import ModelLike, load
+from graphopt.files.external import FileTensor
+from graphopt.files.writing import TYPES, remembered
 from graphopt.regions import named_sizes
 from graphopt.shapes import Shapes
 

@@ -10,10 +10,11 @@ from typing import Any
 
 import onnx
 
-from graphopt import _writing, ir
+from graphopt import ir
 from graphopt.cutting import operands
 from graphopt.dims import Dim, DimLike
 from graphopt.errors import GraphoptError, InputError
+from graphopt.files import writing
 from graphopt.shapes import Shapes
 
 _NEAREST = 5
@@ -295,7 +296,7 @@ def checked(model: ir.Model, original: ir.Model) -> ir.Model:
 
 def flaw(model: ir.Model) -> str:
     """What ONNX's checker has against a model, on one line; empty where nothing."""
-    proto, tensors = _writing.skeleton(model)
+    proto, tensors = writing.skeleton(model)
     listed = {info.name for info in proto.graph.input}
     for head, tensor in tensors:
         if tensor is None or tensor.nbytes <= _SMALL:

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from onnx import AttributeProto, TensorProto, helper
 
 from graphopt import files, ir
-from graphopt._wire import varint
 from graphopt.errors import GraphoptError, InputError
+from graphopt.files.wire import varint
 from tests.test_files import externalize, small, weighted
 
 HEAD = '<ir_version: 8, opset_import: ["" : 17, "custom" : 1]>\n'

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from graphopt import _container, files, ir, models
+from graphopt import files, ir, models
 from graphopt.errors import InputError
+from graphopt.files import container
 
 zstandard: Any = pytest.importorskip("zstandard")
 
@@ -130,8 +131,8 @@ def test_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     def absent(name: str) -> Any:
         raise ImportError(name)
 
-    monkeypatch.setattr(_container, "import_module", absent)
-    with pytest.raises(_container.MissingError, match=r"graphopt\[zstd\]"):
+    monkeypatch.setattr(container, "import_module", absent)
+    with pytest.raises(container.MissingError, match=r"graphopt\[zstd\]"):
         files.save(files.load(models.path("digits_cnn")), tmp_path / "a.onnx.zst")
     assert not list(tmp_path.iterdir())
     assert import_module("zstandard")

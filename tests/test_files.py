@@ -21,8 +21,8 @@ import pytest
 from onnx import TensorProto, helper
 
 from graphopt import files, ir
-from graphopt._external import FileTensor
 from graphopt.errors import InputError
+from graphopt.files.external import FileTensor
 from tests._shared import shared
 
 AnyArray = np.ndarray[Any, Any]

@@ -12,9 +12,9 @@ import pytest
 from onnx import TensorProto, helper
 
 from graphopt import files, ir
-from graphopt._external import FileTensor
 from graphopt.context import Context
 from graphopt.errors import GraphoptError, InputError
+from graphopt.files.external import FileTensor
 from graphopt.graphsurgeon import from_graphsurgeon, graphsurgeon_pass, to_graphsurgeon
 from tests._shared import shared
 from tests.test_files import externalize, small, weighted

@@ -10,8 +10,8 @@ import onnx.defs
 from onnx import AttributeProto, NodeProto, TensorProto
 from onnx.defs import OpSchema
 
-from graphopt._checks import check_utf8
 from graphopt.errors import Flaw
+from graphopt.files.checks import check_utf8
 
 # Experiments of the first opsets, never standardized, that ONNX Runtime still has kernels for.
 _EXPERIMENTS = {

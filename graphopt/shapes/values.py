@@ -15,12 +15,12 @@ from typing import cast
 import numpy as np
 
 from graphopt import ir
-from graphopt import shape_scalars as scalar
 from graphopt.dims import (
     Dim,
     product,
 )
-from graphopt.shape_call import (
+from graphopt.shapes import scalars as scalar
+from graphopt.shapes.call import (
     FLOATS,
     INTEGERS,
     Call,

@@ -13,10 +13,11 @@ from typing import Any, BinaryIO, cast
 import numpy as np
 import onnx
 
-from graphopt import _wire, ir
-from graphopt._checks import show
-from graphopt._external import DataFile, FileTensor, copy_range
+from graphopt import ir
 from graphopt.errors import InputError
+from graphopt.files import wire
+from graphopt.files.checks import show
+from graphopt.files.external import DataFile, FileTensor, copy_range
 
 # What a graph's `meta` remembers of the file that it came from.
 SIGNATURE, EXTERNAL, TYPES = "graphopt.signature", "graphopt.external", "graphopt.types"
@@ -249,7 +250,7 @@ def _chunks(tensor: ir.TensorProtocol) -> Iterator[bytes]:
         yield view[start : start + _CHUNK].tobytes()
 
 
-def _bytes_of(tensor: _wire.Payload) -> ir.Array:
+def _bytes_of(tensor: wire.Payload) -> ir.Array:
     """A tensor's bytes as they are saved, without a copy where they are so in memory."""
     if isinstance(tensor, FileTensor):
         return tensor.bytes()
@@ -297,9 +298,9 @@ class _Files:
 
     def model(self, target: Path, proto: onnx.ModelProto, tensors: Initializers) -> Path:
         """Write a model file for a target."""
-        chunks = list(_wire.model_chunks(proto, tensors))
+        chunks = list(wire.model_chunks(proto, tensors))
         size = sum(len(c) if isinstance(c, bytes) else c.nbytes for c in chunks)
-        if size > _wire.MAX_FILE:
+        if size > wire.MAX_FILE:
             raise InputError(f"{show(target)}: more than 2 GB in one file: use external data")
         with self._new(target) as stream:
             for chunk in chunks:
@@ -347,7 +348,7 @@ class _Files:
                 os.close(folder)
 
 
-def _write_tensor(tensor: _wire.Payload, stream: BinaryIO) -> None:
+def _write_tensor(tensor: wire.Payload, stream: BinaryIO) -> None:
     if isinstance(tensor, FileTensor):
         copy_range(*tensor.place, stream)
     else:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from graphopt import ir, shape_ops_data, shape_ops_nn, shape_ops_select, shape_ops_vendor
-from graphopt.shape_call import Call, Shape, ShapeRule, Unknown
-from graphopt.shape_ops_nn import join
+from graphopt import ir
+from graphopt.shapes import ops_data, ops_nn, ops_select, ops_vendor
+from graphopt.shapes.call import Call, Shape, ShapeRule, Unknown
+from graphopt.shapes.ops_nn import join
 
 __all__ = ["SHAPES", "TYPES", "TypeRule"]
 
@@ -76,18 +77,18 @@ SHAPES: Mapping[str, Mapping[str, ShapeRule]] = {
     "": {
         **dict.fromkeys((*_SAME, *_EARLY_SAME), same),
         **dict.fromkeys(_BROADCAST, broadcast_inputs),
-        **shape_ops_data.RULES,
-        **shape_ops_nn.RULES,
-        **shape_ops_select.RULES,
+        **ops_data.RULES,
+        **ops_nn.RULES,
+        **ops_select.RULES,
         "Size": scalar,
     },
     "com.microsoft": {
         **dict.fromkeys(_MICROSOFT_SAME, same),
-        **shape_ops_vendor.MICROSOFT,
+        **ops_vendor.MICROSOFT,
     },
     "ai.onnx.ml": {
         **dict.fromkeys(_ML_SAME, same),
-        **shape_ops_vendor.ML,
+        **ops_vendor.ML,
     },
 }
 

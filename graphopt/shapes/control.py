@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from graphopt import ir
 from graphopt.dims import Dim, DimLike, maximum
-from graphopt.shape_call import NOTHING, Call, Fact, Shape, Unknown, axis_of
+from graphopt.shapes.call import NOTHING, Call, Fact, Shape, Unknown, axis_of
 
 if TYPE_CHECKING:
     from graphopt.shapes import Shapes

@@ -14,7 +14,7 @@ from graphopt.dims import (
     minimum,
     product,
 )
-from graphopt.shape_call import (
+from graphopt.shapes.call import (
     Call,
     Shape,
     ShapeRule,

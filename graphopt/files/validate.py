@@ -14,8 +14,9 @@ from typing import NoReturn
 import onnx
 from onnx import AttributeProto, FunctionProto, GraphProto, NodeProto, ValueInfoProto
 
-from graphopt import _operators
-from graphopt._checks import (
+from graphopt.errors import Flaw, InputError
+from graphopt.files import operators
+from graphopt.files.checks import (
     check_metadata,
     check_texts,
     check_type,
@@ -24,9 +25,8 @@ from graphopt._checks import (
     has_map,
     quote,
 )
-from graphopt._operators import type_name
-from graphopt._tensors import TensorReader, check_element_type
-from graphopt.errors import Flaw, InputError
+from graphopt.files.operators import type_name
+from graphopt.files.tensors import TensorReader, check_element_type
 
 FunctionId = tuple[str, str, str]
 
@@ -287,7 +287,7 @@ class Validator:
                 if scope.function is not None:
                     self._calls[scope.function].add(key)
                 return
-        operator = _operators.operator(domain, node.op_type, version)
+        operator = operators.operator(domain, node.op_type, version)
         if operator is not None:
             operator.check(node, types)
 
@@ -343,7 +343,7 @@ def _imports(imports: Iterable[onnx.OperatorSetIdProto]) -> dict[str, int]:
             or domains.setdefault(domain, entry.version) != entry.version
         ):
             raise Flaw(f"opset import of {quote(domain or 'ai.onnx')} is invalid")
-    newest = _operators.newest_opset()
+    newest = operators.newest_opset()
     if domains.get("", 1) > newest:
         known = f"onnx {onnx.__version__} knows ({newest})"
         raise Flaw(f"opset {domains['']} of ai.onnx is newer than {known}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import cast
 
 from graphopt.dims import Dim, DimLike, equal, floor_div, less, maximum, minimum
-from graphopt.shape_call import FLOATS, Call, Scalar, Unknown, dim, number
+from graphopt.shapes.call import FLOATS, Call, Scalar, Unknown, dim, number
 
 
 def _whole(value: Scalar) -> DimLike:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from graphopt.dims import DimLike, floor_div, product
-from graphopt.shape_call import Call, Shape, ShapeRule, Unknown, axis_of
-from graphopt.shape_ops_nn import conv, gemm, join, matmul, matrix_product
+from graphopt.shapes.call import Call, Shape, ShapeRule, Unknown, axis_of
+from graphopt.shapes.ops_nn import conv, gemm, join, matmul, matrix_product
 
 
 def skip_layer_norm(c: Call) -> list[Shape | None]:

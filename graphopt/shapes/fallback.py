@@ -7,7 +7,7 @@ import onnx
 
 from graphopt import ir
 from graphopt.dims import Dim, DimLike
-from graphopt.shape_call import Call, Fact, Shape, Values
+from graphopt.shapes.call import Call, Fact, Shape, Values
 
 
 def infer_with_onnx(call: Call) -> list[Fact]:

@@ -11,10 +11,11 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from itertools import count
 
-from graphopt import ir, shape_control
+from graphopt import ir
 from graphopt.dims import Atom, Dim, DimLike, atoms, bounds, product, substitute
 from graphopt.errors import InputError
-from graphopt.shape_call import (
+from graphopt.shapes import control
+from graphopt.shapes.call import (
     FOLLOWED,
     MAX_VALUES,
     NOTHING,
@@ -26,10 +27,10 @@ from graphopt.shape_call import (
     array_of,
     static,
 )
-from graphopt.shape_fallback import infer_with_onnx
-from graphopt.shape_ops import SHAPES, TYPES, TypeRule
-from graphopt.shape_values import RULES as VALUES
-from graphopt.shape_values import convert
+from graphopt.shapes.fallback import infer_with_onnx
+from graphopt.shapes.ops import SHAPES, TYPES, TypeRule
+from graphopt.shapes.values import RULES as VALUES
+from graphopt.shapes.values import convert
 
 __all__ = ["Shapes"]
 
@@ -84,7 +85,7 @@ class Shapes:
         for value in model.graph.inputs:
             self.fact(value)
         self.infer_graph(model.graph, model.graph)
-        shape_control.infer_functions(self)
+        control.infer_functions(self)
 
     def shape(self, value: ir.Value) -> Shape | None:
         """The sizes, each an int or a `Dim`; None where the rank is unknown, or for no tensor."""
@@ -148,7 +149,7 @@ class Shapes:
         """Within it, this object tells of the called function's body what holds in that call."""
         if not self.site:
             self._budget = _BUDGET
-        return shape_control.calling(self, node)
+        return control.calling(self, node)
 
     # What follows is for the rules.
 
@@ -281,7 +282,7 @@ class Shapes:
         if isinstance(kind, ir.SequenceType | ir.OptionalType):
             if fact.element is not None:
                 return fact
-            return Fact(None, None, element=shape_control.element_of(kind))
+            return Fact(None, None, element=control.element_of(kind))
         dtype = fact.dtype or value.dtype
         shape = fact.shape
         if shape is None and value.shape is not None:
@@ -320,16 +321,16 @@ class Shapes:
         domain = "" if node.domain == "ai.onnx" else node.domain
         try:
             if node.op_identifier() in self.model.functions:
-                return shape_control.call_function(call)
+                return control.call_function(call)
             if not domain:
-                special = shape_control.RULES.get(node.op_type)
+                special = control.RULES.get(node.op_type)
                 if special is not None:
                     return special(call)
                 if node.op_type == "Constant":
                     return [self._source(value) for value in node.outputs]
             rule = SHAPES.get(domain, {}).get(node.op_type)
             if rule is None:
-                shape_control.infer_bodies(call)
+                control.infer_bodies(call)
                 return infer_with_onnx(call)
             types = _types(call, TYPES[domain].get(node.op_type, 0))
         except _UNDECIDED:

@@ -9,9 +9,9 @@ import numpy as np
 from onnx import AttributeProto, SparseTensorProto, TensorProto
 
 from graphopt import ir
-from graphopt._checks import MAX_RANK
-from graphopt._external import FileTensor, Folder, nbytes, tensor_from_bytes
 from graphopt.errors import Flaw
+from graphopt.files.checks import MAX_RANK
+from graphopt.files.external import FileTensor, Folder, nbytes, tensor_from_bytes
 
 MAX_DENSE = 1 << 26
 """Bytes that a sparse tensor may have when it is written out densely."""

@@ -20,13 +20,14 @@ import onnx
 from google.protobuf.message import DecodeError
 from onnx import ValueInfoProto
 
-from graphopt import _container, _wire, _writing, atomic, ir
-from graphopt._checks import quote, show
-from graphopt._external import FileTensor, Folder
-from graphopt._tensors import DATA_FIELDS, TensorReader
-from graphopt._validate import Validator
-from graphopt._writing import EXTERNAL, SIGNATURE, TYPES
+from graphopt import atomic, ir
 from graphopt.errors import Flaw, InputError
+from graphopt.files import container, wire, writing
+from graphopt.files.checks import quote, show
+from graphopt.files.external import FileTensor, Folder
+from graphopt.files.tensors import DATA_FIELDS, TensorReader
+from graphopt.files.validate import Validator
+from graphopt.files.writing import EXTERNAL, SIGNATURE, TYPES
 
 ModelLike = str | os.PathLike[str] | bytes | onnx.ModelProto | ir.Model
 
@@ -48,13 +49,13 @@ def load(source: ModelLike, *, keep_signature: bool = False) -> ir.Model:
     if isinstance(source, ir.Model):
         return copy(source)
     if isinstance(source, onnx.ModelProto):
-        return _build(*_wire.split(source), "model", None, keep_signature)
+        return _build(*wire.split(source), "model", None, keep_signature)
     if isinstance(source, bytes):
         return _read(io.BytesIO(source), len(source), "model", None, keep_signature)
     path = Path(source)
     try:
         with _open_regular(path) as stream:
-            if stream.peek(len(_container.MAGIC)).startswith(_container.MAGIC):
+            if stream.peek(len(container.MAGIC)).startswith(container.MAGIC):
                 return _unpacked(path, keep_signature)
             size = os.fstat(stream.fileno()).st_size
             return _read(stream, size, show(path), path, keep_signature)
@@ -67,7 +68,7 @@ def load(source: ModelLike, *, keep_signature: bool = False) -> ir.Model:
 def _unpacked(path: Path, keep_signature: bool) -> ir.Model:
     """A compressed model; its weights stay mapped to a file that has no name any more."""
     with tempfile.TemporaryDirectory(prefix="graphopt-") as folder:
-        inner = _container.unpack(path, Path(folder))
+        inner = container.unpack(path, Path(folder))
         with inner.open("rb") as stream:
             return _read(stream, inner.stat().st_size, show(path), inner, keep_signature)
 
@@ -93,24 +94,24 @@ def _read(
 ) -> ir.Model:
     if size == 0:
         raise InputError(f"{name}: not an ONNX model (it is empty)")
-    if size > _wire.MAX_FILE:
+    if size > wire.MAX_FILE:
         raise InputError(f"{name}: not an ONNX model (larger than 2 GB: use external data)")
     try:
-        data, payloads = _wire.read(stream, size)
+        data, payloads = wire.read(stream, size)
         skeleton = onnx.ModelProto.FromString(data)
-    except (_wire.WireError, DecodeError) as error:
+    except (wire.WireError, DecodeError) as error:
         stream.seek(0)
         why = str(error)
         if isinstance(error, DecodeError):
             why = "it is nested too deeply" if "MaxDepth" in why else "it is damaged"
-        why = _wire.guess(stream.read(512)) or why
+        why = wire.guess(stream.read(512)) or why
         raise InputError(f"{name}: not an ONNX model ({why})") from None
     return _build(skeleton, payloads, name, path, keep_signature)
 
 
 def _build(
     skeleton: onnx.ModelProto,
-    payloads: dict[int, _wire.Bytes],
+    payloads: dict[int, wire.Bytes],
     name: str,
     path: Path | None,
     keep_signature: bool,
@@ -238,7 +239,7 @@ def copy(model: ir.Model) -> ir.Model:
 
 def to_proto(model: ir.Model) -> onnx.ModelProto:
     """The model as protobuf with all weights in it, which takes a copy of them."""
-    proto, tensors = _writing.skeleton(model)
+    proto, tensors = writing.skeleton(model)
     for head, tensor in tensors:
         added = proto.graph.initializer.add()
         added.CopyFrom(head)
@@ -266,13 +267,13 @@ def save(
     """
     target = Path(path)
     if external is None:
-        known = bool(_writing.remembered(model.graph, EXTERNAL))
-        external = known or _writing.weight_bytes(model) > EXTERNAL_BYTES
+        known = bool(writing.remembered(model.graph, EXTERNAL))
+        external = known or writing.weight_bytes(model) > EXTERNAL_BYTES
     try:
-        if target.suffix == _container.SUFFIX:
+        if target.suffix == container.SUFFIX:
             _pack(model, target, overwrite=overwrite, external=external)
         else:
-            _writing.write(model, target, overwrite=overwrite, external=external)
+            writing.write(model, target, overwrite=overwrite, external=external)
     except OSError as error:
         raise InputError(f"{show(target)}: cannot be written ({error.strerror})") from None
     except ValueError as error:  # a null character in the name
@@ -283,6 +284,6 @@ def _pack(model: ir.Model, target: Path, *, overwrite: bool, external: bool) -> 
     if target.exists() and not overwrite:
         raise InputError(f"{show(target)}: exists; overwriting has to be allowed")
     with tempfile.TemporaryDirectory(prefix=".graphopt-", dir=target.parent) as folder:
-        inner = Path(folder) / _container.MODEL
-        _writing.write(model, inner, overwrite=False, external=external)
-        atomic.write(target, lambda file: _container.pack(Path(folder), file))
+        inner = Path(folder) / container.MODEL
+        writing.write(model, inner, overwrite=False, external=external)
+        atomic.write(target, lambda file: container.pack(Path(folder), file))

@@ -8,7 +8,7 @@ from fractions import Fraction
 import numpy as np
 
 from graphopt.dims import Dim, DimLike, bounds, ceil_div, floor_div, product
-from graphopt.shape_call import (
+from graphopt.shapes.call import (
     Call,
     Scalar,
     Shape,
@@ -18,8 +18,8 @@ from graphopt.shape_call import (
     dim,
     number,
 )
-from graphopt.shape_ops_data import positive
-from graphopt.shape_values import nonzero_indices
+from graphopt.shapes.ops_data import positive
+from graphopt.shapes.values import nonzero_indices
 
 _NO_AXIS = 1 << 31  # stands for an absent axis attribute
 

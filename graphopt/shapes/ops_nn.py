@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from graphopt.dims import Dim, DimLike, bounds, broadcast, ceil_div, floor_div
-from graphopt.shape_call import Call, Shape, ShapeRule, Unknown, axis_of, number, static
+from graphopt.shapes.call import Call, Shape, ShapeRule, Unknown, axis_of, number, static
 
 
 def _spread(c: Call, name: str, rank: int, default: int) -> list[int]:
