@@ -1,0 +1,67 @@
+"""All ONNX node tests through a backend, inputs but the first as initializers.
+
+    python -m tests.benchmarks.lowering onnxruntime
+    python -m tests.benchmarks.lowering tvm [--target arm64] [--json FILE] [NAME …]
+    python -m tests.benchmarks.lowering tensorrt --target cuda:sm_89
+
+Prints what was not built whole, with the reason, and how many of each kind there are; those that
+run here are compared with ONNX Runtime. With names, or parts of them, only those cases are taken.
+Exit code 1 where anything crashed, failed without a reason or is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import dataclasses
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+from graphopt.errors import GraphoptError
+from tests._conformance import node_tests
+from tests._lowering import KINDS, Lowered, lower, model_of, preload
+
+
+def main() -> int:
+    """Lower the cases one after the other."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("backend")
+    parser.add_argument("names", nargs="*")
+    parser.add_argument("--target", default="cpu")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_intermixed_args()
+    warnings.simplefilter("ignore")
+    cases = [
+        case
+        for case in node_tests()
+        if not options.names or any(name in case.name for name in options.names)
+    ]
+    try:
+        preload(options.backend)
+    except GraphoptError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    rows: dict[str, Lowered] = {}
+    for case in cases:
+        model, feeds = model_of(case)
+        rows[case.name] = row = lower(model, feeds, options.backend, options.target)
+        if row.kind != "built":
+            print(f"{case.name}: {row.kind}: {row.reason}", flush=True)
+    counts = collections.Counter(row.kind for row in rows.values())
+    compared = sum(row.compared for row in rows.values())
+    print(
+        f"{len(rows)} cases for {options.target}: "
+        + ", ".join(f"{counts[kind]} {kind}" for kind in KINDS)
+        + f"; {compared} ran and agree with ONNX Runtime"
+    )
+    if options.json:
+        found: dict[str, Any] = {name: dataclasses.asdict(row) for name, row in rows.items()}
+        options.json.write_text(json.dumps(found, indent=1))
+    return int(any(counts[kind] for kind in ("crashed", "failed", "wrong")))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
