@@ -196,6 +196,37 @@ def test_verify_tells_same_from_different(small: Path, tmp_path: Path) -> None:
     assert json.loads(result.stdout)["different"] is True
 
 
+def test_verify_gates_a_lossy_model_on_samples(tmp_path: Path) -> None:
+    rough = tmp_path / "rough.onnx"
+    assert run("compress", CNN, "--scheme", "palette-4", "-o", rough, "-q").exit_code == 0
+    data = ("--data", SAMPLES)
+    result = run("verify", CNN, rough, *data, "--min-sqnr", "5", "--max-drop", "0.05")
+    assert result.exit_code == 0, result.output
+    assert "agreement" in result.output
+    result = run("verify", CNN, rough, *data, "--min-sqnr", "90", "--json", "-")
+    assert result.exit_code == 1
+    assert json.loads(result.stdout)["failed"] == ["min_sqnr"]
+    refused(run("verify", CNN, rough, "--min-sqnr", "5"), 2, "needs --data")
+    refused(run("verify", CNN, rough, *data), 2, "--min-sqnr")
+    unlabelled = tmp_path / "x.npz"
+    np.savez(unlabelled, image=np.zeros((2, 1, 1, 8, 8), np.float32))
+    refused(run("verify", CNN, rough, "--data", unlabelled, "--max-drop", "0"), 2, "no labels")
+
+
+def test_bench_gates_on_the_ratio(small: Path) -> None:
+    quick = ("--seconds", "0.05", "--runs", "5", "--warmup", "0")
+    assert run("bench", CNN, small, *quick, "--max-ratio", "50").exit_code == 0
+    slow = run("bench", CNN, small, *quick, "--max-ratio", "0.0001")
+    refused(slow, 1, "slower than 0.0001 times")
+    refused(run("bench", CNN, "--max-ratio", "1"), 2, "give another one")
+
+
+def test_help_names_every_command_in_a_section() -> None:
+    lines = run("--help").output.splitlines()
+    listed = {line.split()[0] for line in lines if line.startswith("  ")}
+    assert set(main.commands) <= listed
+
+
 def test_diff_inspect_passes_targets_and_doctor(small: Path) -> None:
     for arguments in (
         ("diff", CNN, small),

@@ -36,26 +36,8 @@ def main() -> None:
     """
 
 
-for command in (
-    optimize,
-    verify,
-    diff,
-    inspect,
-    explain,
-    bench,
-    compile_command,
-    run,
-    bisect,
-    extract,
-    edit,
-    merge,
-    split,
-    prune,
-    compress,
-    passes,
-    targets,
-    doctor,
-    quantize,
-    check,
-):
-    main.add_command(command)
+main.add_section("Smaller and faster", optimize, quantize, prune, compress)
+main.add_section("Look and compare", inspect, verify, diff, bench, check, explain, bisect)
+main.add_section("Deploy", compile_command, run)
+main.add_section("Change", extract, edit, merge, split)
+main.add_section("This installation", passes, targets, doctor)

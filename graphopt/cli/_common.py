@@ -27,10 +27,24 @@ _PIPE_WIDTH = 1 << 16  # lines in a pipe or a file are not broken: scripts read 
 
 
 class Group(click.Group):
-    """A click group that turns every failure into one line and the exit code of its kind."""
+    """A click group in sections; every failure is one line and the exit code of its kind."""
 
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(self.commands)  # in the order in which they were added, not by alphabet
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._sections: dict[str, list[click.Command]] = {}
+
+    def add_section(self, title: str, *commands: click.Command) -> None:
+        """Add commands that the help lists together, in this order."""
+        self._sections[title] = list(commands)
+        for command in commands:
+            self.add_command(command)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the sections of commands into the help."""
+        width = formatter.width - 6 - max(map(len, self.commands))
+        for title, commands in self._sections.items():
+            with formatter.section(title):
+                formatter.write_dl([(str(c.name), c.get_short_help_str(width)) for c in commands])
 
     def invoke(self, ctx: click.Context) -> Any:
         try:

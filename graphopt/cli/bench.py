@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from graphopt.cli._common import MODEL, console, json_option, limits, progress, setting, write_json
-from graphopt.errors import InputError
+from graphopt.errors import GateError, InputError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -70,25 +70,35 @@ if TYPE_CHECKING:
     show_default=True,
     help="Seconds, and at least 10 runs.",
 )
+@click.option(
+    "--max-ratio",
+    type=click.FloatRange(min=0),
+    metavar="R",
+    help="Exit 1 where a model's ratio is above R, the whole interval of it.",
+)
 @click.option("--per-op", is_flag=True, help="Also the time of each operator.")
 @click.option("--trust", is_flag=True, help="Load machine code from artifact folders.")
 @json_option
 @click.option("-q", "--quiet", is_flag=True)
 @click.option("--time-limit", type=click.FloatRange(min=0), metavar="SECONDS")
 def bench(models: Sequence[Path], **options: Any) -> None:
-    """Measure the latency of MODELS (ONNX files or compiled folders), taking turns.
+    """Measure the latency of MODELS, taking turns.
 
-    Ratios are of medians, to the first model, with a 95 % confidence interval.
+    MODELS are ONNX files or compiled folders. Ratios are of medians, to the first model, with a
+    95 % confidence interval.
 
     \b
     graphopt bench model.onnx
     graphopt bench model.onnx small.onnx --threads 2 --per-op
     graphopt bench model.onnx --backends ort,tvm
     graphopt bench model.onnx small.onnx --inputs samples.npz --json -
+    graphopt bench model.onnx small.onnx --max-ratio 1.02
     """
     from graphopt import measurement, npz
     from graphopt.timing import Plan
 
+    if options["max_ratio"] is not None and len(models) < 2 and options["backends"] is None:
+        raise InputError("--max-ratio compares with the first model: give another one")
     feeds = None if options["inputs"] is None else npz.read(options["inputs"])
     labels = None if feeds is None else feeds.pop("labels", None)
     with limits(options["time_limit"], None), progress(options["quiet"]) as show:
@@ -110,6 +120,11 @@ def bench(models: Sequence[Path], **options: Any) -> None:
         write_json(result.to_dict(), options["json_to"])
     if not options["quiet"] and options["json_to"] != "-":
         _show(console(), result)
+    limit = options["max_ratio"]
+    slow = [m for m in result.models if limit is not None and m.ratio and m.ratio.low > limit]
+    if slow:
+        ratios = ", ".join(f"{m.name} {m.ratio.value:.3f}" for m in slow if m.ratio)
+        raise GateError(f"slower than {limit:g} times {result.models[0].name}: {ratios}")
 
 
 def _backends(options: Mapping[str, Any]) -> str | list[str] | None:

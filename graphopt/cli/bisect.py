@@ -31,7 +31,9 @@ from graphopt.cli._common import (
 @json_option
 @click.option("--time-limit", type=click.FloatRange(min=0), metavar="SECONDS")
 def bisect(model: Path, json_to: str | None, time_limit: float | None, **options: Any) -> None:
-    """Find the first pass, and the rewrite, that breaks MODEL; exit 1 where there is one.
+    """Find the first pass, and the rewrite, that breaks MODEL.
+
+    The exit code is 1 where there is one.
 
     \b
     graphopt bisect model.onnx

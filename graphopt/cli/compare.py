@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from graphopt.cli._common import MODEL, Size, console, json_option, limits, progress, write_json
+from graphopt.errors import InputError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from graphopt.report import Comparison
+
+
+_LIMITS = ("min_sqnr", "min_agreement", "max_drop")
 
 
 @click.command(no_args_is_help=True)
@@ -21,6 +34,24 @@ from graphopt.cli._common import MODEL, Size, console, json_option, limits, prog
     type=click.FloatRange(min=0),
     help="Largest relative difference; by default it follows from the outputs' types.",
 )
+@click.option(
+    "--data",
+    metavar="DATA",
+    help="For lossy models: samples to compare on, an .npz, a folder, file.py:function.",
+)
+@click.option("--min-sqnr", type=float, metavar="DB", help="With --data: least signal to noise.")
+@click.option(
+    "--min-agreement",
+    type=click.FloatRange(0, 1),
+    metavar="SHARE",
+    help="With --data: least share of equal answers (largest elements).",
+)
+@click.option(
+    "--max-drop",
+    type=click.FloatRange(min=0),
+    metavar="SHARE",
+    help="With --data that has labels: most that the accuracy may fall (0.01 is a point).",
+)
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True)
 @json_option
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing; the exit code tells.")
@@ -31,57 +62,108 @@ from graphopt.cli._common import MODEL, Size, console, json_option, limits, prog
     metavar="SIZE",
     help="Run only the parts that differ where a whole run would need more.",
 )
-def verify(
-    a: Path,
-    b: Path,
-    inputs: Path | None,
-    seed: int,
-    tolerance: float | None,
-    threads: int,
-    json_to: str | None,
-    quiet: bool,
-    time_limit: float | None,
-    memory_limit: int | None,
-) -> None:
+def verify(a: Path, b: Path, **options: Any) -> None:
     """Compare what A and B compute; exit 1 where they differ.
+
+    By default B has to be exact but for rounding. With --data it may be lossy, and has to keep the
+    limits given.
 
     \b
     graphopt verify model.onnx small.onnx
-    graphopt verify model.onnx int8.onnx --inputs sample.npz --tolerance 0.05
+    graphopt verify model.onnx small.onnx --inputs sample.npz --tolerance 0.05
+    graphopt verify model.onnx int8.onnx --data samples.npz --min-sqnr 20 --min-agreement 0.97
     """
-    import dataclasses
-
-    from graphopt import feeds, files, verification
-    from graphopt.report import finite
-
-    with limits(time_limit, None), progress(quiet) as show:
-        first, second = files.load(a), files.load(b)
-        given = None if inputs is None else feeds.load_feeds(inputs, first)
+    limited = [name for name in _LIMITS if options[name] is not None]
+    if limited and options["data"] is None:
+        raise InputError(f"--{limited[0].replace('_', '-')} needs --data: samples to compare on")
+    if options["data"] is not None and not limited:
+        raise InputError("--data goes with a limit: --min-sqnr, --min-agreement or --max-drop")
+    with limits(options["time_limit"], None), progress(options["quiet"]) as show:
         show("running both models")
-        verdict = verification.compare(
-            first,
-            second,
-            feeds=given,
-            seed=seed,
-            tolerance=tolerance,
-            memory_limit=memory_limit,
-            threads=threads,
-        )
-    if json_to:
-        write_json(finite(dataclasses.asdict(verdict)), json_to)
-    if not quiet and json_to != "-":
-        _show(verdict)
-    if not verdict.ok:
+        if limited:
+            ok, data, lines = _within_limits(a, b, options)
+        else:
+            ok, data, lines = _exact(a, b, options)
+    if options["json_to"]:
+        write_json(data, options["json_to"])
+    if not options["quiet"] and options["json_to"] != "-":
+        out = console()
+        for line in lines:
+            out.print(line)
+    if not ok:
         raise SystemExit(1)
 
 
-def _show(verdict: object) -> None:
+def _exact(
+    a: Path, b: Path, options: dict[str, Any]
+) -> tuple[bool, dict[str, Any], Sequence[object]]:
+    """Whether B computes what A does but for rounding; that as JSON; and what to print."""
+    from graphopt import feeds, files, verification
+    from graphopt.report import finite
+
+    first, second = files.load(a), files.load(b)
+    found = verification.compare(
+        first,
+        second,
+        feeds=None if options["inputs"] is None else feeds.load_feeds(options["inputs"], first),
+        seed=options["seed"],
+        tolerance=options["tolerance"],
+        memory_limit=options["memory_limit"],
+        threads=options["threads"],
+    )
+    word = "agree" if found.ok else "DIFFER" if found.different else "COULD NOT BE COMPARED"
+    notes = [*found.signature, *found.unchecked, *found.notes]
+    lines = [_table(found), *notes, f"the models {word} ({found.how})"]
+    return found.ok, finite(dataclasses.asdict(found)), lines
+
+
+def _within_limits(
+    a: Path, b: Path, options: dict[str, Any]
+) -> tuple[bool, dict[str, Any], Sequence[object]]:
+    """As `_exact`: whether B, which may be lossy, keeps the limits on samples."""
+    from graphopt import files
+    from graphopt.quantizer.scoring import score
+    from graphopt.report import finite
+    from graphopt.samples import open_samples
+    from graphopt.verification import signature_breaks
+
+    first, second = files.load(a), files.load(b)
+    samples = open_samples(options["data"], first)
+    breaks = signature_breaks(first, second)
+    if breaks:
+        return False, {"ok": False, "failed": breaks}, breaks
+    found = score(first, second, samples, threads=options["threads"])
+    drop = None if found.before is None or found.after is None else found.before - found.after
+    sqnr = math.inf if found.sqnr_db is None else found.sqnr_db
+    lines, failed = [f"{found.samples} samples: {samples.where}"], list[str]()
+    for option, title, value, unit in (
+        ("min_sqnr", "SQNR", sqnr, " dB"),
+        ("min_agreement", "agreement", found.agreement, ""),
+        ("max_drop", "drop of the accuracy", drop, ""),
+    ):
+        limit = options[option]
+        if value is None:
+            if limit is not None:
+                why = "no labels" if option == "max_drop" else "no rows with a largest element"
+                raise InputError(f"--{option.replace('_', '-')}: there are {why}")
+            continue
+        line = f"{title}: {value:.4g}{unit}"
+        if limit is not None:
+            least = option.startswith("min")
+            kept = value >= limit if least else value <= limit + 1e-12
+            failed += [] if kept else [option]
+            line += (
+                f", {'at least' if least else 'at most'} {limit:g}: {'ok' if kept else 'FAILED'}"
+            )
+        lines.append(line)
+    data = {**dataclasses.asdict(found), "ok": not failed, "failed": failed}
+    return not failed, finite(data), lines
+
+
+def _table(verdict: Comparison) -> Table:
     from rich import box
     from rich.table import Table
 
-    from graphopt.report import Comparison
-
-    assert isinstance(verdict, Comparison)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for title in ("output", "max abs", "max rel", "limit", "cosine", "SQNR dB", "top-1", ""):
         table.add_column(title, justify="left" if title in ("output", "") else "right")
@@ -96,12 +178,7 @@ def _show(verdict: object) -> None:
             "" if o.top1 is None else f"{100 * o.top1:.1f} %",
             o.reason or o.note or ("ok" if o.ok else "DIFFERS"),
         )
-    out = console()
-    out.print(table)
-    for line in (*verdict.signature, *verdict.unchecked, *verdict.notes):
-        out.print(line)
-    word = "agree" if verdict.ok else "DIFFER" if verdict.different else "COULD NOT BE COMPARED"
-    out.print(f"the models {word} ({verdict.how})")
+    return table
 
 
 @click.command(no_args_is_help=True)

@@ -16,7 +16,7 @@ from graphopt.errors import InputError
 @click.option("--report", type=MODEL, metavar="FILE", help="What `optimize --report FILE` wrote.")
 @json_option
 def explain(model: Path, node: str, report: Path | None, json_to: str | None) -> None:
-    """Tell where NODE of an optimized MODEL came from, or what became of NODE of the original.
+    """Tell where a node came from, or what became of it.
 
     NODE is the name of a node, or of a tensor that it makes. Sources are known from the metadata
     that `optimize --lineage` writes, the rewrites from its report.

@@ -14,7 +14,9 @@ from graphopt.cli._common import MODEL, console, json_option, write_json
 @click.option("--nodes", is_flag=True, help="Also a line for each node.")
 @json_option
 def inspect(model: Path, nodes: bool, json_to: str | None) -> None:
-    """Tell what is in MODEL: signature, operators, parameters, FLOPs, peak memory.
+    """Tell what is in MODEL, and what a run of it costs.
+
+    Signature, operators, parameters, FLOPs, and the peak memory of activations.
 
     \b
     graphopt inspect model.onnx

@@ -76,7 +76,7 @@ def _describe(name: str) -> dict[str, Any]:
 @click.command()
 @json_option
 def targets(json_to: str | None) -> None:
-    """List what a model can be optimized and compiled for, and what is missing for it.
+    """List what models can be compiled for, and what is missing.
 
     \b
     graphopt targets
@@ -109,7 +109,7 @@ def targets(json_to: str | None) -> None:
 @click.command()
 @json_option
 def doctor(json_to: str | None) -> None:
-    """Check the installation: versions, backends, and what is missing, with how to get it.
+    """Check the installation; say how to get what is missing.
 
     \b
     graphopt doctor

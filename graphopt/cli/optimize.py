@@ -104,7 +104,7 @@ if TYPE_CHECKING:
     help="Such as 2G, beside what Python takes. Larger models are verified in parts.",
 )
 def optimize(model: Path, **options: Any) -> None:
-    """Make MODEL smaller and faster, and check that it still computes the same.
+    """Make MODEL smaller and faster; check that it computes the same.
 
     \b
     graphopt optimize model.onnx -o small.onnx

@@ -80,7 +80,7 @@ _WORST = 8  # layers that are shown
 @click.option("-v", "--verbose", is_flag=True, help="All layers.")
 @click.option("--time-limit", type=click.FloatRange(min=0), metavar="SECONDS")
 def quantize(model: Path, **options: Any) -> None:
-    """Quantize MODEL with samples of its inputs, and say what that cost and gained.
+    """Quantize MODEL on samples; say what that cost and gained.
 
     Where the result is not faster than floats, nothing is written and the exit code is 1, unless
     --force says otherwise.
@@ -237,7 +237,9 @@ def _show_layers(out: Console, report: Quantization, verbose: bool) -> None:
 @json_option
 @click.option("-q", "--quiet", is_flag=True)
 def check(model: Path, **options: Any) -> None:
-    """List what in a quantized MODEL the target's runtime cannot use; exit code 1 if anything.
+    """List what in a quantized MODEL its target cannot use.
+
+    The exit code is 1 if there is anything.
 
     \b
     graphopt check int8.onnx --target cpu

@@ -105,7 +105,9 @@ def extract(
 @click.option("--strip-metadata", is_flag=True, help="Remove documentation and metadata.")
 @_writing
 def edit(model: Path, output: Path, **options: Any) -> None:
-    """Change MODEL's signature, or what is around it. Changes are made in the order listed here.
+    """Change MODEL's signature, or what is around it.
+
+    Changes are made in the order listed here.
 
     \b
     graphopt edit model.onnx -o m.onnx --freeze-dim batch=1 --freeze-dim sequence=128
@@ -201,7 +203,9 @@ def merge(
     json_to: str | None,
     quiet: bool,
 ) -> None:
-    """Make one model of FIRST and SECOND; by default outputs feed inputs of the same name.
+    """Make one model of FIRST and SECOND.
+
+    By default outputs feed inputs of the same name.
 
     \b
     graphopt merge encoder.onnx decoder.onnx -o both.onnx --connect hidden:encoder_hidden
