@@ -50,7 +50,7 @@ def compile(
     """Compile a model into an artifact folder, which appears whole or not at all.
 
     Args:
-        model: a path, bytes, an `onnx.ModelProto` or an `onnx_ir.Model`; it is left as it is.
+        model: see `graphopt.files.load`; it is left as it is.
         target: the device, see `Target.names`.
         out: the folder to make. An empty folder is filled; another artifact is replaced only with
             `overwrite`; anything else is never touched.

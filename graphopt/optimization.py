@@ -58,7 +58,7 @@ def optimize(
     """Optimize a model; the argument is left as it is.
 
     Args:
-        model: a path, serialized bytes, an `onnx.ModelProto` or an `onnx_ir.Model`.
+        model: a path, bytes, an `onnx.ModelProto`, an `onnx_ir.Model` or torch's `ONNXProgram`.
         level: 0 to 3, which of `graphopt.passes.PIPELINES` runs; ignored where `passes` is given.
         passes: pipeline text (`fold-constants{max_bytes=0},fuse-gelu`), a TOML file, or a list
             of such texts and pass objects.

@@ -134,7 +134,7 @@ def prune(
     """Take the least important channels, heads and units out of a model, which is left as it is.
 
     Args:
-        model: a path, serialized bytes, an `onnx.ModelProto` or an `onnx_ir.Model`.
+        model: a path, bytes, an `onnx.ModelProto`, an `onnx_ir.Model` or torch's `ONNXProgram`.
         ratio: share of each family of coupled channels that goes, 0 to 1.
         criterion: l1, l2, lp:P, median, bn-scale or random; with data activation, apoz,
             reconstruction or taylor.

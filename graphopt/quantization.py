@@ -114,7 +114,7 @@ def quantize(
     """Quantize a model; the argument is left as it is.
 
     Args:
-        model: a path, serialized bytes, an `onnx.ModelProto` or an `onnx_ir.Model`.
+        model: a path, bytes, an `onnx.ModelProto`, an `onnx_ir.Model` or torch's `ONNXProgram`.
         data: see `graphopt.samples.open_samples`; the same samples calibrate and score.
         target: what it shall run on, see `Target.names`.
         method: `static` (ranges fixed by the samples), `dynamic` (ranges found at run time), or

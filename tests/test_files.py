@@ -390,3 +390,22 @@ def test_kill_while_saving(external: bool, tmp_path: Path) -> None:
             assert array is not None and array.min() == array.max()
             seen.add(float(array[0]))
     assert seen <= {1.0, 2.0} and seen
+
+
+def test_what_an_exporter_returns_is_a_model() -> None:
+    torch: Any = pytest.importorskip("torch", reason="needs torch")
+    pytest.importorskip("onnxscript", reason="torch's exporter needs onnxscript")
+    module = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU()).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch's own making
+        program = torch.onnx.export(module, (torch.zeros(2, 4),), dynamo=True, verbose=False)
+    before = [node.op_type for node in program.model.graph]
+    model = files.load(program)
+    assert [node.op_type for node in model.graph] == before
+    assert model.graph is not program.model.graph
+
+
+def test_what_is_no_model_is_named() -> None:
+    nothing: Any = object()
+    with pytest.raises(InputError, match="object: no model"):
+        files.load(nothing)

@@ -13,7 +13,7 @@ import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import onnx
@@ -29,7 +29,15 @@ from graphopt.files.tensors import DATA_FIELDS, TensorReader
 from graphopt.files.validate import Validator
 from graphopt.files.writing import EXTERNAL, SIGNATURE, TYPES
 
-ModelLike = str | os.PathLike[str] | bytes | onnx.ModelProto | ir.Model
+
+class Exported(Protocol):
+    """What `torch.onnx.export` returns (an `ONNXProgram`): it holds the model."""
+
+    @property
+    def model(self) -> ir.Model: ...
+
+
+ModelLike = str | os.PathLike[str] | bytes | onnx.ModelProto | ir.Model | Exported
 
 EXTERNAL_BYTES = 1_800_000_000
 """Total bytes of weights from which they are saved beside the model, not in it."""
@@ -50,6 +58,11 @@ def load(source: ModelLike, *, keep_signature: bool = False) -> ir.Model:
         return copy(source)
     if isinstance(source, onnx.ModelProto):
         return _build(*wire.split(source), "model", None, keep_signature)
+    if not isinstance(source, str | os.PathLike | bytes):
+        held = getattr(source, "model", None)
+        if not isinstance(held, ir.Model):
+            raise InputError(f"{type(source).__name__}: no model, nor a path or the bytes of one")
+        return copy(held)
     if isinstance(source, bytes):
         return _read(io.BytesIO(source), len(source), "model", None, keep_signature)
     path = Path(source)
