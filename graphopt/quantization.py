@@ -26,9 +26,11 @@ from graphopt.images import Images
 from graphopt.pass_manager import load_pass
 from graphopt.passes.quantize_dynamic import QuantizeDynamic
 from graphopt.passes.quantize_static import QuantizeStatic, raise_opset
+from graphopt.passes.smooth_activations import SmoothActivations
 from graphopt.quantizer.budget import Budget, rank, search
 from graphopt.quantizer.calibration import fingerprint
 from graphopt.quantizer.kernels import Kernels, count_kernels
+from graphopt.quantizer.placement import plan
 from graphopt.quantizer.ranges import Ranges
 from graphopt.quantizer.scoring import Layer, Metric, Score, interleaved, layers, score
 from graphopt.quantizer.static import Static
@@ -151,11 +153,13 @@ def quantize(
     report.target, report.where, report.random = aim.name, samples.where, samples.random
     tell("optimization")
     base = optimization.optimize(original, level=2)
-    context = Context(base, target=aim, samples=samples)
+    context = Context(files.copy(base), target=aim, samples=samples)
     work = _Work(context, samples, report, tell, metric, options or QuantizeStatic(), cache)
     report.method, report.reason = _choose(context, samples, aim, method)
+    smoothed = work.smooth()
     budget = Budget(max_drop, max_latency, max_size)
     result = work.static(budget) if report.method == "static" else work.dynamic(budget)
+    report.steps = [*smoothed, *report.steps]
     report.samples = len(samples)
     _measure(report, work, original, base, result, seconds)
     if report.refused or (not _faster(report) and not force):
@@ -179,6 +183,23 @@ class _Work:
     metric: Metric | None
     options: QuantizeStatic
     cache: Path | None
+
+    def smooth(self) -> list[str]:
+        """Move outliers of activations into weights; what was done, as pipeline text.
+
+        It changes nothing that the model computes and costs no time where a normalization or a
+        linear operator takes the scales, so that it is always done. Products whose ranges are
+        found at run time also get a Mul where that halves their noise: it is small beside them.
+        Between integer kernels a Mul would cost more than they gain.
+        """
+        context, keep = self.context, self.options.keep
+        table = self.options.table(context)
+        single = SmoothActivations(self.report.method == "dynamic")
+        nodes = QuantizeDynamic(keep=keep).products(context)
+        if not single.dynamic:
+            nodes = list(plan(context.model, context.shapes, table, keep).linear)
+        single = dataclasses.replace(single, multiply=single.dynamic or not table.outputs)
+        return [str(single)] if single.smooth(context, nodes, self.samples, self.tell) else []
 
     def static(self, budget: Budget) -> ir.Model:
         """The best of the plain result and, where that is poor, of the equalized one."""
@@ -375,7 +396,7 @@ def _measure(
         return
     report.score = score(original, result, work.samples, metric=work.metric, progress=work.tell)
     work.tell("layers")
-    report.layers = layers(base, result, work.samples)
+    report.layers = layers(work.context.model, result, work.samples)
     foreign = work.context.target.foreign()
     if work.context.target.device != "cpu" or foreign is not None:
         report.notes.append(

@@ -9,7 +9,6 @@ import pytest
 
 from graphopt import files, ir
 from graphopt.context import Context
-from graphopt.errors import InputError
 from graphopt.gram import weight_matrix
 from graphopt.quantizer.equalization import equalize
 from graphopt.runner import Runner
@@ -64,18 +63,3 @@ def test_spread_channels_are_brought_together() -> None:
     assert error(plain, rounded(spread)) > -25
     assert error(plain, rounded(context.model)) < -35
     assert equalize(context) == 0
-
-
-def test_ranges_of_activations() -> None:
-    """Measured ranges stand for the weights that make a channel: all channels end up alike."""
-    spread = chain(10 ** np.random.default_rng(1).uniform(-1.5, 1.5, 16))
-    context = Context(files.copy(spread))
-    measured = np.geomspace(0.01, 100, 16)
-    equalize(context, ranges={"c": measured}, strength=1.0)
-    before, after = (ir.array(m.graph[0].inputs[1]) for m in (spread, context.model))
-    assert before is not None and after is not None
-    ratio = before.astype(np.float64)[:, 0, 0, 0] / after.astype(np.float64)[:, 0, 0, 0]
-    np.testing.assert_allclose(ratio, measured, rtol=1e-5)
-    assert error(spread, context.model) < -110
-    with pytest.raises(InputError, match="16 channels"):
-        equalize(Context(spread), ranges={"c": np.ones(3)})

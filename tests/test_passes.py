@@ -39,7 +39,7 @@ def optimized(case: Case, source: Any) -> tuple[ir.Model, PassRecord]:
     context = Context(
         loaded,
         target=Target.parse(name) if name else None,
-        samples=samples(case, loaded) if numerics(case) == "lossy" else None,
+        samples=samples(case, loaded),
     )
     report = Report()
     passes = parse_pipeline(case.pipeline)
@@ -49,7 +49,7 @@ def optimized(case: Case, source: Any) -> tuple[ir.Model, PassRecord]:
 
 
 def samples(case: Case, model: ir.Model) -> Any:
-    """What a lossy pass calibrates with: random inputs, apart from those that the case fixes."""
+    """What a pass calibrates with: random inputs, apart from those that the case fixes."""
     from graphopt.samples import open_samples
 
     shapes = Shapes(model)

@@ -51,7 +51,8 @@ class Part:
 
     node: ir.Node
     kind: str
-    """`shift` (Add, Sub), `clip` (Clip with two bounds) or `norm` (a normalization's γ and β)."""
+    """`shift` (Add, Sub), `clip` (Clip with two bounds), `norm` (a normalization's γ and β) or
+    `factor` (a constant operand of Mul that stands for a γ)."""
     ids: Ids
     behind: int
     """How many axes of the node's result stand behind the channels."""
@@ -161,6 +162,8 @@ class _Walk:
             return self._place(node, 1) is None and self._keep(node, axis, ids)
         if node.op_type == "Clip":
             return self._clip(node, axis, ids)
+        if node.op_type == "Split":
+            return self._split(node, axis, ids)
         return self._moved(node, axis, ids)
 
     def _keep(self, node: ir.Node, axis: int, ids: Ids) -> bool:
@@ -229,7 +232,7 @@ class _Walk:
         places = [self._place(node, i) for i in range(len(node.inputs))]
         known = [p for p in places if p is not None]
         if result is None or not known:
-            return False
+            return result is not None and self._factor(node, len(result))
         axis, ids = known[0]
         if node.op_type == "Concat":
             return self._concat(node, len(result))
@@ -240,9 +243,12 @@ class _Walk:
             return False
         axis = len(result) - rights.pop()
         if node.op_type in ("Mul", "Div"):
-            other = node.inputs[1 - places.index(known[0])]
-            plain = len(known) == 1 and ir.constant(other) is not None
-            ok = plain and (node.op_type == "Mul" or places[0] is not None)
+            if len(known) == 2:  # a scale goes through one of them: a gate stays as it is
+                gate = next((i for i in (0, 1) if self._is_frozen(places[i])), 0)
+                gate = 1 if node.op_type == "Div" else gate
+                self._freeze(node.inputs[gate])
+                ids = known[1 - gate][1]
+            ok = node.op_type == "Mul" or places[0] is not None
             return ok and result[axis] == len(ids) and self._keep(node, axis, ids)
         if result[axis] != len(ids):
             return False
@@ -254,6 +260,43 @@ class _Walk:
         for _, others in known[1:]:
             self._unite(ids, others)
         return self._keep(node, axis, ids)
+
+    def _factor(self, node: ir.Node, rank: int) -> bool:
+        """A product with a constant per channel makes channels, as a normalization's γ does."""
+        constants = [v for v in node.inputs if ir.constant(v) is not None]
+        if not self._norms or node.op_type != "Mul" or len(constants) != 1:
+            return False
+        tensor = ir.constant(constants[0])
+        assert tensor is not None
+        dims = tensor.shape.numpy()
+        axes = [axis for axis, size in enumerate(dims) if size > 1]
+        if len(axes) != 1 or not tensor.dtype.is_floating_point() or len(dims) > rank:
+            return False
+        shape = self._shape(node.outputs[0])
+        behind = len(dims) - 1 - axes[0]
+        if shape is None or shape[rank - 1 - behind] != tensor.size:
+            return False
+        ids = self._fresh(tensor.size)
+        self._found.parts.append(Part(node, "factor", ids, behind))
+        self._found.places[node.outputs[0]] = (rank - 1 - behind, ids)
+        return False  # what goes in is read as it is
+
+    def _is_frozen(self, place: tuple[int, Ids] | None) -> bool:
+        ids: list[int] = [] if place is None else place[1].tolist()
+        return any(self._frozen[i] for i in ids)
+
+    def _split(self, node: ir.Node, axis: int, ids: Ids) -> bool:
+        """Parts of the channels, or all of them in parts along another axis."""
+        along = _int(node, "axis", 0) % len(self._shape(node.inputs[0]) or (0,))
+        start = 0
+        for value in node.outputs:
+            shape = self._shape(value)
+            size = None if shape is None else shape[axis]
+            if not isinstance(size, int):
+                return False
+            self._found.places[value] = (axis, ids[start : start + size])
+            start += size if along == axis else 0
+        return start in (0, len(ids))
 
     def _concat(self, node: ir.Node, rank: int) -> bool:
         axis = _int(node, "axis", 1) % rank

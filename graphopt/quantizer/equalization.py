@@ -1,13 +1,11 @@
 """Cross-layer equalization: channels scaled so that neighbouring layers share the range.
 
 Source: Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction",
-2019. With ranges of activations in place of the weights' it is the scaling of Xiao et al.,
-"SmoothQuant", 2022, folded into whatever makes the channels.
+2019.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import cast
 
@@ -17,13 +15,12 @@ import numpy.typing as npt
 from graphopt import ir
 from graphopt.context import Context
 from graphopt.driver import remove, replace_value
-from graphopt.errors import InputError
 from graphopt.gram import weight_matrix, weight_tensor
 from graphopt.quantizer.channels import Channels, Ids, Layer, Part
 from graphopt.quantizer.constants import replace_constant
 from graphopt.rewriting import Op
 
-__all__ = ["equalize"]
+__all__ = ["apply_scales", "equalize", "scale_layer"]
 
 Floats = npt.NDArray[np.float64]
 
@@ -66,36 +63,24 @@ class _Region:
     readers: list[_Side]
 
 
-def equalize(
-    context: Context,
-    *,
-    ranges: Mapping[str, Floats] | None = None,
-    strength: float = 0.5,
-    clips: bool = False,
-) -> int:
+def equalize(context: Context, *, clips: bool = False) -> int:
     """Scale channels between linear operators so that the ranges on both sides are alike.
 
-    The model computes the same, up to rounding. A channel is divided by
-    r_out^strength / r_in^(1 - strength), of the largest weight that makes it and the largest that
-    reads it, found by sweeps over the model. `ranges` are largest magnitudes per channel of values,
-    by name: where they are given they stand for r_out, and normalizations take scales too. `clips`
-    lets channels through Clip with an upper bound, which becomes a Min per channel. Works on the
-    main graph; returns how many channels were scaled, and records the layers in the context.
-
-    Raises:
-        InputError: ranges of another number of channels than their value has.
+    The model computes the same, up to rounding. A channel is divided by the square root of the
+    largest weight that makes it over the largest that reads it, found by sweeps over the model.
+    `clips` lets channels through Clip with an upper bound, which becomes a Min per channel. Works
+    on the main graph; returns how many channels were scaled, and records the layers in the context.
     """
-    found = Channels.of(context, clips=clips, norms=ranges is not None)
+    found = Channels.of(context, clips=clips)
     for node, reason in found.reasons.items():
         context.record.refuse(node, reason)
     count = len(found.frozen)
-    fixed = None if ranges is None else _fixed(found, ranges)
     regions = _regions(found)
     logs = np.zeros(count)
     for _ in range(_SWEEPS):
         moved = 0.0
         for region in regions:
-            new = _scales(region, logs, fixed, strength)
+            new = _scales(region, logs)
             moved = max(moved, float(np.abs(new - logs[region.ids]).max()))
             logs[region.ids] = new
         if moved < _CONVERGED:
@@ -103,7 +88,7 @@ def equalize(
     for region in regions:
         if np.abs(logs[region.ids]).max() < _WORTH:
             logs[region.ids] = 0
-    return _apply(context, found, np.exp(logs)) if logs.any() else 0
+    return apply_scales(context, found, np.exp(logs)) if logs.any() else 0
 
 
 def _regions(found: Channels) -> list[_Region]:
@@ -111,7 +96,6 @@ def _regions(found: Channels) -> list[_Region]:
     sides = [_side(layer) for layer in found.layers]
     group = np.arange(len(found.frozen))
     made = [ids for s in sides if (ids := s.layer.outputs) is not None]
-    made += [part.ids for part in found.parts if part.kind == "norm"]
     changed = True
     while changed:  # the smallest class of all that are made together
         before = group.copy()
@@ -142,56 +126,45 @@ def _side(layer: Layer) -> _Side:
     return _Side(layer, size, inputs, outputs)
 
 
-def _fixed(found: Channels, ranges: Mapping[str, Floats]) -> Floats:
-    """The largest magnitude of each class, over the values that were measured."""
-    fixed = np.zeros(len(found.frozen))
-    for value, (_, ids) in found.places.items():
-        measured = ranges.get(value.name or "")
-        if measured is not None:
-            if measured.shape != ids.shape:
-                raise InputError(f"{value.name!r} has {len(ids)} channels, not {measured.shape}")
-            np.maximum.at(fixed, ids, measured)
-    return fixed
-
-
-def _scales(region: _Region, logs: Floats, fixed: Floats | None, strength: float) -> Floats:
+def _scales(region: _Region, logs: Floats) -> Floats:
     """The best scales (logarithms) of a region, all others as they are."""
     made, read = np.zeros(len(logs)), np.zeros(len(logs))
-    if fixed is not None:
-        made = fixed
-    else:
-        for side in region.makers:
-            assert side.outputs is not None
-            np.maximum.at(made, side.outputs, side.rows(logs))
+    for side in region.makers:
+        assert side.outputs is not None
+        np.maximum.at(made, side.outputs, side.rows(logs))
     for side in region.readers:
         assert side.inputs is not None
         np.maximum.at(read, side.inputs, side.columns(logs))
     made, read = made[region.ids], read[region.ids]
     known = (made > 0) & (read > 0)
     new = np.zeros(len(region.ids))
-    new[known] = strength * np.log(made[known]) - (1 - strength) * np.log(read[known])
+    new[known] = (np.log(made[known]) - np.log(read[known])) / 2
     return np.clip(new, -_BOUND, _BOUND)
 
 
-def _apply(context: Context, found: Channels, scales: Floats) -> int:
-    """Put the scales into weights, biases and whatever stands between."""
+def apply_scales(context: Context, found: Channels, scales: Floats, rule: str = "equalize") -> int:
+    """Divide channels by the scale of their class: in weights, biases and what stands between.
+
+    Whatever reads a channel multiplies it again. Returns how many classes were scaled, and records
+    the nodes.
+    """
     for layer in found.layers:
         inputs = None if layer.inputs is None else scales[layer.inputs]
         outputs = None if layer.outputs is None else scales[layer.outputs]
         inputs = None if inputs is None or np.all(inputs == 1) else inputs
         outputs = None if outputs is None or np.all(outputs == 1) else outputs
         if inputs is not None or outputs is not None:
-            _scale_layer(context, layer.node, inputs, outputs)
-            context.changed("equalize", [layer.node], [layer.node])
+            scale_layer(context, layer.node, inputs, outputs)
+            context.changed(rule, [layer.node], [layer.node])
     for part in found.parts:
         factors = scales[part.ids]
         if not np.all(factors == 1):
             _scale_part(context, part, factors)
-            context.changed("equalize", [part.node], [part.node])
+            context.changed(rule, [part.node], [part.node])
     return int((scales != 1).sum())
 
 
-def _scale_layer(
+def scale_layer(
     context: Context, node: ir.Node, inputs: Floats | None, outputs: Floats | None
 ) -> None:
     """Weights times the scale of what they read, divided by that of what they make."""
