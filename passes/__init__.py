@@ -22,6 +22,8 @@ _FUSE = (
     "inline-functions",
     "inline-if",
     "unroll-loop",
+    "hoist-invariants",
+    "fuse-recurrent",
     "fold-constants",
     "fold-shapes",
     "eliminate-identity",
@@ -73,7 +75,9 @@ _FUSE = (
 
 _LAST = (
     "convert-opset{version=23,at_least=true}",
-    *_FUSE[: _FUSE.index("fuse-average-pool")],
+    *_FUSE[: _FUSE.index("fuse-recurrent")],
+    "fuse-recurrent{nonempty=true}",
+    *_FUSE[_FUSE.index("fuse-recurrent") + 1 : _FUSE.index("fuse-average-pool")],
     "fuse-average-pool{everywhere=true}",
     "fuse-lpnorm",
     *_FUSE[_FUSE.index("fuse-average-pool") + 1 :],

@@ -22,7 +22,7 @@ _STATES = {"GRU": (5,), "LSTM": (5, 6), "RNN": (5,)}
 _MOST_ELEMENTS = 1 << 20
 
 
-def _is_zero(op: Op, value: ir.Value) -> bool:
+def is_zero(op: Op, value: ir.Value) -> bool:
     """Whether every element of a value is zero, whatever its shape."""
     while True:
         constant = ir.constant(value)
@@ -35,7 +35,7 @@ def _is_zero(op: Op, value: ir.Value) -> bool:
             fill = node.attributes.get("value")
             return fill is None or (not fill.is_ref() and not np.any(fill.as_tensor().numpy()))
         if node.op_type == "Concat":
-            return all(v is not None and _is_zero(op, v) for v in node.inputs)
+            return all(v is not None and is_zero(op, v) for v in node.inputs)
         first = node.inputs[0] if node.op_type in _SHAPING else None
         if first is None:
             return False
@@ -48,7 +48,7 @@ def eliminate_zero_state(op: Op, node: ir.Node) -> list[ir.Value | None] | None:
     inputs = list(node.inputs)
     for index in _STATES[node.op_type]:
         state = inputs[index] if index < len(inputs) else None
-        if state is not None and _is_zero(op, state):
+        if state is not None and is_zero(op, state):
             inputs[index] = None
     if inputs == list(node.inputs):
         return None

@@ -47,7 +47,7 @@ class UnrollLoop(Pass):
 
 def _trips(context: Context, node: ir.Node, body: ir.Graph) -> int | str:
     """How often the body runs, or why that is not known."""
-    first = True if node.inputs[1] is None else _known(context, node.inputs[1])
+    first = True if node.inputs[1] is None else known_number(context, node.inputs[1])
     if first is None:
         return "its condition is not known"
     going_on: ir.Value | None = body.outputs[0]
@@ -55,16 +55,16 @@ def _trips(context: Context, node: ir.Node, body: ir.Graph) -> int | str:
         if producer.op_type != "Identity" or producer.domain or producer.graph is not body:
             break
         going_on = producer.inputs[0]
-    further = True if going_on is body.inputs[1] else _known(context, going_on)
+    further = True if going_on is body.inputs[1] else known_number(context, going_on)
     if further is None:
         return "its condition depends on data"
-    count = None if node.inputs[0] is None else _known(context, node.inputs[0])
+    count = None if node.inputs[0] is None else known_number(context, node.inputs[0])
     if count is None:
         return "its trip count is not known"
     return max(0, min(count, count if further else 1)) if first else 0
 
 
-def _known(context: Context, value: ir.Value | None) -> int | None:
+def known_number(context: Context, value: ir.Value | None) -> int | None:
     """The only element of a value, where it is known; a bool as 0 or 1."""
     if value is None:
         return None

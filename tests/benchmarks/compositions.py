@@ -128,7 +128,7 @@ def _nested(sketch: Sketch, snippet: Any, source: str) -> str:
         [(on, onnx.TensorProto.BOOL), (inner, kind)],
     )
     sketch.nodes = outside
-    trips = sketch.const(np.asarray(sketch.rng.choice([1, 2, 3]), np.int64))
+    trips = sketch.const(np.asarray(sketch.rng.choice([0, 1, 2, 3, 17]), np.int64))
     return sketch.op("Loop", trips, "", source, body=body)
 
 
