@@ -37,6 +37,7 @@ from graphopt.report import Report
 from graphopt.runner import Runner
 from graphopt.shapes import Shapes
 from graphopt.target import Target
+from tests.benchmarks._cells import recurrent
 from tests.benchmarks._idioms import CHANNELS, IMAGES, ROWS, SIDE, WIDTH, Sketch
 
 onnx: Any = importlib.import_module("onnx")
@@ -82,7 +83,7 @@ def compose(seed: int) -> Subject | None:
     dtype = rng.choices([np.float32, np.float16, np.float64], [0.86, 0.09, 0.05])[0]
     sketch = Sketch(rng, opset, dtype, rng.choice([0.0, 0.0, 0.05, 0.15]))
     rows = rng.random() < 0.65
-    snippets = ROWS if rows else IMAGES
+    snippets = (*ROWS, recurrent) if rows else IMAGES
     dims = ["n", "s", WIDTH] if rows else ["n", CHANNELS, SIDE, SIDE]
     if rng.random() < 0.4:
         dims = [{"n": 2, "s": 3}.get(dim, dim) if isinstance(dim, str) else dim for dim in dims]
