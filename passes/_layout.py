@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from graphopt import ir
+from graphopt.passes._slices import sliced, spans
 from graphopt.rewriting import Op
 
 Perm = list[int]
@@ -61,6 +62,20 @@ def permutation(op: Op, node: ir.Node) -> Perm | None:
         return list(perm)
     rank = None if node.inputs[0] is None else op.rank(node.inputs[0])
     return None if rank is None else list(range(rank))[::-1]
+
+
+def view_permutation(op: Op, node: ir.Node) -> Perm | None:
+    """The permutation that a Reshape does of axes of size 1 only; None where it does none."""
+    value = node.inputs[0]
+    before = None if value is None else op.shape(value)
+    after = op.shape(node.outputs[0])
+    if before is None or after is None or len(before) != len(after) or before == after:
+        return None
+    large = [axis for axis, size in enumerate(before) if size != 1]
+    small = [axis for axis, size in enumerate(before) if size == 1]
+    if [before[axis] for axis in large] != [size for size in after if size != 1]:
+        return None
+    return [(small if size == 1 else large).pop(0) for size in after]
 
 
 def composed(first: Perm, second: Perm) -> Perm:
@@ -125,6 +140,10 @@ def layout_inputs(op: Op, node: ir.Node, rank: int) -> list[int] | None:
     if kind == "Pad":
         full = len(node.inputs) < 4 or node.inputs[3] is None
         return [0] if full and _pads(op, node) is not None else None
+    if kind == "Slice":
+        return None if spans(op, node) is None else [0]
+    if kind in ("ArgMax", "ArgMin"):
+        return [0] if op.attr(node, "keepdims", 1) == 1 else None
     if kind in ("QuantizeLinear", "DequantizeLinear"):
         scale = node.inputs[1]
         return [0] if scale is not None and op.size(scale) == 1 else None
@@ -139,6 +158,11 @@ def moved(op: Op, node: ir.Node, perm: Perm, inputs: Sequence[ir.Value | None]) 
     if kind in ("Concat", "Softmax", "LogSoftmax"):
         axis = op.attr(node, "axis", -1) % len(perm)
         attributes["axis"] = perm.index(axis)
+    elif kind in ("ArgMax", "ArgMin"):
+        attributes["axis"] = perm.index(op.attr(node, "axis", 0) % len(perm))
+    elif kind == "Slice":
+        taken = spans(op, node) or {}
+        return sliced(op, operands[0], {perm.index(axis): span for axis, span in taken.items()})
     elif kind in REDUCTIONS:
         axes = reduced_axes(op, node, len(perm)) or []
         new = sorted(perm.index(axis) for axis in axes)

@@ -43,7 +43,7 @@ def merge_constants(op: Op, node: ir.Node) -> ir.Value | None:
     if not dtype.is_floating_point() and "Div" in (node.op_type, inner.op_type):
         return None
     merged = _merged(first, inner.op_type, second, node.op_type, outer[2], negated, dtype)
-    if merged is None or merged[1].shape not in (first.shape, second.shape):
+    if merged is None or merged[1].size > max(first.size, second.size):
         raise Refuse("the merged constant would be larger")
     op_type, constant, swapped = merged
     operands: list[Any] = [source, op.initializer(constant)]

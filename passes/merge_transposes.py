@@ -1,15 +1,14 @@
-"""Merge pairs of Transposes, and make those that move no data a Reshape.
+"""Merge pairs of Transposes.
 
-Why: layout conversions of exporters undo each other; moving an axis of size 1 moves nothing.
+Why: layout conversions of exporters undo each other.
 Numerics: exact.
-Needs: for the Reshape, the shape up to one dimension.
+Needs: permutations that are known.
 """
 
 from __future__ import annotations
 
 from graphopt import ir
 from graphopt.passes._layout import composed, is_identity, permutation
-from graphopt.passes._views import reshaped
 from graphopt.rewriting import Op, rewrite
 
 
@@ -30,17 +29,3 @@ def merge_transposes(op: Op, node: ir.Node) -> ir.Value | None:
         return None
     both = composed(first, perm)
     return source if is_identity(both) else op.Transpose(source, perm=both)
-
-
-@rewrite.on("Transpose")
-def transpose_as_reshape(op: Op, node: ir.Node) -> ir.Value | None:
-    """A Transpose that keeps the order of all axes larger than 1 is a view."""
-    value = node.inputs[0]
-    before = None if value is None else op.shape(value)
-    perm = permutation(op, node)
-    if value is None or before is None or perm is None:
-        return None
-    moved = [axis for axis in perm if before[axis] != 1]
-    if moved != sorted(moved):
-        return None
-    return reshaped(op, value, tuple(before[axis] for axis in perm))

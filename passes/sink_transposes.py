@@ -14,6 +14,7 @@ from graphopt import ir
 from graphopt.passes._chains import chain_above, replayed
 from graphopt.passes._layout import (
     REDUCTIONS,
+    UNARY,
     Perm,
     composed,
     inverted,
@@ -24,7 +25,10 @@ from graphopt.passes._layout import (
     permutation,
     reduced_axes,
     transposed,
+    view_permutation,
 )
+from graphopt.passes._slices import split
+from graphopt.passes._views import reshaped
 from graphopt.rewriting import Op, rewrite
 
 _REGION = 48  # nodes that one Transpose may be moved across
@@ -32,6 +36,13 @@ _REGION = 48  # nodes that one Transpose may be moved across
 
 def _is_transpose(node: ir.Node | None) -> bool:
     return node is not None and node.op_type == "Transpose" and not node.domain
+
+
+def _moves(op: Op, node: ir.Node | None) -> Perm | None:
+    """How a Transpose, or a Reshape in place of one, permutes axes."""
+    if node is None or node.domain or node.op_type not in ("Transpose", "Reshape"):
+        return None
+    return permutation(op, node) if node.op_type == "Transpose" else view_permutation(op, node)
 
 
 class _Region:
@@ -114,7 +125,7 @@ class _Region:
         node = value.producer()
         if ir.constant(value) is not None:
             return 0
-        first = permutation(self._op, node) if node is not None and _is_transpose(node) else None
+        first = _moves(self._op, node)
         if first is None:
             return 1
         goes = not value.is_graph_output() and all(u in inside for u in value.consumers())
@@ -131,10 +142,9 @@ class _Region:
         constant = moved_constant(op, value, self._perm)
         if constant is not None:
             return constant
-        if node is not None and _is_transpose(node):
-            first, source = permutation(op, node), node.inputs[0]
-            if first is not None and source is not None:
-                return transposed(op, source, composed(first, self._perm))
+        first = _moves(op, node)
+        if node is not None and first is not None and node.inputs[0] is not None:
+            return transposed(op, node.inputs[0], composed(first, self._perm))
         if node is None or not self._passes(node):
             return op.Transpose(value, perm=self._perm)
         inputs = list(node.inputs)
@@ -145,10 +155,10 @@ class _Region:
         return moved(op, node, self._perm, inputs)
 
 
-@rewrite.on("Transpose")
+@rewrite.on("Transpose", "Reshape")
 def pull_transpose_up(op: Op, node: ir.Node) -> ir.Value | None:
     """Compute what a Transpose is applied to in its layout, where that leaves fewer of them."""
-    value, perm = node.inputs[0], permutation(op, node)
+    value, perm = node.inputs[0], _moves(op, node)
     if value is None or perm is None or ir.constant(value) is not None:
         return None
     region = _Region(op, node, perm)
@@ -233,3 +243,71 @@ def drop_reduced_transpose(op: Op, node: ir.Node) -> ir.Value | None:
     elif len(inputs) > 1 and inputs[1] is not None:
         inputs[1] = sources
     return op.build(node.op_type, inputs, attributes)[0]
+
+
+@rewrite.on("MatMul")
+def swap_product(op: Op, node: ir.Node) -> ir.Value | None:
+    """The product of two transposed matrices is the other way round, transposed once."""
+    sources: list[ir.Value] = []
+    for value in node.inputs:
+        producer = None if value is None else value.producer()
+        perm = permutation(op, producer) if producer is not None and _is_transpose(producer) else []
+        if value is None or producer is None or not perm or op.uses(value) != 1:
+            return None
+        swapped = [*range(len(perm) - 2), len(perm) - 1, len(perm) - 2]
+        if len(perm) < 2 or perm != swapped or producer.inputs[0] is None:
+            return None
+        sources.append(producer.inputs[0])
+    rank = op.rank(node.outputs[0])
+    if rank is None or len(sources) != 2:
+        return None
+    return op.Transpose(
+        op.MatMul(sources[1], sources[0]), perm=[*range(rank - 2), rank - 1, rank - 2]
+    )
+
+
+@rewrite.on("Split")
+def split_before_transpose(op: Op, node: ir.Node) -> list[ir.Value | None] | None:
+    """Split a tensor before it is permuted, where all parts are permuted again anyway."""
+    value = node.inputs[0]
+    producer = None if value is None else value.producer()
+    if value is None or producer is None or not _is_transpose(producer) or op.uses(value) > 1:
+        return None
+    perm, source = permutation(op, producer), producer.inputs[0]
+    if perm is None or source is None or not all(_permuted_later(op, v) for v in node.outputs):
+        return None
+    axis = int(op.attr(node, "axis", 0)) % len(perm)
+    sizes = [shape[axis] for v in node.outputs if (shape := op.shape(v)) is not None]
+    lengths = [size for size in sizes if isinstance(size, int)]
+    if len(lengths) < len(node.outputs):
+        return None
+    return [op.Transpose(part, perm=perm) for part in split(op, source, perm[axis], lengths)]
+
+
+def _permuted_later(op: Op, value: ir.Value) -> bool:
+    """Whether element-wise operators, and then a Transpose, are all that takes a value."""
+    for _ in range(_REGION):
+        users = value.consumers()
+        if len(users) != 1 or op.uses(value) != 1:
+            return False
+        user = users[0]
+        if _moves(op, user) is not None:
+            return True
+        if user.domain or user.op_type not in UNARY:
+            return False
+        value = user.outputs[0]
+    return False
+
+
+@rewrite.on("Transpose", benefit=-1)
+def transpose_as_reshape(op: Op, node: ir.Node) -> ir.Value | None:
+    """A Transpose that keeps the order of all axes larger than 1 is a view."""
+    value = node.inputs[0]
+    before = None if value is None else op.shape(value)
+    perm = permutation(op, node)
+    if value is None or before is None or perm is None:
+        return None
+    moved_axes = [axis for axis in perm if before[axis] != 1]
+    if moved_axes != sorted(moved_axes):
+        return None
+    return reshaped(op, value, tuple(before[axis] for axis in perm))
