@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
+import functools
 import importlib
 import inspect
 import itertools
@@ -75,14 +76,12 @@ def headings(kind: type[Pass]) -> tuple[str, str]:
     return why, numerics
 
 
-def pass_names() -> list[str]:
+@functools.cache
+def pass_names() -> tuple[str, ...]:
     """Every pass there is: the modules of `graphopt.passes`."""
     package = importlib.import_module("graphopt.passes")
-    return sorted(
-        module.name.replace("_", "-")
-        for module in pkgutil.iter_modules(package.__path__)
-        if not module.name.startswith("_")
-    )
+    names = (module.name for module in pkgutil.iter_modules(package.__path__))
+    return tuple(sorted(name.replace("_", "-") for name in names if not name.startswith("_")))
 
 
 def load_pass(name: str, options: Mapping[str, Any] | None = None) -> Pass:

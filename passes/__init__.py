@@ -48,6 +48,7 @@ _FUSE = (
     "fuse-conv-affine",
     "fuse-batchnorm-affine",
     "merge-branches",
+    "fuse-channel-shuffle",
     "fuse-pad",
     "fuse-space-to-depth",
     "fuse-matmul-add",

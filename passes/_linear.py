@@ -244,7 +244,9 @@ def prescaled(op: Op, node: ir.Node, source: ir.Value, scale: Floats, shift: Flo
         added = (split * shift.reshape(groups, 1, -1, *spread)).reshape(weights.shape)
         added = added.sum(axis=tuple(range(1, weights.ndim)))
     elif node.op_type == "ConvTranspose":
-        new, added = weights * scale.reshape(-1, 1, *spread), np.zeros(1)
+        new = weights * scale.reshape(-1, 1, *spread)
+        each = (weights * shift.reshape(-1, 1, *spread)).reshape(groups, -1, *weights.shape[1:])
+        added = each.sum(axis=(1, *range(3, each.ndim))).reshape(-1)
     else:
         rows = not op.attr(node, "transB", 0)
         new = weights * (scale.reshape(-1, 1) if rows else scale)
@@ -260,10 +262,17 @@ def prescaled(op: Op, node: ir.Node, source: ir.Value, scale: Floats, shift: Flo
 
 
 def _unpadded(op: Op, node: ir.Node) -> bool:
-    """Whether a Conv reads nothing but its input; a ConvTranspose's border never does."""
+    """Whether each output reads nothing but inputs, and all those of its window."""
     mode = op.attr(node, "auto_pad", "NOTSET")
-    if node.op_type != "Conv" or mode not in ("NOTSET", "VALID"):
+    if mode not in ("NOTSET", "VALID"):
         return False
+    if node.op_type == "ConvTranspose":  # several windows meet in an output, fewer at the border
+        weight = node.inputs[1]
+        kernel = (op.shape(weight) or () if weight is not None else ())[2:]
+        moves = (*kernel, *(op.attr(node, "strides") or ()))
+        if not kernel or any(size != 1 for size in moves):
+            return False
+        return not any((*(op.attr(node, "pads") or ()), *(op.attr(node, "output_padding") or ())))
     return mode == "VALID" or not any(op.attr(node, "pads") or [0])
 
 

@@ -153,7 +153,10 @@ def blocks_of_one(op: Op, node: ir.Node) -> ir.Value | None:
     return node.inputs[0] if op.attr(node, "blocksize") == 1 else None
 
 
-@rewrite.on("ReduceSum", "ReduceMean", "ReduceMax", "ReduceMin", "ReduceProd")
+_PLAIN = ("ReduceSum", "ReduceMean", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceLogSumExp")
+
+
+@rewrite.on(*_PLAIN, "ReduceL1", "ReduceL2")
 def reduce_nothing(op: Op, node: ir.Node) -> ir.Value | None:
     """Reduction over axes of size 1, or over none; a Squeeze where the axes go."""
     value = node.inputs[0]
@@ -164,12 +167,14 @@ def reduce_nothing(op: Op, node: ir.Node) -> ir.Value | None:
     if value is None or axes is None or any(not isinstance(axis, int) for axis in axes):
         return None
     if not len(axes) and op.attr(node, "noop_with_empty_axes", 0):
-        return value
+        return value if node.op_type in _PLAIN else None
     if shape is None or any(not -len(shape) <= axis < len(shape) for axis in axes):
         return None
     reduced = sorted(axis % len(shape) for axis in axes) if len(axes) else range(len(shape))
     if any(shape[axis] != 1 for axis in reduced):
         return None
+    if node.op_type not in _PLAIN:
+        value = op.Abs(value)
     if op.attr(node, "keepdims", 1) or not shape:
         return value
     more, attributes = axes_arguments(op, list(reduced))

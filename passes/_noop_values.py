@@ -122,8 +122,10 @@ def done_before(op: Op, node: ir.Node) -> ir.Value | None:
 
 @rewrite.on("Max", "Min", "Sum", "Mean", "And", "Or", "BitwiseAnd", "BitwiseOr")
 def one_operand(op: Op, node: ir.Node) -> ir.Value | None:
-    """Max, Min, Sum or Mean of one; Max of x and x."""
+    """Max, Min, Sum or Mean of one; Max of x and x; a Sum of two is an Add."""
     first = node.inputs[0]
+    if node.op_type == "Sum" and len(node.inputs) == 2 and op.opset >= 8:
+        return op.Add(*node.inputs)
     if len(node.inputs) == 1:
         return first
     adds = node.op_type in ("Sum", "Mean")

@@ -28,6 +28,7 @@ _PASSING = frozenset(
 )
 """Operators whose result holds nothing but numbers of, or averages over, their first operand."""
 _WHOLE = {ir.DataType.FLOAT: 2.0**127, ir.DataType.DOUBLE: 2.0**1023, ir.DataType.FLOAT16: 65504.0}
+_SQUARED = 2.0**60
 _DEPTH = 8
 
 
@@ -104,15 +105,85 @@ def _of_node(op: Op, node: ir.Node, depth: int) -> Range:
     if kind == "Abs":
         reach = max(abs(first[0]), abs(first[1]))
         return (0.0 if first[0] <= 0 <= first[1] else min(map(abs, first))), reach
-    others = [limits(op, v, depth - 1) for v in node.inputs]
+    if (kind == "Mul" and node.inputs[0] is node.inputs[1]) or kind == "Pow":
+        return _of_power(op, node, first)
+    if first == _ALL and kind not in (*_NORMALIZATIONS, "Where", "Min", "Max"):
+        return _ALL
+    others = [first, *(limits(op, v, depth - 1) for v in node.inputs[1:])]
+    if kind in _SUMS:
+        return _of_sum(op, node, others)
+    if kind in _NORMALIZATIONS:
+        return _of_normalized(op, node, others)
     if kind == "Where":
         return min(others[1][0], others[2][0]), max(others[1][1], others[2][1])
-    if kind in ("Concat", "Min", "Max"):
+    if kind in ("Concat", "Min", "Max", "Sum"):
+        if kind == "Sum":
+            return sum(r[0] for r in others), sum(r[1] for r in others)
         lows, highs = [r[0] for r in others], [r[1] for r in others]
         if kind == "Concat":
             return min(lows), max(highs)
         return (min(lows), min(highs)) if kind == "Min" else (max(lows), max(highs))
     return _arithmetic(kind, others)
+
+
+_SUMS = ("ReduceSum", "MatMul", "Gemm", "Conv")
+_NORMALIZATIONS = ("LayerNormalization", "InstanceNormalization", "GroupNormalization")
+
+
+def _of_sum(op: Op, node: ir.Node, operands: list[Range]) -> Range:
+    """Sums of as many terms as shapes tell."""
+    x = node.inputs[0]
+    shape = None if x is None else op.shape(x)
+    if x is None or shape is None:
+        return _ALL
+    if node.op_type == "ReduceSum":
+        sizes = [size for size in shape if isinstance(size, int)]
+        low, high = operands[0]
+        count = math.prod(sizes) if len(sizes) == len(shape) else math.inf
+        return (low * count if low < 0 else 0.0), (high * count if high > 0 else 0.0)
+    weights = node.inputs[1]
+    dims = None if weights is None else op.shape(weights)
+    if node.op_type == "Conv":
+        sizes = [size for size in (dims or (None,))[1:] if isinstance(size, int)]
+        count = math.prod(sizes) if dims is not None and len(sizes) == len(dims) - 1 else math.inf
+    else:
+        inner = shape[-1] if shape and not op.attr(node, "transA", 0) else None
+        count = float(inner) if isinstance(inner, int) else math.inf
+    reach = count
+    for low, high in operands[:2]:
+        reach *= max(abs(low), abs(high))
+    reach *= abs(op.attr(node, "alpha", 1.0))
+    if len(operands) > 2 and node.inputs[2] is not None:
+        reach += max(map(abs, operands[2])) * abs(op.attr(node, "beta", 1.0))
+    return (-reach, reach) if math.isfinite(reach) else _ALL
+
+
+def _of_normalized(op: Op, node: ir.Node, operands: list[Range]) -> Range:
+    """Of n numbers of variance 1 none is beyond the root of n."""
+    x = node.inputs[0]
+    shape = None if x is None else op.shape(x)
+    if shape is None or not operands:
+        return _ALL
+    sizes = [size for size in shape[1:] if isinstance(size, int)]
+    if node.op_type == "LayerNormalization":
+        sizes = [s for s in shape[op.attr(node, "axis", -1) :] if isinstance(s, int)]
+        whole = len(sizes) == len(shape[op.attr(node, "axis", -1) :])
+    else:
+        whole = len(sizes) == len(shape) - 1
+    if not whole:
+        return _ALL
+    scale, shift = [*operands[1:], (0.0, 0.0)][:2]
+    reach = math.sqrt(math.prod(sizes)) * max(map(abs, scale)) * 1.01 + max(map(abs, shift))
+    return (-reach, reach) if math.isfinite(reach) else _ALL
+
+
+def _of_power(op: Op, node: ir.Node, first: Range) -> Range:
+    """Squares, and other even powers."""
+    exponent = 2 if node.op_type == "Mul" else op.scalar(node.inputs[1])
+    if not isinstance(exponent, int | float) or exponent not in (2, 4):
+        return _ALL
+    reach = max(map(abs, first))
+    return 0.0, (reach ** int(exponent) if reach < _SQUARED else math.inf)
 
 
 def _arithmetic(kind: str, operands: list[Range]) -> Range:

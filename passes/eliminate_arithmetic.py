@@ -1,4 +1,4 @@
-"""Drop arithmetic whose result is known: x - x, x * 0, x / x, the logarithm of an exponential.
+"""Drop arithmetic whose result is known: x - x, x * 0, x / x, exp and log, a Softmax of one.
 
 Why: generated code and inlined functions compute them, and everything above them is kept alive.
 Numerics: rounding; a NaN that a caller passes in does not show in what is a constant then.
@@ -8,6 +8,7 @@ of integers, sums and products of such), as infinity - infinity and infinity * 0
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,8 +20,14 @@ from graphopt.passes._noop_values import is_uniform
 from graphopt.passes._ranges import finite, limits
 from graphopt.rewriting import Op, Refuse, Rule, rewrite
 
-_EXPONENT = {ir.DataType.FLOAT: 80.0, ir.DataType.DOUBLE: 700.0, ir.DataType.FLOAT16: 8.0}
+_EXPONENT = {
+    ir.DataType.FLOAT: 80.0,
+    ir.DataType.BFLOAT16: 80.0,
+    ir.DataType.DOUBLE: 700.0,
+    ir.DataType.FLOAT16: 8.0,
+}
 """Of numbers up to this, either sign, the exponential neither overflows nor loses digits."""
+_WRITTEN = 4096  # elements of a result that is stored as it is
 
 
 @dataclass(frozen=True)
@@ -80,7 +87,21 @@ class EliminateArithmetic(RewritePass):
                 raise Refuse("it may be 0")
             return _filled(op, node, 1)
 
-        return same_operands, times_zero, inverse_functions, same_quotient
+        @rewrite.on("Softmax")
+        def only_share(op: Op, node: ir.Node) -> ir.Value | None:
+            """Along an axis of size 1, each share is the whole."""
+            x = node.inputs[0]
+            shape = None if x is None else op.shape(x)
+            if x is None or not shape or ir.constant(x) is not None:
+                return None
+            axis = int(op.attr(node, "axis", -1 if op.opset >= 13 else 1))
+            shared = [shape[axis]] if op.opset >= 13 else list(shape[axis:])
+            if any(size != 1 for size in shared):
+                return None
+            _require(op, x, trusting)
+            return _filled(op, node, 1)
+
+        return same_operands, times_zero, inverse_functions, same_quotient, only_share
 
 
 def _invertible(op: Op, outer: str, source: ir.Value) -> bool:
@@ -105,10 +126,12 @@ def _filled(op: Op, node: ir.Node, number: int) -> ir.Value:
     shape, dtype = op.shape(output), op.dtype(output)
     if shape is None or dtype is None:
         raise Refuse("its shape is unknown")
-    if op.opset < 9:
-        raise Refuse("there is no ConstantOfShape before opset 9")
     element = ir.tensor(np.full(1, number, dtype.numpy()))
     sizes = [size for size in shape if isinstance(size, int)]
+    if op.opset < 9:
+        if len(sizes) < len(shape) or math.prod(sizes) > _WRITTEN:
+            raise Refuse("there is no ConstantOfShape before opset 9")
+        return op.initializer(np.full(sizes, number, dtype.numpy()))
     if len(sizes) == len(shape):
         return op.ConstantOfShape(
             op.initializer(np.asarray(sizes, np.int64), "shape"), value=element

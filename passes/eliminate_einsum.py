@@ -1,4 +1,4 @@
-"""Write an Einsum as the MatMul, Transpose or ReduceSum that it is.
+"""Write an Einsum as the MatMul, Mul, Transpose or ReduceSum that it is.
 
 Why: no other pass knows Einsum, and runtimes prepare its operands anew at every run.
 Numerics: rounding.
@@ -9,6 +9,7 @@ no operand is repeated along what is summed.
 from __future__ import annotations
 
 from graphopt import ir
+from graphopt.passes._views import axes_arguments
 from graphopt.rewriting import Op, Refuse, rewrite
 
 _Term = list[str]
@@ -85,9 +86,17 @@ def _product(op: Op, values: list[ir.Value], terms: list[_Term], result: _Term) 
     summed = (first & second) - wanted
     batch = [letter for letter in result if letter in first and letter in second]
     own = [[c for c in result if c in this and c not in batch] for this in (first, second)]
-    if len(summed) != 1 or (first | second) - wanted != summed or not wanted <= first | second:
+    if len(summed) > 1 or (first | second) - wanted != summed or not wanted <= first | second:
         raise Refuse("it is no single product of matrices")
-    _check_sizes(op, values, terms, summed, batch)
+    _check_sizes(op, values, terms, summed)
+    if not summed:
+        return _elementwise(op, values, terms, result)
+    if not batch and not own[0] + own[1]:
+        return op.MatMul(*values)
+    if not batch and not (own[0] and own[1]):
+        place = 0 if own[0] else 1
+        value = _arranged(op, values[place], terms[place], [*own[place], *summed])
+        return op.MatMul(value, values[1 - place])
     if own[0] and own[1] and result.index(own[0][-1]) > result.index(own[1][-1]):
         values, terms, own = values[::-1], terms[::-1], own[::-1]
     rows, columns = own
@@ -98,12 +107,30 @@ def _product(op: Op, values: list[ir.Value], terms: list[_Term], result: _Term) 
     return _arranged(op, op.MatMul(left, right), [*batch, *rows, *columns], result)
 
 
-def _check_sizes(
-    op: Op, values: list[ir.Value], terms: list[_Term], summed: set[str], batch: list[str]
-) -> None:
-    """Refuse where an axis of size 1 may be repeated, or the equation does not fit the operands."""
+def _elementwise(op: Op, values: list[ir.Value], terms: list[_Term], result: _Term) -> ir.Value:
+    """Nothing is summed: a product of operands with axes of size 1 for the letters they lack."""
+    operands: list[ir.Value] = []
+    for value, term in zip(values, terms, strict=True):
+        kept = [letter for letter in result if letter in term]
+        arranged = _arranged(op, value, term, kept)
+        missing = [axis for axis, letter in enumerate(result) if letter not in term]
+        if missing and set(result[: len(missing)]) & set(term):
+            more, attributes = axes_arguments(op, missing)
+            arranged = op.Unsqueeze(arranged, *more, **attributes)
+        operands.append(arranged)
+    return op.Mul(*operands)
+
+
+def _check_sizes(op: Op, values: list[ir.Value], terms: list[_Term], summed: set[str]) -> None:
+    """Refuse where an axis of size 1 may be repeated, or the equation does not fit the operands.
+
+    Along batch axes MatMul repeats it too.
+    """
     shapes = [op.shape(value) for value in values]
-    for letter in (*summed, *batch):
+    fits = all(s is None or len(s) == len(t) for s, t in zip(shapes, terms, strict=True))
+    if not fits or any(shape is None for shape in shapes):
+        raise Refuse("the equation does not fit the ranks of the operands")
+    for letter in summed:
         sizes = [
             None if shape is None or len(shape) != len(term) else shape[term.index(letter)]
             for shape, term in zip(shapes, terms, strict=True)

@@ -14,6 +14,7 @@ import numpy as np
 
 from graphopt import ir
 from graphopt.dims import DimLike, broadcast
+from graphopt.passes._chains import chain_above, replayed
 from graphopt.passes._layout import BROADCASTING
 from graphopt.rewriting import Op, rewrite
 
@@ -32,11 +33,12 @@ def eliminate_expand(op: Op, node: ir.Node) -> ir.Value | None:
     if wanted is None:
         return None
     for index, value in enumerate(node.inputs):
-        source = None if value is None else _repeated(op, value)
-        if source is None:
+        found = chain_above(op, value)
+        source = None if found is None else _repeated(op, found[1])
+        if source is None or found is None or (found[0] and op.uses(found[1]) != 1):
             continue
         inputs = list(node.inputs)
-        inputs[index] = source
+        inputs[index] = replayed(op, found[0], source)
         if _together(op, inputs) == wanted:
             return op.build(node.op_type, inputs, node.attributes)[0]
     return None

@@ -1,4 +1,4 @@
-"""Take Neg, Not and simple powers into the operators around them, or write them more cheaply.
+"""Take Neg, Not, Abs and simple powers into the operators around them, or write them cheaper.
 
 Why: a kernel goes, or a power, which takes ten times as long, becomes a product.
 Numerics: exact, up to the sign of zeros.
@@ -12,6 +12,13 @@ import numpy as np
 from graphopt import ir
 from graphopt.rewriting import Op, Refuse, rewrite
 
+_OPPOSITES = {
+    "Less": "GreaterOrEqual",
+    "LessOrEqual": "Greater",
+    "Greater": "LessOrEqual",
+    "GreaterOrEqual": "Less",
+}
+_COMPARED = (ir.DataType.INT32, ir.DataType.INT64)
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16)
 
 
@@ -51,6 +58,90 @@ def negated_factor(op: Op, node: ir.Node) -> ir.Value | None:
             continue
         inputs: list[ir.Value] = [source, op.initializer(np.negative(array.astype(array.dtype)))]
         return op.build(node.op_type, inputs if index == 0 else inputs[::-1])[0]
+    return None
+
+
+@rewrite.on("Neg")
+def negated_difference(op: Op, node: ir.Node) -> ir.Value | None:
+    """-(a - b) is b - a; -(x c) and -(x / c) take the sign into the constant."""
+    value = node.inputs[0]
+    for kind in ("Sub", "Mul", "Div"):
+        if op.opset < 7 or value is None or _inner(op, value, kind) is None:
+            continue
+        inner = value.producer()
+        first, second = (None, None) if inner is None else inner.inputs
+        if kind == "Sub":
+            return op.Sub(second, first)
+        for index, operand in enumerate((first, second)):
+            array = op.const(operand)
+            if array is not None and array.dtype.kind == "f" and not _taken_up(node):
+                inputs: list[ir.Value | None] = [first, second]
+                inputs[index] = op.initializer(np.negative(array))
+                return op.build(kind, inputs)[0]
+    return None
+
+
+def _taken_up(node: ir.Node) -> bool:
+    """Whether the sign goes anyway: into a sum, or with that of another factor."""
+    return any(
+        user.op_type in ("Add", "Sub")
+        or any(
+            (maker := value.producer()) is not None and maker is not node and maker.op_type == "Neg"
+            for value in user.inputs
+            if value is not None
+        )
+        for user in node.outputs[0].consumers()
+    )
+
+
+@rewrite.on("Abs", "Cos", "Cosh")
+def even_function(op: Op, node: ir.Node) -> ir.Value | None:
+    """The sign of x does not matter to |x|, cos(x) and cosh(x)."""
+    value = node.inputs[0]
+    source = _inner(op, value, "Neg")
+    if source is None and node.op_type != "Abs":
+        source = _inner(op, value, "Abs")
+    return None if source is None else op.build(node.op_type, [source])[0]
+
+
+@rewrite.on("Mul")
+def squared_sign(op: Op, node: ir.Node) -> ir.Value | None:
+    """|x| |x| is x x."""
+    value = node.inputs[0]
+    maker = None if value is None else value.producer()
+    if value is None or maker is None or value is not node.inputs[1] or op.uses(value) != 2:
+        return None
+    if maker.op_type not in ("Abs", "Neg") or maker.domain:
+        return None
+    return op.Mul(maker.inputs[0], maker.inputs[0])
+
+
+@rewrite.on("Not")
+def negated_comparison(op: Op, node: ir.Node) -> ir.Value | None:
+    """Not a < b is a >= b for integers; a NaN is neither."""
+    value = node.inputs[0]
+    for kind, other in _OPPOSITES.items():
+        inner = None if _inner(op, value, kind) is None or value is None else value.producer()
+        if inner is None or inner.inputs[0] is None or op.opset < 12:
+            continue
+        dtype = op.dtype(inner.inputs[0])
+        return op.build(other, inner.inputs)[0] if dtype in _COMPARED else None
+    return None
+
+
+@rewrite.on("Or")
+def comparison_or_equal(op: Op, node: ir.Node) -> ir.Value | None:
+    """a < b or a = b is a <= b."""
+    for first, second in (node.inputs, node.inputs[::-1]):
+        equal = None if second is None or op.uses(second) != 1 else second.producer()
+        if equal is None or equal.op_type != "Equal" or equal.domain or op.opset < 12:
+            continue
+        for kind in ("Less", "Greater"):
+            if first is None or _inner(op, first, kind) is None:
+                continue
+            strict = first.producer()
+            if strict is not None and {*strict.inputs} == {*equal.inputs}:
+                return op.build(f"{kind}OrEqual", strict.inputs)[0]
     return None
 
 

@@ -69,11 +69,24 @@ def concat_of_list(op: Op, node: ir.Node) -> ir.Value | None:
     """The elements side by side, or stacked along a new axis."""
     elements, axis = _elements(op, node.inputs[0]), op.attr(node, "axis")
     if not elements:
-        return None
+        return _unsplit(op, node)
     if op.attr(node, "new_axis", 0):
         more, attributes = axes_arguments(op, [axis])
         elements = [op.Unsqueeze(element, *more, **attributes) for element in elements]
     return op.Concat(*elements, axis=axis)
+
+
+def _unsplit(op: Op, node: ir.Node) -> ir.Value | None:
+    """What a SplitToSequence cuts along the axis along which a node puts it together again."""
+    made = None if node.inputs[0] is None else node.inputs[0].producer()
+    if made is None or made.op_type != "SplitToSequence" or made.domain or made.inputs[0] is None:
+        return None
+    rank, stacked = op.rank(made.inputs[0]), bool(op.attr(node, "new_axis", 0))
+    dropped = len(made.inputs) < 2 and not op.attr(made, "keepdims", 1)
+    if rank is None or stacked != dropped:
+        return None
+    axes = [int(op.attr(n, "axis", 0)) % rank for n in (made, node)]
+    return made.inputs[0] if axes[0] == axes[1] else None
 
 
 @rewrite.on("SplitToSequence")

@@ -20,6 +20,7 @@ from graphopt.passes._linear import (
     floats,
     input_channels,
     linear_producer,
+    narrowed,
     prescaled,
     rescaled,
 )
@@ -48,6 +49,51 @@ def fuse_conv_affine(op: Op, node: ir.Node) -> ir.Value | None:
             return None
         return rescaled(op, producer, *factors)
     return None
+
+
+@rewrite.on("Neg")
+def fuse_conv_negation(op: Op, node: ir.Node) -> ir.Value | None:
+    """Fold a change of sign into the linear operator before it."""
+    producer = linear_producer(op, node.inputs[0])
+    count = None if producer is None else channels(op, producer)
+    if producer is None or count is None or floats(op, producer.inputs[1]) is None:
+        return None
+    return rescaled(op, producer, np.full(count, -1.0), None)
+
+
+@rewrite.on("Mul", "Div")
+def fuse_layer_scale(op: Op, node: ir.Node) -> ir.Value | None:
+    """Fold a scale of each column into the product of matrices before an addition."""
+    for index in (0, 1)[: 2 if node.op_type == "Mul" else 1]:
+        total, operand = node.inputs[index], floats(op, node.inputs[1 - index])
+        addition = None if total is None else total.producer()
+        if total is None or operand is None or addition is None or addition.op_type != "Add":
+            continue
+        if addition.domain or op.uses(total) != 1 or operand.size == 1:
+            continue
+        for place in (0, 1):
+            product = linear_producer(op, addition.inputs[place])
+            shift = floats(op, addition.inputs[1 - place])
+            if product is None or product.op_type != "MatMul" or shift is None:
+                continue
+            axis, count, rank = channel_axis(op, product), channels(op, product), op.rank(total)
+            if axis is None or count is None or rank is None:
+                return None
+            if rank != op.rank(product.outputs[0]):
+                return None
+            each = along(operand, rank, axis, count)
+            if each is None or along(shift, rank, axis, count) is None:
+                return None
+            scale = each if node.op_type == "Mul" else _inverse(each)
+            scaled = narrowed(shift.reshape(-1) * scale, op.dtype(total))
+            return op.Add(rescaled(op, product, scale, None), op.initializer(scaled))
+    return None
+
+
+def _inverse(values: Floats) -> Floats:
+    if np.any(values == 0):
+        raise Refuse("it divides by zero")
+    return 1 / values
 
 
 @rewrite.on(*sorted(LINEAR))
@@ -128,6 +174,4 @@ def _factors(
         return (np.full(values.shape, -1.0), values) if swapped else (None, -values)
     if swapped:
         return None
-    if np.any(values == 0):
-        raise Refuse("it divides by zero")
-    return 1 / values, None
+    return _inverse(values), None

@@ -73,6 +73,27 @@ def fuse_transpose_gemm(op: Op, node: ir.Node) -> ir.Value | None:
     return op.build("Gemm", inputs, attributes)[0]
 
 
+@rewrite.on("Transpose")
+def fuse_product_transpose(op: Op, node: ir.Node) -> ir.Value | None:
+    """A product of matrices that is then transposed is the product the other way round."""
+    value = node.inputs[0]
+    product = None if value is None else value.producer()
+    if value is None or product is None or op.uses(value) != 1 or product.domain or op.opset < 11:
+        return None
+    if product.op_type not in ("MatMul", "Gemm") or permutation(op, node) != [1, 0]:
+        return None
+    if any(v is None or op.rank(v) != 2 for v in product.inputs[:2]):
+        return None
+    if op.dtype(value) not in _GEMM_TYPES or len(product.inputs) > 2:
+        return None
+    turned = [1 - op.attr(product, name, 0) for name in ("transB", "transA")]
+    attributes = {
+        name: value for name, value in zip(("transA", "transB"), turned, strict=True) if value
+    }
+    scale = {"alpha": op.attr(product, "alpha", 1.0)} if product.op_type == "Gemm" else {}
+    return op.build("Gemm", product.inputs[1::-1], {**attributes, **scale})[0]
+
+
 @rewrite.on("MatMul")
 def fuse_transpose_matmul(op: Op, node: ir.Node) -> ir.Value | None:
     """A MatMul of matrices, one of which only it reads transposed, is a Gemm."""

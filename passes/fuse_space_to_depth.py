@@ -35,20 +35,49 @@ def fuse_space_to_depth(op: Op, node: ir.Node) -> ir.Value | None:
     if found is None or weights is None or floats(op, node.inputs[1]) is None:
         return None
     source, block, offsets = found
+    order = _order(op, source, block, offsets)
+    if order is None:
+        return None
+    moved = op.initializer(np.ascontiguousarray(weights[:, order]), "weight")
+    packed = op.SpaceToDepth(source, blocksize=block)
+    return op.build("Conv", [packed, moved, *node.inputs[2:]], node.attributes)[0]
+
+
+@rewrite.on("Concat", benefit=-1)
+def pack_slices(op: Op, node: ir.Node) -> ir.Value | None:
+    """The same where no Conv takes up the order of the channels: a Gather does."""
+    users = node.outputs[0].consumers()
+    found = _offsets(op, node) if op.attr(node, "axis") == 1 else None
+    if found is None or (len(users) == 1 and users[0].op_type == "Conv"):
+        return None
+    source, block, offsets = found
+    order = _order(op, source, block, offsets)
+    if order is None:
+        return None
+    packed = op.SpaceToDepth(source, blocksize=block)
+    if order == sorted(order):
+        return packed
+    back = np.argsort(np.asarray(order, np.int64)).astype(np.int64)
+    return op.Gather(packed, op.initializer(back), axis=1)
+
+
+def _order(
+    op: Op, source: ir.Value, block: int, offsets: list[tuple[int, int]]
+) -> list[int] | None:
+    """Where in the Concat each channel of SpaceToDepth is; None where sizes do not fit.
+
+    SpaceToDepth's channel (i * block + j) * channels + c is what the Concat has at offset (i, j).
+    """
     shape = op.shape(source)
     if shape is None or not isinstance(shape[1], int) or not _divisible(shape[2:], block):
         return None
     channels = shape[1]
-    # SpaceToDepth's channel (i * block + j) * channels + c is what the Concat has at offset (i, j).
-    order = [
+    return [
         offsets.index((i, j)) * channels + c
         for i in range(block)
         for j in range(block)
         for c in range(channels)
     ]
-    moved = op.initializer(np.ascontiguousarray(weights[:, order]), "weight")
-    packed = op.SpaceToDepth(source, blocksize=block)
-    return op.build("Conv", [packed, moved, *node.inputs[2:]], node.attributes)[0]
 
 
 @rewrite.on("Reshape", benefit=3)
@@ -72,8 +101,10 @@ def fuse_depth_to_space(op: Op, node: ir.Node) -> ir.Value | None:
         depth = before[1] // (block * block)
         inner = (depth, block, block) if mode == "CRD" else (block, block, depth)
         wanted = (before[0], depth, before[2] * block, before[3] * block)
-        if op.opset >= 11 and parts[1:] == (*inner, *before[2:]) and after == wanted:
-            return op.DepthToSpace(x, blocksize=block, mode=mode)
+        if parts[1:] == (*inner, *before[2:]) and after == wanted:
+            if op.opset >= 11:
+                return op.DepthToSpace(x, blocksize=block, mode=mode)
+            return op.DepthToSpace(x, blocksize=block) if mode == "DCR" else None
     if perm == [0, 3, 5, 1, 2, 4] and isinstance(parts[3], int):
         block = parts[3]
         gathered = (before[0], before[1] * block * block, parts[2], parts[4])

@@ -1,4 +1,4 @@
-"""Merge parallel convolutions that are added into one convolution.
+"""Merge parallel convolutions, or products with matrices, that are added into one.
 
 Why: re-parameterised networks (RepVGG, MobileOne) are exported with the branches that they were
 trained with: 3x3, 1x1 and the identity; one kernel computes their sum.
@@ -8,6 +8,7 @@ Needs: constant weights, equal strides and groups, the smaller window within the
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,9 @@ import numpy as np
 from graphopt import ir
 from graphopt.passes._linear import Floats, batchnorm_factors, floats, narrowed
 from graphopt.rewriting import Op, rewrite
+
+_TYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE)
+_MOST = 8  # operands of a Sum
 
 
 @dataclass(frozen=True)
@@ -34,11 +38,13 @@ class _Branch:
 @rewrite.on("Add", "Sum", benefit=4)
 def merge_branches(op: Op, node: ir.Node) -> ir.Value | None:
     """conv(x) + conv(x), conv(x) + x, conv(x) + batchnorm(x)."""
-    if len(node.inputs) != 2 or op.dtype(node.outputs[0]) != ir.DataType.FLOAT:
+    if op.dtype(node.outputs[0]) not in _TYPES or len(node.inputs) > _MOST:
         return None
-    for first, second in (node.inputs, node.inputs[::-1]):
+    for first, second in itertools.permutations(node.inputs, 2):
+        if first is None or second is None or first is second:
+            continue
         wide = _convolution(op, first)
-        if wide is None or first is None or second is None:
+        if wide is None:
             continue
         narrow = _convolution(op, second) or _identity(op, second, wide)
         if narrow is None or narrow.x is not wide.x or op.shape(first) != op.shape(second):
@@ -51,8 +57,41 @@ def merge_branches(op: Op, node: ir.Node) -> ir.Value | None:
         inputs: list[Any] = [wide.x, op.initializer(narrowed(weights, dtype), "weight")]
         if biases:
             inputs.append(op.initializer(narrowed(np.sum(biases, axis=0), dtype), "bias"))
-        return op.build("Conv", inputs, wide.node.attributes)[0]
+        both = op.build("Conv", inputs, wide.node.attributes)[0]
+        rest = [v for v in node.inputs if v is not first and v is not second]
+        return op.Sum(both, *rest) if rest else both
     return None
+
+
+@rewrite.on("Add", benefit=4)
+def merge_products(op: Op, node: ir.Node) -> ir.Value | None:
+    """x A + x B is x (A + B), and x A + x is x (A + I)."""
+    first, second = node.inputs
+    if first is None or second is None or first is second:
+        return None
+    left, right = _product(op, first), _product(op, second)
+    if left is None and right is None:
+        return None
+    x, weights = left or right or (None, None)
+    if x is None or weights is None or op.dtype(x) not in _TYPES or op.rank(x) in (None, 1):
+        return None
+    if left is None or right is None:
+        same = second is x if left is not None else first is x
+        other = np.eye(*weights.shape) if same and len({*weights.shape}) == 1 else None
+    else:
+        other = right[1] if right[0] is x else None
+    if other is None or other.shape != weights.shape:
+        return None
+    return op.MatMul(x, op.initializer(narrowed(weights + other, op.dtype(x)), "weight"))
+
+
+def _product(op: Op, value: ir.Value) -> tuple[ir.Value, Floats] | None:
+    """(x, A) of a product x A, with a constant matrix, which nothing else uses."""
+    node = value.producer()
+    if node is None or node.op_type != "MatMul" or node.domain or op.uses(value) != 1:
+        return None
+    x, weights = node.inputs[0], floats(op, node.inputs[1])
+    return None if x is None or weights is None or weights.ndim != 2 else (x, weights)
 
 
 def _convolution(op: Op, value: ir.Value | None) -> _Branch | None:

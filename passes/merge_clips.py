@@ -1,4 +1,4 @@
-"""Merge chains of Relu, Clip, Min and Max with constants into one Clip.
+"""Merge chains of Relu, Clip, Min and Max into one Clip, and drop what binds nothing.
 
 Why: a bound on a bound is one bound; two kernels become one.
 Numerics: exact.
@@ -13,8 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from graphopt import ir
+from graphopt.passes._ranges import limits, never_negative
 from graphopt.rewriting import Op, Refuse, rewrite
 
+_STEPS = 4  # operators above a bound that are asked for their ranges
 _BOUNDING = ("Relu", "Clip", "Min", "Max")
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16)
 
@@ -40,6 +42,9 @@ def merge_clips(op: Op, node: ir.Node) -> ir.Value | None:
     if outer is None:
         return None
     value, bounds = outer
+    low, high = limits(op, value, _STEPS)
+    if bounds.low <= low and high <= bounds.high:
+        return value
     inner = value.producer()
     if inner is None or inner.domain or inner.op_type not in _BOUNDING:
         return None
@@ -53,6 +58,29 @@ def merge_clips(op: Op, node: ir.Node) -> ir.Value | None:
     if op.uses(value) != 1:
         raise Refuse(f"{value.name!r} is used elsewhere")
     return _clip(op, source, total)
+
+
+@rewrite.on("Abs")
+def absolute(op: Op, node: ir.Node) -> ir.Value | None:
+    """The absolute value of what is never negative."""
+    value = node.inputs[0]
+    return value if value is not None and never_negative(op, value) else None
+
+
+@rewrite.on("Max", "Min")
+def more_operands(op: Op, node: ir.Node) -> ir.Value | None:
+    """The largest of the largest is the largest of all."""
+    inputs: list[ir.Value | None] = []
+    for value in node.inputs:
+        inner = None if value is None else value.producer()
+        if value is None or inner is None or inner.op_type != node.op_type or op.opset < 8:
+            inputs.append(value)
+            continue
+        alone = not inner.domain and op.uses(value) == 1
+        inputs += inner.inputs if alone else [value]
+    if len(inputs) == len(node.inputs):
+        return None
+    return op.build(node.op_type, list(dict.fromkeys(inputs)))[0]
 
 
 @rewrite.on("Max")

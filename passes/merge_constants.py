@@ -13,12 +13,13 @@ import numpy as np
 
 from graphopt import ir
 from graphopt.passes._layout import reduced_axes
-from graphopt.passes._linear import narrowed
+from graphopt.passes._linear import Floats, narrowed
 from graphopt.rewriting import Op, Refuse, rewrite
 
 _CANCELLED = 2.0**-12
 """x + 2^23 - 2^23 rounds x to a whole number: constants that all but cancel are left alone."""
 
+_LONGEST = 16
 _SUMS, _PRODUCTS = ("Add", "Sub"), ("Mul", "Div")
 
 
@@ -102,6 +103,83 @@ def _inverse(values: Any, additive: bool) -> Any:
     return None if np.any(values == 0) else 1 / values
 
 
+@rewrite.on(*_SUMS, *_PRODUCTS)
+def merge_affine(op: Op, node: ir.Node) -> ir.Value | None:
+    """((x - a) / b) * c + d is x * s + t."""
+    chain: list[tuple[str, ir.Array, bool]] = []
+    value: ir.Value = node.outputs[0]
+    maker: ir.Node | None = node
+    while maker is not None and not maker.domain and maker.op_type in (*_SUMS, *_PRODUCTS):
+        found = _operand(op, maker)
+        if found is None or len(chain) == _LONGEST or (chain and op.uses(value) != 1):
+            break
+        if maker.op_type == "Div" and found[2]:
+            break
+        chain.append((maker.op_type, *found[1:]))
+        value = found[0]
+        maker = value.producer()
+    dtype = op.dtype(value)
+    if len(chain) < 3 or dtype is None or not dtype.is_floating_point():
+        return None
+    if op.rank(value) is None or op.rank(value) != op.rank(node.outputs[0]):
+        return None
+    scale, shift = _affine(chain)
+    largest = max(constant.size for _, constant, _ in chain)
+    if max(scale.size, shift.size) > largest:
+        raise Refuse("the merged constant would be larger")
+    factor, addend = (op.initializer(narrowed(c, dtype)) for c in (scale, shift))
+    return op.Add(op.Mul(value, factor), addend)
+
+
+def _affine(chain: list[tuple[str, ir.Array, bool]]) -> tuple[Floats, Floats]:
+    """(scale, shift) of operations, the last one first, as one.
+
+    Raises:
+        Refuse: a division by zero, or shifts that all but cancel.
+    """
+    scale, shift, reach = np.ones(()), np.zeros(()), np.zeros(())
+    for op_type, constant, swapped in reversed(chain):
+        number = constant.astype(np.float64)
+        if op_type in _SUMS:
+            sign = -1.0 if op_type == "Sub" and swapped else 1.0
+            added = -number if op_type == "Sub" and not swapped else number
+            scale, shift, reach = scale * sign, shift * sign + added, reach + np.abs(number)
+            continue
+        if op_type == "Div" and np.any(number == 0):
+            raise Refuse("it divides by zero")
+        factor = number if op_type == "Mul" else 1 / number
+        scale, shift, reach = scale * factor, shift * factor, reach * np.abs(factor)
+    if np.any((np.abs(shift) < _CANCELLED * reach) & (reach > 0)):
+        raise Refuse("the constants cancel, which may be meant to round")
+    return scale, shift
+
+
+@rewrite.on("Add", "Mul")
+def gather_constants(op: Op, node: ir.Node) -> ir.Value | None:
+    """(x + a) + (y + b) is (x + y) + (a + b), and products alike."""
+    sides: list[tuple[ir.Value, ir.Value]] = []
+    for value in node.inputs:
+        inner = None if value is None else value.producer()
+        if value is None or inner is None or inner.domain or inner.op_type != node.op_type:
+            return None
+        constants = [v for v in inner.inputs if v is not None and op.scalar(v) is not None]
+        others = [v for v in inner.inputs if v is not None and op.scalar(v) is None]
+        if op.uses(value) != 1 or len(constants) != 1 or len(others) != 1:
+            return None
+        if op.rank(others[0]) is None or op.rank(others[0]) != op.rank(value):
+            return None
+        sides.append((others[0], constants[0]))
+    dtype = op.dtype(node.outputs[0])
+    if len(sides) != 2 or dtype is None or not dtype.is_floating_point():
+        return None
+    a, b = (np.asarray(op.scalar(constant), np.float64) for _, constant in sides)
+    total = a + b if node.op_type == "Add" else a * b
+    if node.op_type == "Add" and abs(total) < _CANCELLED * max(abs(a), abs(b)):
+        raise Refuse("the constants cancel, which may be meant to round")
+    both = op.build(node.op_type, [side[0] for side in sides])[0]
+    return op.build(node.op_type, [both, op.initializer(narrowed(total, dtype))])[0]
+
+
 @rewrite.on("Mul", benefit=2)
 def divide_once(op: Op, node: ir.Node) -> ir.Value | None:
     """x * (1 / y) is x / y."""
@@ -124,6 +202,19 @@ def divide_once(op: Op, node: ir.Node) -> ir.Value | None:
         if dtype is not None and dtype.is_floating_point() and ir.constant(value) is None:
             return op.Div(value, divisor)
     return None
+
+
+@rewrite.on("Div", benefit=2)
+def multiply_once(op: Op, node: ir.Node) -> ir.Value | None:
+    """x / (1 / y) is x y."""
+    value, quotient = node.inputs
+    inverse = None if quotient is None else quotient.producer()
+    if value is None or quotient is None or inverse is None or op.uses(quotient) != 1:
+        return None
+    dtype = op.dtype(value)
+    if inverse.op_type != "Reciprocal" or inverse.domain or dtype is None:
+        return None
+    return op.Mul(value, inverse.inputs[0]) if dtype.is_floating_point() else None
 
 
 @rewrite.on("Mul", "Div")

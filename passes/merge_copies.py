@@ -12,7 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from graphopt import ir
-from graphopt.passes._slices import Span, sliced, spans
+from graphopt.dims import DimLike
+from graphopt.passes._slices import END, Span, sliced, spans
 from graphopt.rewriting import Op, rewrite
 
 
@@ -30,22 +31,68 @@ def pad_padded(op: Op, node: ir.Node) -> ir.Value | None:
     """Constant borders of the same number around borders."""
     inner = _same_kind(op, node)
     found = [_borders(op, n) for n in (inner, node) if n is not None]
-    if inner is None or op.opset < 11 or len(found) < 2 or found[0] is None or found[1] is None:
+    if inner is None or len(found) < 2 or found[0] is None or found[1] is None:
         return None
     (first, number), (second, other) = found[0], found[1]
     if number != other or len(first) != len(second) or min(*first, *second) < 0:
         return None
     total = [a + b for a, b in zip(first, second, strict=True)]
+    if op.opset < 11:
+        return op.build("Pad", inner.inputs[:1], {**node.attributes, "pads": total})[0]
     return op.Pad(inner.inputs[0], total, *inner.inputs[2:3])
 
 
 def _borders(op: Op, node: ir.Node) -> tuple[list[int], object] | None:
+    if op.opset < 11:
+        amounts = op.attr(node, "pads")
+        plain = op.attr(node, "mode", "constant") == "constant"
+        return (list(amounts), op.attr(node, "value", 0.0)) if amounts and plain else None
     pads = op.const(node.inputs[1]) if len(node.inputs) > 1 else None
     number = node.inputs[2] if len(node.inputs) > 2 else None
     value = 0 if number is None else op.scalar(number)
     if pads is None or value is None or op.attr(node, "mode", "constant") != "constant":
         return None
     return None if len(node.inputs) > 3 and node.inputs[3] is not None else (pads.tolist(), value)
+
+
+@rewrite.on("Slice")
+def slice_padded(op: Op, node: ir.Node) -> ir.Value | None:
+    """A part of a padded tensor that has nothing of the borders is a part of the tensor."""
+    value, taken = node.inputs[0], spans(op, node)
+    pad = None if value is None else value.producer()
+    if value is None or taken is None or pad is None or pad.op_type != "Pad" or pad.domain:
+        return None
+    source, found = pad.inputs[0], _borders(op, pad)
+    before = None if source is None else op.shape(source)
+    if source is None or found is None or before is None or min(found[0]) < 0:
+        return None
+    rest = dict(taken)
+    for axis, size in enumerate(before):
+        low, high = found[0][axis], found[0][len(before) + axis]
+        if not low and not high:
+            continue
+        inside = _inside(taken.get(axis), size, low, high)
+        if inside is None:
+            return None
+        rest[axis] = inside
+        if inside == Span(0, END, 1):
+            del rest[axis]
+    return sliced(op, source, rest) if rest else source
+
+
+def _inside(span: Span | None, size: DimLike, low: int, high: int) -> Span | None:
+    """What a Slice of a padded axis takes of the axis itself; None where it takes its borders."""
+    if span is None or span.step != 1:
+        return None
+    if not isinstance(size, int):
+        to_end = span.end >= END // 2 if not high else span.end == -high
+        return Span(0, END, 1) if span.start == low and to_end else None
+    found = span.resolved(low + size + high)
+    if found is None or not low <= found.start < found.end <= low + size:
+        return None
+    if (found.start, found.end) == (low, low + size):
+        return Span(0, END, 1)
+    return Span(found.start - low, found.end - low, 1)
 
 
 @rewrite.on("Tile")
@@ -152,3 +199,18 @@ def scatter_over_all(op: Op, node: ir.Node) -> ir.Value | None:
     grid = np.moveaxis(np.indices(sizes), 0, -1)
     found = places.astype(np.int64)
     return updates if np.array_equal(np.where(found < 0, found + sizes, found), grid) else None
+
+
+@rewrite.on("ScatterElements", "Scatter")
+def scatter_elements_over_all(op: Op, node: ir.Node) -> ir.Value | None:
+    """Updates of every element along an axis, in order, are the result."""
+    data, indices, updates = node.inputs
+    places = op.const(indices)
+    if data is None or updates is None or places is None or not places.ndim:
+        return None
+    if op.attr(node, "reduction", "none") != "none" or op.shape(data) != places.shape:
+        return None
+    axis = int(op.attr(node, "axis", 0)) % places.ndim
+    size = places.shape[axis]
+    order = np.moveaxis(np.indices(places.shape), 0, -1)[..., axis]
+    return updates if np.array_equal(places.astype(np.int64) % size, order) else None

@@ -1,4 +1,4 @@
-"""Merge gathers of single elements that share a tensor out along one axis into a Split.
+"""Merge gathers of single elements into a Split, and gathers and slices of gathers into one.
 
 Why: each Gather is a kernel and a copy; exporters write `x[:, i:i + 1]` as one.
 Numerics: exact.
@@ -14,7 +14,7 @@ import numpy as np
 
 from graphopt import ir
 from graphopt.passes._layout import BROADCASTING, UNARY
-from graphopt.passes._slices import Span, sliced, split
+from graphopt.passes._slices import Span, sliced, spans, split
 from graphopt.passes._views import axes_arguments
 from graphopt.rewriting import Op, rewrite
 
@@ -31,6 +31,47 @@ def gather_unsqueeze(op: Op, node: ir.Node) -> ir.Value | None:
         return None
     source = gather.inputs[0]
     return None if source is None else op.Gather(source, [found[1]], axis=found[0])
+
+
+@rewrite.on("Gather")
+def gather_only_element(op: Op, node: ir.Node) -> ir.Value | None:
+    """The only element of an axis is what is left without the axis."""
+    value, found = node.inputs[0], _place(op, node)
+    if value is None or found is None or found[2] or op.values(value) is not None:
+        return None
+    if (op.shape(value) or ())[found[0]] != 1:
+        return None
+    more, attributes = axes_arguments(op, [found[0]])
+    return op.Squeeze(value, *more, **attributes)
+
+
+@rewrite.on("Gather", "Slice", benefit=2)
+def part_of_gathered(op: Op, node: ir.Node) -> ir.Value | None:
+    """Some of the elements that a Gather took are gathered at once."""
+    value = node.inputs[0]
+    inner = None if value is None else value.producer()
+    if value is None or inner is None or inner.op_type != "Gather" or inner.domain:
+        return None
+    source, places, rank = inner.inputs[0], op.const(inner.inputs[1]), op.rank(value)
+    if source is None or places is None or places.ndim != 1 or rank is None or op.uses(value) != 1:
+        return None
+    axis = int(op.attr(inner, "axis", 0)) % rank
+    if node.op_type == "Gather":
+        indices = op.const(node.inputs[1])
+        if indices is None or int(op.attr(node, "axis", 0)) % rank != axis or not indices.size:
+            return None
+        wanted, count = indices.astype(np.int64), len(places)
+        if int(wanted.min()) < -count or int(wanted.max()) >= count:
+            return None
+        return op.Gather(source, op.initializer(places[wanted]), axis=axis)
+    taken = spans(op, node)
+    if taken is None or set(taken) != {axis}:
+        return None
+    span = taken[axis].resolved(len(places))
+    if span is None:
+        return None
+    kept = places[span.start : span.end : span.step]
+    return op.Gather(source, op.initializer(kept), axis=axis) if kept.size else None
 
 
 @rewrite.on("Gather")

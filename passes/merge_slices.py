@@ -97,17 +97,46 @@ def _chain(
 
 @rewrite.on("Concat")
 def drop_split_concat(op: Op, node: ir.Node) -> ir.Value | None:
-    """A Concat of all parts of a Split, in order along its axis, is what was split."""
-    first = None if node.inputs[0] is None else node.inputs[0].producer()
-    if first is None or first.op_type != "Split" or first.domain:
-        return None
-    if list(node.inputs) != list(first.outputs) or first.inputs[0] is None:
-        return None
-    rank = op.rank(first.inputs[0])
-    axis, other = op.attr(node, "axis"), op.attr(first, "axis", 0)
-    if axis == other or (rank is not None and axis % rank == other % rank):
-        return first.inputs[0]
+    """All parts of a Split, side by side in order along its axis, are what was split."""
+    inputs = list(node.inputs)
+    for start, value in enumerate(inputs):
+        first = None if value is None else value.producer()
+        if first is None or first.op_type != "Split" or first.domain or first.inputs[0] is None:
+            continue
+        rank, end = op.rank(first.inputs[0]), start + len(first.outputs)
+        axis, other = op.attr(node, "axis"), op.attr(first, "axis", 0)
+        same = axis == other or (rank is not None and axis % rank == other % rank)
+        if not same or inputs[start:end] != list(first.outputs):
+            continue
+        inputs[start:end] = [first.inputs[0]]
+        if len(inputs) == 1:
+            return first.inputs[0]
+        unused = all(op.uses(part) == 1 for part in first.outputs)
+        return op.build("Concat", inputs, node.attributes)[0] if unused else None
     return None
+
+
+@rewrite.on("Split", benefit=2)
+def merge_splits(op: Op, node: ir.Node) -> dict[ir.Value, ir.Value] | None:
+    """A Split of a part of a Split along the same axis."""
+    value = node.inputs[0]
+    outer = None if value is None else value.producer()
+    if value is None or outer is None or outer.op_type != "Split" or outer.domain:
+        return None
+    source, rank = outer.inputs[0], op.rank(value)
+    if source is None or rank is None or op.uses(value) != 1 or outer.graph is not node.graph:
+        return None
+    axis = int(op.attr(outer, "axis", 0)) % rank
+    if axis != int(op.attr(node, "axis", 0)) % rank:
+        return None
+    parts: list[ir.Value] = []
+    for part in outer.outputs:
+        parts += node.outputs if part is value else [part]
+    shapes = [op.shape(part) for part in parts]
+    sizes = [size for s in shapes if s is not None and isinstance(size := s[axis], int)]
+    if len(sizes) < len(parts):
+        return None
+    return dict(zip(parts, split(op, source, axis, sizes), strict=True))
 
 
 @rewrite.on("Concat")

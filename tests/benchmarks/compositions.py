@@ -226,6 +226,8 @@ def check(subject: Subject, pipeline: Pipeline) -> str:
     """What is wrong with a pipeline's result on a subject; nothing where it is right."""
     try:
         result, changed = pipeline.run(subject.model)
+    except InputError as error:  # a pass that works on samples
+        return "" if "needs data" in str(error) else f"crashed: {error}"
     except Exception as error:  # noqa: BLE001 - whatever it is, it is what is looked for
         return f"crashed: {type(error).__name__}: {error}"
     if not changed:
