@@ -9,7 +9,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from graphopt.backends import _tvm_link
+from graphopt.backends import _tvm_link, _tvm_statements
 from graphopt.backends._tvm_executable import ERRORS, LIBRARY, NOTES, last_line
 from graphopt.backends._tvm_import import import_model
 from graphopt.backends._tvm_kernels import Kernels
@@ -50,7 +50,7 @@ def compile_model(model: ir.Model, target: Target, options: Options, folder: Pat
             lowered, log = _lower_for_gpu(module, aim), Log()
         else:
             lowered, log = lower(module, aim, machine, kernels)
-        executable = tvm.compile(lowered, aim)
+        executable = generate(lowered, aim)
         _export(executable, folder / LIBRARY, target.arch if target.device == "cpu" else "x86_64")
     except ERRORS as error:
         raise GraphoptError(f"tvm: {type(error).__name__}: {last_line(error)}") from error
@@ -79,6 +79,12 @@ def lower(module: Any, aim: Any, machine: Machine, kernels: Kernels) -> tuple[An
             ]
         )(module)
         return schedule_all(module, machine)
+
+
+def generate(lowered: Any, aim: Any) -> Any:
+    """Code for scheduled kernels."""
+    _tvm_statements.register()
+    return tvm.compile(lowered, aim, tir_pipeline=_tvm_statements.PIPELINE)
 
 
 def _lower_for_gpu(module: Any, aim: Any) -> Any:

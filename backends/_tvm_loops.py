@@ -14,7 +14,7 @@ from typing import Any
 from graphopt.backends._tvm_indices import number
 from graphopt.backends._tvm_tiles import Registers
 
-_PARALLEL_ELEMENTS = 16384
+PARALLEL_ELEMENTS = 16384
 """Fewer are done before another thread has woken up."""
 _LONG_SUM = 2048
 _SPATIAL = 0
@@ -27,6 +27,11 @@ class Machine:
 
     registers: Registers
     threads: int
+
+
+def children(schedule: Any) -> list[Any]:
+    """The blocks of a function, in order."""
+    return list(schedule.get_child_blocks(schedule.get_sblock("root")))
 
 
 def kinds(schedule: Any, block: Any) -> list[int]:
@@ -97,7 +102,7 @@ def elementwise(schedule: Any, block: Any, machine: Machine) -> None:
         outer = [*outer, rest]
     elif len(loops) == 1:
         outer = loops
-    if total >= _PARALLEL_ELEMENTS and outer:
+    if total >= PARALLEL_ELEMENTS and outer:
         parallel(schedule, outer, machine.threads)
 
 
@@ -165,7 +170,7 @@ def _across(
     outer, sums = others[: len(spatial)], others[len(spatial) :]
     schedule.reorder(*outer, *sums, lane)
     schedule.vectorize(lane)
-    if outer and rows * extent(schedule, sums[-1]) * lanes >= _PARALLEL_ELEMENTS:
+    if outer and rows * extent(schedule, sums[-1]) * lanes >= PARALLEL_ELEMENTS:
         parallel(schedule, outer, machine.threads)
     schedule.decompose_reduction(partial, sums[0])
     return True
@@ -196,6 +201,6 @@ def _beside(
         schedule.vectorize(lane)
     else:
         schedule.reorder(*outer, *reduced)
-    if work >= _PARALLEL_ELEMENTS:
+    if work >= PARALLEL_ELEMENTS:
         parallel(schedule, outer, machine.threads)
     schedule.decompose_reduction(block, reduced[0])

@@ -15,6 +15,7 @@ from graphopt.backends._tvm_loops import (
     is_static,
     parallel,
 )
+from graphopt.backends._tvm_statements import prefetch
 
 _tirx: Any = importlib.import_module("tvm.tirx")
 
@@ -25,10 +26,10 @@ _BAND = 8
 """Rows of a depthwise convolution's input that are padded at a time."""
 
 
-def multiply(schedule: Any, machine: Machine) -> str:
+def multiply(schedule: Any, machine: Machine) -> tuple[Any, str]:
     """Schedule a function with a block `product`; everything after it is computed with its tiles.
 
-    Returns the kernel's name.
+    Returns the function and the kernel's name.
 
     Raises:
         RuntimeError: a step that TVM refuses.
@@ -51,7 +52,10 @@ def multiply(schedule: Any, machine: Machine) -> str:
     kernel = str(annotations["kernel"])
     schedule.unannotate(product, "kernel")
     _Product(schedule, machine, product, tail[-1], before, notes).run()
-    return kernel
+    function = schedule.mod["main"]
+    if not {"depthwise", "stacked"} & set(notes):
+        function = prefetch(function, f"{PRODUCT}_update")
+    return function, kernel
 
 
 class _Product:

@@ -10,6 +10,7 @@ from graphopt.backends import _tvm_loops as loops
 from graphopt.backends._tvm_executable import last_line
 from graphopt.backends._tvm_loops import Machine
 from graphopt.backends._tvm_products import PRODUCT, multiply
+from graphopt.backends._tvm_rows import row_by_row
 
 tvm: Any = importlib.import_module("tvm")
 _s_tir: Any = importlib.import_module("tvm.s_tir")
@@ -44,19 +45,19 @@ def schedule_all(module: Any, machine: Machine) -> tuple[Any, Log]:
 
 def _one(name: str, function: Any, machine: Machine, log: Log) -> Any:
     reasons: list[str] = []
-    for rule in (_product, _stages):
+    for rule in (_product, _rows, _stages):
         schedule = _s_tir.Schedule(tvm.IRModule({"main": function}))
         try:
-            kernel = rule(schedule, machine)
+            found = rule(schedule, machine)
         except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
             reasons.append(f"{rule.__name__[1:]}: {last_line(error)}")
             continue
-        if kernel is None:
+        if found is None:
             continue
+        scheduled, kernel = found
         log.rules[name] = rule.__name__[1:] + (f" ({'; '.join(reasons)})" if reasons else "")
         if kernel:
             log.kernels[name] = kernel
-        scheduled = schedule.mod["main"]
         if function.attrs:
             scheduled = scheduled.with_attrs(function.attrs)
         return scheduled.with_attr(_DONE, True)
@@ -64,23 +65,24 @@ def _one(name: str, function: Any, machine: Machine, log: Log) -> Any:
     return function
 
 
-def _children(schedule: Any) -> list[Any]:
-    return list(schedule.get_child_blocks(schedule.get_sblock("root")))
-
-
-def _product(schedule: Any, machine: Machine) -> str | None:
-    """The kernel's name; None where there is no product."""
-    names = [str(schedule.get(block).name_hint) for block in _children(schedule)]
+def _product(schedule: Any, machine: Machine) -> tuple[Any, str] | None:
+    """The function and the kernel's name; None where there is no product."""
+    names = [str(schedule.get(block).name_hint) for block in loops.children(schedule)]
     return multiply(schedule, machine) if PRODUCT in names else None
 
 
-def _stages(schedule: Any, machine: Machine) -> str:
+def _rows(schedule: Any, machine: Machine) -> tuple[Any, str] | None:
+    """Reductions along the last axis that follow each other, row by row."""
+    return (schedule.mod["main"], "") if row_by_row(schedule, machine) else None
+
+
+def _stages(schedule: Any, machine: Machine) -> tuple[Any, str]:
     """Every stage by itself, elementwise ones in the place where they are read."""
-    blocks = _children(schedule)
+    blocks = loops.children(schedule)
     loops.inline_all(schedule, blocks[:-1])
-    for block in _children(schedule):
+    for block in loops.children(schedule):
         if loops.is_reduction(schedule, block):
             loops.reduce(schedule, block, machine)
         else:
             loops.elementwise(schedule, block, machine)
-    return ""
+    return schedule.mod["main"], ""

@@ -100,4 +100,5 @@ def _cost(rows: int | None, columns: int, tile: Tile) -> float:
     sums = tile.rows * tile.vectors
     loads = (tile.rows + tile.vectors) / sums
     idle = max(1.0, _IN_FLIGHT / sums)
-    return waste * (max(idle, 0.5 + loads / 2) + 0.15 * loads)
+    # columns come from further away than what is broadcast, each once for all rows
+    return waste * (max(idle, 0.5 + loads / 2) + 0.15 * loads + 0.1 / tile.rows)

@@ -84,7 +84,7 @@ class _Builder:
 
     def __call__(self, kernels: Kernels) -> _Loaded:
         lowered, log = _tvm_compile.lower(self.module, self.aim, self.machine, kernels)
-        machine = _vm.VirtualMachine(tvm.compile(lowered, self.aim), tvm.cpu())
+        machine = _vm.VirtualMachine(_tvm_compile.generate(lowered, self.aim), tvm.cpu())
         return _Loaded(machine, _inputs(self.module), log.kernels)
 
 
