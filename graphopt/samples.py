@@ -215,8 +215,13 @@ def _count(stack: _sources.Rows, rank: int | None) -> int:
 
 
 def _parts(stack: _sources.Rows, rank: int | None, own: int, count: int) -> Iterator[Array]:
-    """The array of each sample; one that belongs to all is repeated."""
-    if own != count or rank is None or not stack.shape:
+    """The array of each sample; one that belongs to all is repeated.
+
+    One that lacks an axis is a sample without that of the batch.
+    """
+    if rank is not None and 0 < len(stack.shape) == rank - 1:
+        yield from itertools.repeat(stack.whole()[None], count)
+    elif own != count or rank is None or not stack.shape:
         yield from itertools.repeat(stack.whole(), count)
     elif len(stack.shape) == rank + 1:
         yield from stack.rows()

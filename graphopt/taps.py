@@ -15,7 +15,7 @@ from graphopt import files, ir
 from graphopt.errors import InputError
 from graphopt.runner import Runner
 
-__all__ = ["MEMORY_LIMIT", "groups", "tap", "tapped"]
+__all__ = ["MEMORY_LIMIT", "groups", "sizes", "tap", "tapped"]
 
 Array = npt.NDArray[Any]
 Feeds = Mapping[str, Array]
@@ -94,24 +94,24 @@ def groups(
     too large by itself is a group of its own.
     """
     names = [v if isinstance(v, str) else v.name or "" for v in values]
-    sizes = _sizes(model, names, feeds)
+    known = sizes(model, names, feeds)
     result: list[list[str]] = []
     room = 0
     for name in names:
-        if sizes[name] > room or not result:
+        if known[name] > room or not result:
             result.append([])
             room = memory_limit
         result[-1].append(name)
-        room -= sizes[name]
+        room -= known[name]
     return result
 
 
-def _sizes(model: ir.Model, names: Sequence[str], feeds: Feeds) -> dict[str, int]:
-    """The bytes of each value, taking elements of at most 4 bytes."""
-    sizes = {name: feeds[name].nbytes for name in names if name in feeds}
-    inner = [name for name in dict.fromkeys(names) if name not in sizes]
+def sizes(model: ir.Model, names: Sequence[str], feeds: Feeds) -> dict[str, int]:
+    """The bytes of each value in a run on `feeds`, taking elements of 4 bytes."""
+    found = {name: feeds[name].nbytes for name in names if name in feeds}
+    inner = [name for name in dict.fromkeys(names) if name not in found]
     if not inner:
-        return sizes
+        return found
     copy = tapped(model, inner)
     outputs = list(copy.graph.outputs)
     counted: list[ir.Value] = []
@@ -126,5 +126,5 @@ def _sizes(model: ir.Model, names: Sequence[str], feeds: Feeds) -> dict[str, int
     runner = Runner(copy)
     results = runner.run({n: f for n, f in feeds.items() if n in runner.inputs})
     for value, count in zip(outputs, counted, strict=True):
-        sizes[value.name or ""] = 4 * int(results[count.name or ""])
-    return sizes
+        found[value.name or ""] = 4 * int(results[count.name or ""])
+    return found

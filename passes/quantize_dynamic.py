@@ -29,7 +29,7 @@ from graphopt.passes.convert_opset import ConvertOpset
 from graphopt.quantizer.constants import drop_unused
 from graphopt.quantizer.grids import Grid
 from graphopt.quantizer.insertion import gptq_integers, weight_axis, weight_range
-from graphopt.quantizer.placement import table_for
+from graphopt.quantizer.placement import check_names, table_for
 
 _SAMPLES = 64
 _ROWS = 64
@@ -50,6 +50,7 @@ class QuantizeDynamic(Pass):
 
     def run(self, context: Context) -> None:
         """Quantize every product that qualifies."""
+        check_names(context.model, self.keep)
         self.insert(context, self.sums(context))
 
     def sums(self, context: Context) -> dict[str, Gram]:

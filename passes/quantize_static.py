@@ -21,7 +21,7 @@ from graphopt.errors import InputError
 from graphopt.pass_manager import Pass
 from graphopt.passes.convert_opset import ConvertOpset
 from graphopt.quantizer.grids import Grid, opset_for, parse_type
-from graphopt.quantizer.placement import Table, table_for
+from graphopt.quantizer.placement import Table, check_names, table_for
 from graphopt.quantizer.ranges import Ranges
 from graphopt.quantizer.static import Static
 
@@ -48,15 +48,19 @@ class QuantizeStatic(Pass):
     """Of weights: nearest, or gptq, which makes up for errors within a layer."""
     keep: tuple[str, ...] = ()
     """Nodes that stay in floats."""
+    wide: tuple[str, ...] = ()
+    """Nodes whose activations have 16 bits, for opset 21."""
 
     def run(self, context: Context) -> None:
         if context.samples is None:
             raise InputError("quantize-static needs data: --data")
         table = self.table(context)
-        raise_opset(context, table)
+        wider = self.wider(context) if self.wide else None
+        raise_opset(context, wider or table)
+        check_names(context.model, (*self.keep, *self.wide))
         base = files.copy(context.model)
-        static = Static(base, table, context.samples, self.how(), self.rounding)
-        static.insert(context, self.keep)
+        static = Static(base, table, context.samples, self.how(), self.rounding, wider=wider)
+        static.insert(context, self.keep, self.wide)
 
     def how(self) -> Ranges:
         """How ranges are chosen."""
@@ -73,6 +77,22 @@ class QuantizeStatic(Pass):
         if changed["activation"].floating or changed["weight"].floating:
             changed["integer_bias"] = False
         return dataclasses.replace(table, **changed)
+
+    def wider(self, context: Context) -> Table:
+        """The table of single operators between activations of 16 bits."""
+        table = self.table(context)
+        signed = table.activation.symmetric
+        kind = ir.DataType.INT16 if signed else ir.DataType.UINT16
+        nothing: frozenset[str] = frozenset()
+        return dataclasses.replace(
+            table,
+            activation=Grid(kind, symmetric=signed),
+            integer_bias=False,
+            outputs=False,
+            residual=False,
+            chained=nothing,
+            moving=nothing,
+        )
 
 
 def raise_opset(context: Context, table: Table) -> None:

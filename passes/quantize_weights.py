@@ -54,6 +54,12 @@ class QuantizeWeights(Pass):
     sequential: bool = True
     """Each layer makes up for the errors of those before it."""
 
+    def nodes(self, context: Context) -> list[ir.Node]:
+        """The linear operators whose weights are rounded."""
+        scheme = Scheme(self.bits, self.symmetric, self.block)
+        chosen = choose(context, scheme, bits=self._bits(), keep=self.keep)
+        return [node for node, _ in (*chosen.linear, *chosen.recurrent)]
+
     def run(self, context: Context) -> None:
         """Round the weights of the main graph, and store them."""
         method = self._method(context)

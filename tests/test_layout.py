@@ -37,7 +37,7 @@ FLOORS = [
     "losses profiles partition splicing rebatching attachments quantizer pruner",
     "passes",
     "backends timing accuracy chain",
-    "optimization quantization pruning compression surgery explanation compilation building "
+    "optimization _ways quantization pruning compression surgery explanation compilation building "
     "selection worker machine measurement bisection differences inspection _foreign "
     "graphsurgeon onnxscript cli __init__ __main__",
 ]

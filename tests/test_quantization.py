@@ -28,17 +28,12 @@ from graphopt.quantizer.scoring import score
 from graphopt.quantizer.sketch import Sketch, Sketches
 from graphopt.samples import open_samples
 from graphopt.shapes import Shapes
-from tests._models import parse
+from tests._models import images, network, normal, parse
 from tests._text import proto
 
 onnx: Any = importlib.import_module("onnx")
 
 Array = npt.NDArray[Any]
-
-
-def normal(size: int, seed: int = 0) -> Array:
-    """Standard normal numbers."""
-    return np.random.default_rng(seed).standard_normal(size).astype(np.float32)
 
 
 def sketch(*parts: Array) -> Sketch:
@@ -47,39 +42,6 @@ def sketch(*parts: Array) -> Sketch:
     for part in parts:
         made.add(part)
     return made
-
-
-def network(channels: int = 16, size: int = 16) -> ir.Model:
-    """Convolutions, bounds, a residual, pools and a classifier, with random weights."""
-    c = channels
-    made: Any = proto(
-        f"""net (float[1,3,{size},{size}] x) => (float[1,10] y)
-        <float lo = {{0.0}}, float hi = {{6.0}}> {{
-        a = Conv <pads = [1, 1, 1, 1]> (x, w1, b1)
-        r = Relu (a)
-        d = Conv <pads = [1, 1, 1, 1], group = {c}> (r, w2)
-        k = Clip (d, lo, hi)
-        e = Conv (k, w3)
-        s = Add (e, r)
-        t = Relu (s)
-        m = MaxPool <kernel_shape = [2, 2], strides = [2, 2]> (t)
-        n = Conv (m, w3)
-        p = GlobalAveragePool (n)
-        f = Flatten (p)
-        y = Gemm <transB = 1> (f, w4, b4) }}"""
-    )
-    shapes = {"w1": (c, 3, 3, 3), "b1": (c,), "w2": (c, 1, 3, 3), "w3": (c, c, 1, 1)}
-    shapes |= {"w4": (10, c), "b4": (10,)}
-    for seed, (name, shape) in enumerate(shapes.items()):
-        scale = np.float32((2 / max(1, int(np.prod(shape[1:])))) ** 0.5)
-        array = normal(int(np.prod(shape)), seed).reshape(shape) * scale
-        made.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
-    return files.load(made)
-
-
-def images(count: int = 24, size: int = 16) -> dict[str, Array]:
-    """Samples for `network`."""
-    return {"x": normal(count * 3 * size * size, 9).reshape(count, 3, size, size)}
 
 
 def test_sketches_merge_by_addition() -> None:

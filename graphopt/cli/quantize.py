@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,12 +39,19 @@ _WORST = 8  # layers that are shown
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="The file to write.")
 @click.option("--target", default="cpu", show_default=True)
 @click.option(
-    "--method", type=click.Choice(["auto", "static", "dynamic"]), default="auto", show_default=True
+    "--method",
+    type=click.Choice(["auto", "static", "dynamic", "weights"]),
+    default="auto",
+    show_default=True,
+    help="Ranges from the samples, ranges of run time, or weights alone.",
 )
 @click.option("--samples", "limit", type=click.IntRange(1), help="Use only the first so many.")
 @click.option("--ranges", help="minmax, average, percentile, entropy, mse or lp.")
 @click.option("--activations", help="A type: uint8, int8, uint16, int16, e4m3, e5m2.")
 @click.option("--weights", help="A type: int8, uint8, int16, int4, e4m3 …")
+@click.option(
+    "--rounding", help="Of weights: nearest or gptq; rtn, mse, hqq, adaround … of few bits."
+)
 @click.option("--placement", help="A table of placements by name instead of the target's.")
 @click.option("--keep", multiple=True, metavar="NODE", help="Leave in floats (repeatable).")
 @click.option(
@@ -56,10 +64,22 @@ _WORST = 8  # layers that are shown
     metavar="FILE.py:FUNCTION",
     help="A figure of outputs and labels, higher is better; the file is executed.",
 )
+@click.option(
+    "--fallback",
+    type=click.Choice(["int16", "float16", "float"]),
+    help="What operators become first where the drop is too large; then floats.",
+)
 @click.option("--max-latency", type=click.FloatRange(0), metavar="MS")
 @click.option("--max-size", type=Size(), metavar="BYTES", help="Of the weights.")
 @click.option("--force", is_flag=True, help="Write the result even if it is not faster.")
 @click.option("--dry-run", is_flag=True, help="Do all of it and write nothing.")
+@click.option(
+    "--report",
+    "page",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE.html",
+    help="A page with layers, ranges on histograms, and sensitivity.",
+)
 @click.option("--overwrite", is_flag=True)
 @click.option("--cache", type=click.Path(file_okay=False, path_type=Path))
 @click.option("--no-cache", is_flag=True, help="Forget what calibration saw.")
@@ -89,14 +109,17 @@ def quantize(model: Path, **options: Any) -> None:
     graphopt quantize model.onnx --data samples.npz -o int8.onnx
     graphopt quantize model.onnx --data photos/ --mean 127.5 --std 127.5 -o int8.onnx
     graphopt quantize model.onnx --data feeds.py:feeds --target arm64 --max-drop 0.01 -o int8.onnx
+    graphopt quantize model.onnx --data samples.npz --method weights --weights uint4 -o small.onnx
+    graphopt quantize model.onnx --data samples.npz -o int8.onnx --report int8.html
     """
     from graphopt import files, quantization
 
     output: Path | None = options["output"]
     if output is None and not options["dry_run"]:
         raise InputError("say where to write the result with -o, or use --dry-run")
-    if output is not None:
-        check_output(output, options["overwrite"])
+    page: Path | None = options["page"]
+    for place in filter(None, (output, page)):
+        check_output(place, options["overwrite"])
     report = quantization.Quantization()
     with limits(options["time_limit"], None), progress(options["quiet"]) as show:
         result = quantization.quantize(
@@ -111,6 +134,8 @@ def quantize(model: Path, **options: Any) -> None:
             max_drop=options["max_drop"],
             max_latency=options["max_latency"],
             max_size=options["max_size"],
+            fallback=options["fallback"] or "",
+            figures=page is not None,
             force=options["force"],
             cache=_cache(options),
             seconds=options["seconds"],
@@ -119,6 +144,8 @@ def quantize(model: Path, **options: Any) -> None:
         )
         if output is not None and not options["dry_run"] and not report.refused:
             files.save(result, output, overwrite=options["overwrite"])
+    if page is not None:
+        write_page(page, report)
     if options["json_to"]:
         write_json(report.to_dict(), options["json_to"])
     if not options["quiet"] and options["json_to"] != "-":
@@ -127,12 +154,37 @@ def quantize(model: Path, **options: Any) -> None:
         raise SystemExit(1)
 
 
+def write_page(path: Path, report: Quantization) -> None:
+    """The report as HTML."""
+    from graphopt import plots
+    from graphopt.quantizer.page import page
+
+    plots.write(path, page(report))
+
+
 def _pass(options: dict[str, Any]) -> Any:
     from graphopt.pass_manager import load_pass
 
-    given = {n: options[n] for n in ("ranges", "activations", "weights", "placement")}
-    chosen = {name: value for name, value in given.items() if value is not None}
-    return load_pass("quantize-static", {**chosen, "keep": tuple(options["keep"])})
+    method, keep = options["method"], {"keep": tuple(options["keep"])}
+    names = ("ranges", "activations", "weights", "placement", "rounding")
+    chosen = {name: options[name] for name in names if options[name] is not None}
+    if method in ("auto", "static"):
+        return load_pass("quantize-static", {**chosen, **keep})
+    if method == "dynamic":
+        _refuse(chosen, {"rounding"}, method)
+        return load_pass("quantize-dynamic", {**chosen, **keep})
+    _refuse(chosen, {"weights", "rounding"}, method)
+    kind = re.fullmatch(r"(u?)int([248])", options["weights"] or "uint4")
+    if kind is None:
+        raise InputError(f"weights are stored as int2, uint2 … uint8, not {options['weights']!r}")
+    how = {"method": options["rounding"] or "", "symmetric": not kind[1], "bits": int(kind[2])}
+    return load_pass("quantize-weights", {**how, **keep})
+
+
+def _refuse(chosen: dict[str, Any], known: set[str], method: str) -> None:
+    unused = sorted(set(chosen) - known)
+    if unused:
+        raise InputError(f"--{unused[0]} is not for --method {method}")
 
 
 def _cache(options: dict[str, Any]) -> Path | None:
@@ -146,7 +198,17 @@ def _cache(options: dict[str, Any]) -> Path | None:
 def _metric(text: str | None) -> Any:
     from graphopt._sources import user_function
 
-    return None if text is None else user_function(text)
+    if text is None:
+        return None
+    function: Any = user_function(text)
+
+    def metric(outputs: Any, labels: Any) -> Any:
+        try:
+            return function(outputs, labels)
+        except Exception as error:
+            raise InputError(f"{text}: fails with {type(error).__name__}: {error}") from error
+
+    return metric
 
 
 def _images(options: dict[str, Any]) -> Images:
@@ -204,7 +266,7 @@ def _show(out: Console, report: Quantization, verbose: bool) -> None:
     out.print(table)
     _show_layers(out, report, verbose)
     if report.kept:
-        out.print(f"in floats to stay within the budget: {', '.join(report.kept)}")
+        out.print(f"{report.rung} to stay within the budget: {', '.join(report.kept)}")
     if report.random:
         out.print("note: calibrated on RANDOM data; figures say nothing about real inputs")
     for note in report.notes:

@@ -7,7 +7,7 @@ worst first, the shortest list whose operators have to stay in floats is found b
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -56,23 +56,24 @@ class Budget:
 
 def rank(
     names: Sequence[str],
-    effect: Callable[[str], float],
+    effects: Callable[[Sequence[str]], Iterable[tuple[str, float]]],
     *,
     saved: Path | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, float]:
     """The noise that each operator brings when it alone is quantized, the largest first.
 
-    With a file `saved`, what was measured is kept there, and not measured again.
+    `effects` measures it, one operator after the other. With a file `saved`, what was measured is
+    kept there, and not measured again.
     """
     known = _read(saved)
-    for index, name in enumerate(names):
-        if name not in known:
-            if progress is not None:
-                progress(f"sensitivity: {index + 1} of {len(names)}")
-            known[name] = effect(name)
-            if saved is not None:
-                _write(saved, known)
+    rest = [name for name in names if name not in known]
+    for name, noise in effects(rest) if rest else ():
+        known[name] = noise
+        if progress is not None:
+            progress(f"sensitivity: {sum(n in known for n in names)} of {len(names)}")
+        if saved is not None:
+            _write(saved, known)
     return dict(sorted(((n, known[n]) for n in names), key=lambda item: (-item[1], item[0])))
 
 

@@ -45,9 +45,14 @@ class Pair:
         """One scale for all of it."""
         return self.scale.size == 1
 
+    @property
+    def limits(self) -> tuple[int, int]:
+        """The lowest and highest integer."""
+        return Grid(self.dtype).limits
+
     def reach(self) -> tuple[float, float]:
         """The lowest and highest value; of a tensor with one scale."""
-        lowest, highest = Grid(self.dtype).limits
+        lowest, highest = self.limits
         scale, zero = float(self.scale.reshape(-1)[0]), float(self.zero.reshape(-1)[0])
         return (lowest - zero) * scale, (highest - zero) * scale
 

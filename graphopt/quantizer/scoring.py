@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from graphopt import ir
+from graphopt.errors import InputError
 from graphopt.runner import Runner
 from graphopt.samples import Samples
 from graphopt.taps import groups, tap
@@ -107,7 +108,7 @@ def score(
 
     The first one may be loaded already, as it is where many are compared with it. The metric is
     `top1` where the samples have labels and none is given. Raises GraphoptError where a model does
-    not run.
+    not run, InputError where the metric is no finite number.
     """
     runners = [
         model if isinstance(model, Runner) else Runner(model, threads=threads, optimize=True)
@@ -132,8 +133,19 @@ def score(
     if compared.rows:
         result.agreement = compared.same / compared.rows
     if figure is not None:
-        result.before, result.after = (float(figure(outputs, labels)) for outputs in kept)
+        result.before, result.after = (_figure(figure(outputs, labels)) for outputs in kept)
     return result
+
+
+def _figure(value: Any) -> float:
+    """What a metric gives, which has to be a number."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"the metric gives {type(value).__name__}, no number") from error
+    if not math.isfinite(number):
+        raise InputError(f"the metric gives {number}")
+    return number
 
 
 def top1(outputs: Sequence[Outputs], labels: Array | None) -> float:

@@ -6,7 +6,7 @@ when a layer stays in floats costs the making of a graph and nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -41,6 +41,8 @@ class Static:
     """Of weights: one of ROUNDINGS."""
     cache: Path | None = None
     progress: Callable[[str], None] | None = None
+    wider: Table | None = None
+    """The table of operators whose activations are to have 16 bits."""
     _sketches: Sketches | None = None
     _grams: dict[str, Gram] | None = None
     _rounded: dict[Rounded, ir.TensorProtocol] = field(
@@ -55,12 +57,27 @@ class Static:
         """What of the model, or of a copy of it, is quantized."""
         return plan(model, shapes, self.table, keep)
 
-    def insert(self, context: Context, keep: Collection[str] = ()) -> bool:
+    @property
+    def sketches(self) -> Mapping[str, Sketch]:
+        """What calibration saw of each tensor, by name."""
+        return self._calibrated().tensors
+
+    def insert(
+        self, context: Context, keep: Collection[str] = (), wide: Collection[str] = ()
+    ) -> bool:
         """Quantize the model of a context, a copy; whether there was anything to quantize.
 
-        Nodes labelled in `keep` stay in floats. Raises InputError for samples that do not fit.
+        Nodes labelled in `keep` stay in floats, those in `wide` follow the wider table. Raises
+        InputError for samples that do not fit.
         """
-        made = self.plan(context.model, context.shapes, keep)
+        done = self._insert(context, self.plan(context.model, context.shapes, {*keep, *wide}))
+        if self.wider is None or not wide:
+            return done
+        others = {ir.label(n) for n in context.model.graph} - set(wide)
+        rest = plan(context.model, context.shapes, self.wider, others)
+        return self._insert(context, rest) or done
+
+    def _insert(self, context: Context, made: Plan) -> bool:
         if not made.linear:
             return False
         ranges = choose(made, self._calibrated(), self.ranges)

@@ -1,0 +1,305 @@
+"""The ways from a float model to a quantized one, each with a choice for every operator.
+
+A way can be gone again and again: with all operators quantized, with one of them, or with those on
+a finer rung that would cost too much. `Ladder` is what remains to be chosen; `climb` chooses.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from glob import escape
+from pathlib import Path
+
+from graphopt import files, ir
+from graphopt.context import Context
+from graphopt.pass_manager import load_pass
+from graphopt.passes.convert_float16 import ConvertFloat16
+from graphopt.passes.quantize_dynamic import QuantizeDynamic
+from graphopt.passes.quantize_static import QuantizeStatic, raise_opset
+from graphopt.passes.quantize_weights import QuantizeWeights
+from graphopt.passes.smooth_activations import SmoothActivations
+from graphopt.quantizer.budget import Budget, rank, search
+from graphopt.quantizer.calibration import fingerprint
+from graphopt.quantizer.histograms import histograms
+from graphopt.quantizer.placement import check_names, plan
+from graphopt.quantizer.ranges import Ranges
+from graphopt.quantizer.report import Quantization
+from graphopt.quantizer.scoring import Metric, score
+from graphopt.quantizer.sensitivity import sensitivity
+from graphopt.quantizer.sketch import Sketch
+from graphopt.quantizer.static import Static
+from graphopt.runner import Runner
+from graphopt.samples import Samples
+from graphopt.shapes import Shapes
+
+Options = QuantizeStatic | QuantizeDynamic | QuantizeWeights
+Rungs = Mapping[str, str]
+"""Operators by label that are not on the lowest rung, and the one that they are on."""
+
+_POOR_DB = 20.0  # below it equalization is tried
+_SCORED = 64  # samples that alternatives are compared on
+_RANGES = (Ranges("minmax"), Ranges("lp", power=3.0), Ranges("mse"))
+"""What is tried where nothing is asked for: what suits depends on how activations are spread."""
+_RANKED = 8  # samples that the sensitivity of operators is measured on
+
+
+@dataclass
+class Ladder:
+    """A way whose choices are left open."""
+
+    floats: ir.Model
+    """What is quantized."""
+    nodes: list[str]
+    """Labels of the operators that can be quantized."""
+    make: Callable[[Rungs], ir.Model]
+    rungs: tuple[str, ...] = ("float",)
+    """What an operator can be instead, from the least to the most exact; the last is `float`."""
+    sketches: Mapping[str, Sketch] = field(default_factory=dict[str, Sketch])
+    """What calibration saw, by tensor."""
+
+
+@dataclass
+class Work:
+    """One call of `quantize`."""
+
+    context: Context
+    """Of the float model."""
+    samples: Samples
+    report: Quantization
+    tell: Callable[[str], None]
+    metric: Metric | None
+    options: Options
+    fallback: str
+    """The rung that operators go to first; empty for the target's."""
+    cache: Path | None
+
+    def smooth(self) -> list[str]:
+        """Move outliers of activations into weights; what was done, as pipeline text.
+
+        It changes nothing that the model computes and costs no time where a normalization or a
+        linear operator takes the scales, so that it is always done. Products whose ranges are
+        found at run time also get a Mul where that halves their noise: it is small beside them.
+        Between integer kernels a Mul would cost more than they gain.
+        """
+        context, keep = self.context, self.options.keep
+        static = self.options if isinstance(self.options, QuantizeStatic) else QuantizeStatic()
+        table = static.table(context)
+        single = SmoothActivations(self.report.method == "dynamic")
+        nodes = QuantizeDynamic(keep=keep).products(context)
+        if not single.dynamic:
+            nodes = list(plan(context.model, context.shapes, table, keep).linear)
+        single = dataclasses.replace(single, multiply=single.dynamic or not table.outputs)
+        return [str(single)] if single.smooth(context, nodes, self.samples, self.tell) else []
+
+    def static(self) -> tuple[Ladder, ir.Model] | None:
+        """The best of the plain result and, where that is poor, of the equalized one.
+
+        None where there is nothing to quantize.
+        """
+        options = self.options if isinstance(self.options, QuantizeStatic) else QuantizeStatic()
+        check_names(self.context.model, (*options.keep, *options.wide))
+        rungs = self._rungs()
+        if "int16" in rungs:
+            raise_opset(self.context, options.wider(self.context))
+        table = options.table(self.context)
+        self.report.placement = table.name
+        raise_opset(self.context, table)
+        chosen = Way("", self.context.model, options)
+        result, noise = self._ranged(chosen)
+        if result is None:
+            return None
+        equalized = self._equalized(options) if noise > 10 ** (-_POOR_DB / 10) else None
+        if equalized is not None:
+            other, less = self._ranged(equalized)
+            if other is not None and less < noise:
+                chosen, result = equalized, other
+        self.report.steps = [*filter(None, [chosen.step]), str(chosen.settled())]
+        static = chosen.static(self)
+        nodes = [ir.label(n) for n in static.plan(chosen.model, Shapes(chosen.model)).linear]
+
+        def make(rungs: Rungs) -> ir.Model:
+            context = self._copy(chosen.model)
+            wide = {name for name, rung in rungs.items() if rung == "int16"}
+            kept = {*options.keep, *rungs} - wide
+            static.insert(context, kept, {*options.wide, *wide})
+            _halve(context, {name for name, rung in rungs.items() if rung == "float16"})
+            return context.model
+
+        left = [name for name in nodes if name not in {*options.keep, *options.wide}]
+        return Ladder(chosen.model, left, make, rungs, static.sketches), result
+
+    def dynamic(self) -> tuple[Ladder, ir.Model] | None:
+        """Products in integers with ranges of run time."""
+        given = self.options
+        single = given if isinstance(given, QuantizeDynamic) else QuantizeDynamic(keep=given.keep)
+        check_names(self.context.model, single.keep)
+        self.report.steps = [str(single)]
+        floats = self._copy(self.context.model)
+        nodes = [ir.label(node) for node in single.products(floats)]
+        sums = single.sums(floats)
+
+        def make(rungs: Rungs) -> ir.Model:
+            names = tuple(sorted({*single.keep, *rungs}))
+            context = self._copy(self.context.model)
+            dataclasses.replace(single, keep=names).insert(context, sums)
+            return context.model
+
+        return (Ladder(self.context.model, nodes, make), make({})) if nodes else None
+
+    def weights(self) -> tuple[Ladder, ir.Model] | None:
+        """Weights of few bits; what operators compute stays in floats."""
+        given = self.options
+        single = given if isinstance(given, QuantizeWeights) else QuantizeWeights(keep=given.keep)
+        self.report.steps = [str(single)]
+        nodes = [ir.label(node) for node in single.nodes(self._copy(self.context.model))]
+        bits = {"int8": 8, "float": 32}
+
+        def make(rungs: Rungs) -> ir.Model:
+            own = (f"{escape(name)}={bits[rung]}" for name, rung in rungs.items())
+            context = self._copy(self.context.model)
+            dataclasses.replace(single, layers=(*own, *single.layers)).run(context)
+            return context.model
+
+        rungs = ("int8", "float") if single.bits < 8 else ("float",)
+        return (Ladder(self.context.model, nodes, make, rungs), make({})) if nodes else None
+
+    def climb(self, ladder: Ladder, budget: Budget, result: ir.Model) -> ir.Model | None:
+        """Move the operators that the budget asks for to finer rungs, worst first.
+
+        The first rung on which there is an answer is taken; None where the last one has none.
+        """
+        floats = Runner(self.context.model, optimize=True)
+
+        def holds(some: Iterable[str], rung: str) -> bool:
+            moved = dict.fromkeys(some, rung)
+            if not moved and self.report.tried:
+                return False  # or there would be no search
+            self.tell(f"search: {len(moved)} of {len(ladder.nodes)} operators in {rung}")
+            candidate = ladder.make(moved) if moved else result
+            found = score(floats, candidate, self.samples, metric=self.metric)
+            self.report.tried.append((rung, len(moved), budget.drop(found)))
+            return budget.holds(found)
+
+        self.report.limit = budget.max_drop
+        if holds((), ladder.rungs[0]):
+            return result
+        ranked = self.rank(ladder)
+        for rung in ladder.rungs:
+            kept = search(ranked, functools.partial(holds, rung=rung))
+            if kept is not None:
+                self.report.kept, self.report.rung = kept, rung
+                return ladder.make(dict.fromkeys(kept, rung))
+        return None
+
+    def rank(self, ladder: Ladder) -> list[str]:
+        """The operators, the one first that does the most harm when it alone is quantized."""
+        if not self.report.sensitivity:
+            text = f"{fingerprint(ladder.floats)}{self.samples.key}{self.report.steps}"
+            key = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+            others = set(ladder.nodes)
+
+            def effects(names: Sequence[str]) -> Iterable[tuple[str, float]]:
+                few = self.samples.take(_RANKED)
+                return sensitivity(
+                    ladder.floats,
+                    names,
+                    lambda name: ladder.make(dict.fromkeys(others - {name}, "float")),
+                    few,
+                )
+
+            self.report.sensitivity = rank(
+                ladder.nodes,
+                effects,
+                saved=None if self.cache is None else self.cache / f"{key}.json",
+                progress=self.tell,
+            )
+        return list(self.report.sensitivity)
+
+    def figures(self, ladder: Ladder, result: ir.Model) -> None:
+        """What the report draws: sensitivity and histograms."""
+        self.rank(ladder)
+        self.report.histograms = histograms(ladder.floats, result, ladder.sketches)
+
+    def _rungs(self) -> tuple[str, ...]:
+        first = self.fallback or ("float16" if self.context.target.device == "cuda" else "float")
+        return ("float",) if first == "float" else (first, "float")
+
+    def _ranged(self, way: Way) -> tuple[ir.Model | None, float]:
+        """The result with the least noise on some of the samples, of several ways to set ranges.
+
+        None where there is nothing to quantize.
+        """
+        static, options = way.static(self), way.options
+        part = self.samples.take(_SCORED)
+        floats = Runner(way.model, optimize=True)
+        best: ir.Model | None = None
+        least = math.inf
+        for ranges in [static.ranges] if options.ranges else _RANGES:
+            static.ranges = ranges
+            context = self._copy(way.model)
+            if not static.insert(context, options.keep, options.wide):
+                return None, math.inf
+            self.tell(f"comparison: {ranges.method}")
+            noise = score(floats, context.model, part).noise
+            if best is None or noise < least:
+                best, least, way.ranges = context.model, noise, ranges
+        static.ranges = way.ranges or static.ranges
+        return best, least
+
+    def _equalized(self, options: QuantizeStatic) -> Way | None:
+        single = load_pass("equalize-channels", {"clips": True})
+        before = self._copy(self.context.model)
+        single.run(before)
+        if not before.record.rewrites:
+            return None
+        return Way(str(single), before.model, options)
+
+    def _copy(self, model: ir.Model) -> Context:
+        return Context(files.copy(model), target=self.context.target, samples=self.samples)
+
+
+@dataclass
+class Way:
+    """A float model on its way to be quantized."""
+
+    step: str
+    """What was done to it, as pipeline text."""
+    model: ir.Model
+    options: QuantizeStatic
+    ranges: Ranges | None = None
+    """Those that were chosen."""
+    _made: Static | None = None
+
+    def settled(self) -> QuantizeStatic:
+        """The pass that does the same as was done."""
+        if self.ranges is None:
+            return self.options
+        return dataclasses.replace(self.options, ranges=self.ranges.method, power=self.ranges.power)
+
+    def static(self, work: Work) -> Static:
+        """Its static quantization, made once."""
+        if self._made is None:
+            options = self.options
+            self._made = Static(
+                self.model,
+                options.table(work.context),
+                work.samples,
+                options.how(),
+                options.rounding,
+                work.cache,
+                work.tell,
+                options.wider(work.context),
+            )
+        return self._made
+
+
+def _halve(context: Context, names: set[str]) -> None:
+    """Let some operators compute in float16."""
+    if names:
+        others = (label for node in context.model.graph if (label := ir.label(node)) not in names)
+        ConvertFloat16(keep=tuple(map(escape, others)), check_range=False).run(context)
