@@ -28,6 +28,7 @@ from graphopt.quantizer.calibration import fingerprint
 from graphopt.quantizer.histograms import histograms
 from graphopt.quantizer.placement import check_names, plan
 from graphopt.quantizer.ranges import Ranges
+from graphopt.quantizer.recurrent import integer_lstms, lstms
 from graphopt.quantizer.report import Quantization
 from graphopt.quantizer.scoring import Metric, score
 from graphopt.quantizer.sensitivity import sensitivity
@@ -121,12 +122,14 @@ class Work:
         self.report.steps = [*filter(None, [chosen.step]), str(chosen.settled())]
         static = chosen.static(self)
         nodes = [ir.label(n) for n in static.plan(chosen.model, Shapes(chosen.model)).linear]
+        nodes += map(ir.label, lstms(self._copy(chosen.model)))
 
         def make(rungs: Rungs) -> ir.Model:
             context = self._copy(chosen.model)
             wide = {name for name, rung in rungs.items() if rung == "int16"}
             kept = {*options.keep, *rungs} - wide
             static.insert(context, kept, {*options.wide, *wide})
+            integer_lstms(context, {*options.keep, *rungs})
             _halve(context, {name for name, rung in rungs.items() if rung == "float16"})
             return context.model
 
@@ -140,7 +143,7 @@ class Work:
         check_names(self.context.model, single.keep)
         self.report.steps = [str(single)]
         floats = self._copy(self.context.model)
-        nodes = [ir.label(node) for node in single.products(floats)]
+        nodes = [ir.label(node) for node in (*single.products(floats), *lstms(floats, single.keep))]
         sums = single.sums(floats)
 
         def make(rungs: Rungs) -> ir.Model:
@@ -242,7 +245,8 @@ class Work:
         for ranges in [static.ranges] if options.ranges else _RANGES:
             static.ranges = ranges
             context = self._copy(way.model)
-            if not static.insert(context, options.keep, options.wide):
+            done = static.insert(context, options.keep, options.wide)
+            if not integer_lstms(context, options.keep) and not done:
                 return None, math.inf
             self.tell(f"comparison: {ranges.method}")
             noise = score(floats, context.model, part).noise

@@ -23,6 +23,7 @@ from graphopt.passes.quantize_static import QuantizeStatic
 from graphopt.passes.quantize_weights import QuantizeWeights
 from graphopt.quantizer.budget import Budget
 from graphopt.quantizer.measuring import measure, why_slow
+from graphopt.quantizer.recurrent import lstms
 from graphopt.quantizer.report import Quantization
 from graphopt.quantizer.scoring import Metric
 from graphopt.report import Report
@@ -159,12 +160,17 @@ def _choose(context: Context, samples: Samples, target: Target, method: Method) 
     if target.device == "cuda":
         return "static", "GPUs have no kernels for ranges of run time"
     sizes = bindings(context.model, next(iter(samples)))
-    work = {"conv": 0, "product": 0}
+    work = {"conv": 0, "product": 0, "recurrence": 0}
+    recurrent = set(lstms(context))
     for node in context.model.graph:
         kind = "conv" if "Conv" in node.op_type else "product"
+        if node in recurrent:
+            kind = "recurrence"
         weights = any(ir.constant(v) is not None for v in node.inputs[1:2])
-        if node.op_type in ("Conv", "ConvTranspose", "MatMul", "Gemm") and weights:
+        if node.op_type in ("Conv", "ConvTranspose", "MatMul", "Gemm", "LSTM") and weights:
             work[kind] += node_cost(node, context.shapes, sizes).flops
+    if work["recurrence"] > work["conv"] + work["product"]:
+        return "dynamic", "recurrences are most of the work"
     if work["conv"] >= work["product"]:
         return "static", "convolutions are most of the work"
     if _normalized(context.model):

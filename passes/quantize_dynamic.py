@@ -3,11 +3,12 @@
 Why: bytes multiply faster than floats, and ranges that each input brings need no calibration and
 fit every input: transformers, whose activations have outliers, keep their accuracy.
 Numerics: lossy.
-Needs: float32 MatMul and Gemm with constant weights; opset 11. Convolutions are left alone: their
-integer kernels with ranges of run time are slower than floats. With samples, weights are rounded
-by GPTQ.
+Needs: float32 MatMul and Gemm with constant weights; opset 11. For ONNX Runtime LSTM too, where it
+is large enough to gain. Convolutions are left alone: their integer kernels with ranges of run time
+are slower than floats. With samples, weights are rounded by GPTQ.
 
-Written with DynamicQuantizeLinear and MatMulInteger, which ONNX Runtime makes one kernel of.
+Written with DynamicQuantizeLinear and MatMulInteger, which ONNX Runtime makes one kernel of, and as
+its DynamicQuantizeLSTM.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from graphopt.quantizer.constants import drop_unused
 from graphopt.quantizer.grids import Grid
 from graphopt.quantizer.insertion import gptq_integers, weight_axis, weight_range
 from graphopt.quantizer.placement import check_names, table_for
+from graphopt.quantizer.recurrent import integer_lstms
 
 _SAMPLES = 64
 _ROWS = 64
@@ -68,6 +70,7 @@ class QuantizeDynamic(Pass):
         maker = _Maker(context, table_for(context.target).weight, self.per_channel)
         for node in self.products(context):
             maker.replace(node, sums.get(ir.label(node)))
+        integer_lstms(context, self.keep)
 
     def products(self, context: Context) -> list[ir.Node]:
         """The nodes that qualify, in a model that is converted to opset 11 where anything does."""

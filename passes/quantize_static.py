@@ -6,7 +6,8 @@ Needs: samples of the inputs; float32 operators with constant weights. Opset 13,
 converted to, or more for types other than int8 and uint8.
 
 QuantizeLinear and DequantizeLinear are put where the target's runtime makes integer kernels of
-what stands between them (`graphopt.quantizer.placement`).
+what stands between them (`graphopt.quantizer.placement`). A large LSTM becomes ONNX Runtime's
+integer one where that is the target.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from graphopt.passes.convert_opset import ConvertOpset
 from graphopt.quantizer.grids import Grid, opset_for, parse_type
 from graphopt.quantizer.placement import Table, check_names, table_for
 from graphopt.quantizer.ranges import Ranges
+from graphopt.quantizer.recurrent import integer_lstms
 from graphopt.quantizer.static import Static
 
 
@@ -61,6 +63,7 @@ class QuantizeStatic(Pass):
         base = files.copy(context.model)
         static = Static(base, table, context.samples, self.how(), self.rounding, wider=wider)
         static.insert(context, self.keep, self.wide)
+        integer_lstms(context, self.keep)
 
     def how(self) -> Ranges:
         """How ranges are chosen."""

@@ -10,12 +10,22 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from graphopt.cli._common import MODEL, Size, console, json_option, limits, progress, write_json
+from graphopt.cli._common import (
+    MODEL,
+    Size,
+    check_output,
+    console,
+    json_option,
+    limits,
+    progress,
+    write_json,
+)
 from graphopt.errors import InputError
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from graphopt.quantizer.scoring import LayerPair
     from graphopt.report import Comparison
 
 
@@ -184,17 +194,41 @@ def _table(verdict: Comparison) -> Table:
 @click.command(no_args_is_help=True)
 @click.argument("a", type=MODEL)
 @click.argument("b", type=MODEL)
+@click.option("--layers", is_flag=True, help="Compare the values of each layer on samples.")
+@click.option("--data", help="The samples, as for `quantize`.")
+@click.option("--samples", "limit", type=click.IntRange(1), help="Use only the first so many.")
+@click.option(
+    "--reference",
+    type=MODEL,
+    help="The float model: how far A and B are from it, layer by layer, not from each other.",
+)
+@click.option(
+    "--report",
+    "page",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE.html",
+    help="A page with the layers drawn.",
+)
+@click.option("--overwrite", is_flag=True)
 @json_option
-def diff(a: Path, b: Path, json_to: str | None) -> None:
+def diff(a: Path, b: Path, json_to: str | None, **options: Any) -> None:
     """Show what changed from A to B, node by node.
 
-    Nodes are matched by name, and by the lineage that `graphopt optimize --lineage` notes.
+    Nodes are matched by name, and by the lineage that `graphopt optimize --lineage` notes. With
+    --layers two models, quantized ones for example, are compared by their values on samples.
 
     \b
     graphopt diff model.onnx small.onnx
+    graphopt diff int8.onnx int16.onnx --layers --data samples.npz --reference model.onnx
     """
     from graphopt import differences, files
 
+    if options["layers"]:
+        _diff_layers(a, b, json_to, options)
+        return
+    for name in ("data", "limit", "reference", "page"):
+        if options[name] is not None:
+            raise InputError("samples, a reference and a report are for --layers")
     found = differences.diff(files.load(a), files.load(b))
     if json_to:
         write_json(found.to_dict(), json_to)
@@ -202,3 +236,52 @@ def diff(a: Path, b: Path, json_to: str | None) -> None:
         out = console()
         for line in found.lines():
             out.print(line)
+
+
+def _diff_layers(a: Path, b: Path, json_to: str | None, options: dict[str, Any]) -> None:
+    from graphopt import files, plots
+    from graphopt.quantizer.page import layers_page
+    from graphopt.quantizer.scoring import compare_layers
+    from graphopt.report import finite
+    from graphopt.samples import open_samples
+
+    if options["data"] is None:
+        raise InputError("--layers needs samples: --data")
+    page: Path | None = options["page"]
+    if page is not None:
+        check_output(page, options["overwrite"])
+    loaded = [files.load(path) for path in (a, b)]
+    if options["reference"] is not None:
+        loaded.append(files.load(options["reference"]))
+    samples = open_samples(options["data"], loaded[0], limit=options["limit"])
+    found = compare_layers(loaded[0], loaded[1], samples, *loaded[2:])
+    if not found:
+        raise InputError(f"{a} and {b} have no float tensors of the same names")
+    if page is not None:
+        plots.write(page, layers_page(str(a), str(b), found))
+    if json_to:
+        write_json(finite([dataclasses.asdict(layer) for layer in found]), json_to)
+    if json_to != "-":
+        _show_layers(found)
+
+
+def _show_layers(found: Sequence[LayerPair]) -> None:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    both = any(layer.other_db is not None for layer in found)
+    for title in ("SQNR dB", *(["of B", "gain"] if both else []), "operator", "tensor"):
+        table.add_column(title, justify="right" if title != "tensor" else "left")
+    for layer in found:
+        figures = [_decibels(layer.sqnr_db)]
+        if both:
+            gain = (layer.other_db or 0.0) - (layer.sqnr_db or 0.0)
+            known = layer.other_db is not None and layer.sqnr_db is not None
+            figures += [_decibels(layer.other_db), f"{gain:+.1f}" if known else ""]
+        table.add_row(*figures, layer.op, layer.name)
+    console().print(table)
+
+
+def _decibels(value: float | None) -> str:
+    return "exact" if value is None else f"{value:.1f}"

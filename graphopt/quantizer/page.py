@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from graphopt import plots
 from graphopt.quantizer.histograms import Histogram
 from graphopt.quantizer.report import Quantization
-from graphopt.quantizer.scoring import Layer
+from graphopt.quantizer.scoring import Layer, LayerPair
 
-__all__ = ["layer_figures", "page"]
+__all__ = ["layers_page", "page"]
 
 _SHOWN = 400  # bars of a figure
 _HISTOGRAMS = 200
@@ -20,7 +20,7 @@ def page(report: Quantization) -> str:
     """HTML of a report; `figures` of `quantize` fills in what it draws."""
     sections: list[tuple[str, _Figures]] = [("Result", list(_summary(report)))]
     if report.layers:
-        sections.append(("Layers", layer_figures(report.layers)))
+        sections.append(("Layers", _layer_figures(report.layers)))
     if report.sensitivity:
         sections.append(("Sensitivity", list(_sensitivity(report))))
     for kind in ("activation", "weight"):
@@ -33,7 +33,17 @@ def page(report: Quantization) -> str:
     return plots.page(f"Quantization of {report.source}", sections)
 
 
-def layer_figures(layers: list[Layer]) -> _Figures:
+def layers_page(first: str, second: str, found: Sequence[LayerPair]) -> str:
+    """HTML of two models' layers, by their files' names."""
+    own = [Layer(one.name, one.op, one.sqnr_db) for one in found]
+    sections = [(first, _layer_figures(own))]
+    if any(one.other_db is not None for one in found):
+        other = [Layer(one.name, one.op, one.other_db) for one in found]
+        sections.append((second, _layer_figures(other)))
+    return plots.page(f"Layers of {first} and {second}", sections)
+
+
+def _layer_figures(layers: list[Layer]) -> _Figures:
     """Signal over noise by layer, in the order of the graph: a figure and a table."""
     known = [(layer, layer.sqnr_db) for layer in layers if layer.sqnr_db is not None]
     if len(known) > _SHOWN:

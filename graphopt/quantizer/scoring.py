@@ -209,6 +209,43 @@ def layers(
     return result
 
 
+@dataclass(frozen=True)
+class LayerPair:
+    """One intermediate tensor of two models."""
+
+    name: str
+    op: str
+    sqnr_db: float | None
+    """Of the first model beside the reference, or beside the second; None where nothing differs."""
+    other_db: float | None
+    """Of the second model beside the reference; None where nothing differs or there is none."""
+
+
+def compare_layers(
+    a: ir.Model,
+    b: ir.Model,
+    samples: Samples,
+    reference: ir.Model | None = None,
+    *,
+    limit: int = LAYER_SAMPLES,
+) -> list[LayerPair]:
+    """Two models' float tensors of the same names: how far from a reference, or from each other.
+
+    At most `limit` samples are run. Raises GraphoptError where a model does not run.
+    """
+    if reference is None:
+        return [
+            LayerPair(one.name, one.op, one.sqnr_db, None)
+            for one in layers(b, a, samples, limit=limit)
+        ]
+    second = {layer.name: layer for layer in layers(reference, b, samples, limit=limit)}
+    return [
+        LayerPair(one.name, one.op, one.sqnr_db, second[one.name].sqnr_db)
+        for one in layers(reference, a, samples, limit=limit)
+        if one.name in second
+    ]
+
+
 def interleaved(
     models: Sequence[ir.Model], feeds: Mapping[str, Array], *, seconds: float, threads: int = 1
 ) -> npt.NDArray[np.float64]:
