@@ -20,6 +20,7 @@ from graphopt.optimization import optimize
 from graphopt.pruner.batching import batched
 from graphopt.pruner.distillation import train
 from graphopt.pruner.estimating import Size
+from graphopt.pruner.fitting import Fit
 from graphopt.pruner.pruning import (
     Options,
     Pruning,
@@ -30,7 +31,7 @@ from graphopt.pruner.pruning import (
     survey,
 )
 from graphopt.pruner.records import record_of
-from graphopt.pruner.recovery import Fit, Recovery
+from graphopt.pruner.recovery import Recovery
 from graphopt.pruner.recovery import recover as refit
 from graphopt.pruner.selection import Unreachable
 from graphopt.report import Loss
@@ -108,8 +109,8 @@ def prune(
     model: files.ModelLike,
     *,
     ratio: float = 0.5,
-    criterion: str = "l2",
-    scope: str = "uniform",
+    criterion: str = "auto",
+    scope: str = "auto",
     ratios: Sequence[str] = (),
     params: float = 0.0,
     flops: float = 0.0,
@@ -137,9 +138,10 @@ def prune(
         model: a path, bytes, an `onnx.ModelProto`, an `onnx_ir.Model` or torch's `ONNXProgram`.
         ratio: share of each family of coupled channels that goes, 0 to 1.
         criterion: l1, l2, lp:P, median, bn-scale or random; with data activation, apoz,
-            reconstruction or taylor.
+            reconstruction or taylor. `auto` is reconstruction where there is recovery, else l2.
         scope: `uniform`; `global`: the least important of all; `sensitivity`: ratios by what each
-            family's loss does to the outputs on data.
+            family's loss does to the outputs on data. `auto` is sensitivity where a budget is to be
+            met with recovery, else uniform.
         ratios: ratios of their own for weights: `conv1*=0.3`.
         params, flops, size: in place of a ratio the share to keep of parameters, operations or
             bytes of weights.
@@ -171,6 +173,11 @@ def prune(
     original = files.load(model)
     report.source = str(model) if isinstance(model, str | Path) else original.graph.name or ""
     aim = Target.parse(target)
+    if criterion == "auto":
+        criterion = "reconstruction" if recover else "l2"
+    if scope == "auto":
+        budget = params or flops or size or latency or max_drop is not None
+        scope = "sensitivity" if recover and budget else "uniform"
     alignment = aim.alignment if aim.alignment > 1 else 0
     options = Options(
         ratio=ratio,
@@ -231,13 +238,13 @@ class _Job:
         budget = self.options.params or self.options.flops or self.options.size
         if max_drop is not None and not budget and not latency:
             result = self._within_drop(clean, max_drop)
+        elif latency:
+            result = self._within_latency(clean, latency)
         else:
-            if latency:
-                result = self._within_latency(clean, latency)
-            else:
-                result = self._rounds(clean, self.options)
-            self.tell("comparing with the original")
-            self._judge(result)
+            result = self._rounds(clean, self.options)
+        self._train(result)
+        self.tell("comparing with the original")
+        self._judge(result)
         if max_drop is not None and (self.report.drop or 0.0) > max_drop:
             raise GateError(f"the drop is {self.report.drop:.4f}, more than {max_drop:g} allowed")
         if benchmark and self.report.latency_ratio is None:
@@ -267,8 +274,17 @@ class _Job:
             record = record_of(model)
             if self.recovery is not None and self.samples is not None and record is not None:
                 report.fits = refit(model, record, self.samples, self.recovery, self.tell)
-                report.training = train(model, record, self.samples, self.recovery, self.tell)
         return model
+
+    def _train(self, result: ir.Model) -> None:
+        """Train the result once, as that takes longer than all else and is no part of a search."""
+        record = record_of(result)
+        if self.recovery is None or self.samples is None or record is None:
+            return
+        report = self.report
+        report.training = train(result, record, self.samples, self.recovery, self.tell)
+        if report.training is None and self.recovery.epochs < 0:
+            report.notes.append("not trained: too large, or an operator's gradient is not known")
 
     def _note(self, done: Pruning, first: Pruning | None) -> None:
         report = self.report
@@ -291,7 +307,7 @@ class _Job:
             raise InputError("a limit on the drop (--max-drop) needs data: --data")
         low, high = 0.0, 0.9
         best: ir.Model | None = None
-        kept = dict(vars(self.report))
+        kept: dict[str, Any] = {}
         for _ in range(_ATTEMPTS):
             ratio = (low + high) / 2
             self.tell(f"trying ratio {ratio:.3f}")

@@ -34,10 +34,11 @@ class Recover(Pass):
     """How strongly weights are held where they are."""
     rows: int = 256
     """Positions of a sample that enter the fit of a layer."""
-    epochs: int = 0
-    """Then train all weights on the outputs of the unpruned model, so often through the data."""
-    rate: float = 5e-4
-    """Of that training."""
+    epochs: int = -1
+    """Then train all weights on the unpruned model's results, so often through the data; -1: as
+    often as a minute or two allows."""
+    rate: float = 1e-2
+    """Of that training, relative to the weights."""
 
     def run(self, context: Context) -> None:
         """Refit the context's model.

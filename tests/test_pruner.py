@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -23,6 +27,10 @@ from tests._shared import shared
 
 HALF = Options(ratio=0.5, round_to=1)
 EXACT = Options(ratio=0.5, round_to=1, exact=True)
+ZOO_NAMES = (
+    *("resnet18", "resnet50", "resnext50", "densenet121", "shufflenet_v2", "mobilenet_v2"),
+    *("squeezenet1_1", "swin_t", "vit_b_16", "convnext_tiny"),
+)
 
 
 def share(done: Pruning) -> float:
@@ -61,6 +69,21 @@ def test_architecture(name: str) -> None:
     assert strict.error is not None
     assert strict.error < 1e-5
     assert sum(a - b for a, b in strict.counts.values()) > 0
+
+
+@pytest.mark.parametrize("name", ZOO_NAMES)
+def test_zoo(name: str, tmp_path: Path) -> None:
+    """As above of what torch exports, of full width and few layers, at least as well as the bars.
+
+    The classifier, whose outputs stay, is a larger part of these than of the whole networks.
+    """
+    pytest.importorskip("torch")
+    zoo: Any = importlib.import_module("tests.benchmarks._zoo")
+    zoo.export(name, tmp_path / "net.onnx", small=True)
+    done = prune_once(files.load(tmp_path / "net.onnx"), HALF)
+    assert share(done) <= zoo.ZOO[name][3] + 0.035
+    assert not done.groups.unknown
+    assert done.error is None or done.error < 1e-5
 
 
 CORPUS = shared("corpus/models")

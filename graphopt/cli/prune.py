@@ -37,17 +37,16 @@ _LISTED = 5  # weights named for each reason
 )
 @click.option(
     "--criterion",
-    default="l2",
-    show_default=True,
+    default="auto",
     help="l1, l2, lp:P, median, bn-scale, random; with data also activation, apoz, "
-    "reconstruction, taylor.",
+    "reconstruction, taylor. By default reconstruction with --recover, else l2.",
 )
 @click.option(
     "--scope",
-    type=click.Choice(["uniform", "global", "sensitivity"]),
-    default="uniform",
-    show_default=True,
-    help="The same ratio for all, the least important of all, or by what the outputs lose.",
+    type=click.Choice(["auto", "uniform", "global", "sensitivity"]),
+    default="auto",
+    help="The same ratio for all, the least important of all, or by what the outputs lose. "
+    "By default sensitivity for a budget with --recover, else uniform.",
 )
 @click.option(
     "--layer-ratio",
@@ -83,9 +82,9 @@ _LISTED = 5  # weights named for each reason
 @click.option(
     "--epochs",
     type=click.IntRange(0),
-    default=0,
     metavar="N",
-    help="With --recover: then train on the original's outputs, N times through the data.",
+    help="With --recover: then train on the original's results, N times through the data; "
+    "default: for a minute or two.",
 )
 @click.option(
     "--scan",
@@ -149,7 +148,8 @@ def _recovery(options: dict[str, Any]) -> Recovery | bool:
         if options["epochs"]:
             raise InputError("--epochs belongs to --recover")
         return False
-    return Recovery(samples=options["samples"], rows=256, epochs=options["epochs"])
+    epochs = options["epochs"]
+    return Recovery(samples=options["samples"], epochs=-1 if epochs is None else epochs)
 
 
 def _tell(out: Console, report: PruneReport, output: Path, *, verbose: bool) -> None:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from graphopt import ir
 from graphopt.random_inputs import required_inputs
 
-__all__ = ["batched"]
+__all__ = ["batched", "has_batch_axis"]
 
 Array = npt.NDArray[Any]
 Feeds = Mapping[str, Array]
@@ -23,7 +23,7 @@ def batched(model: ir.Model, samples: Iterable[Feeds], size: int) -> Iterator[Fe
     Only where every input and output has the same free first dimension; samples of other shapes
     than their neighbours' begin a new batch. Otherwise they come one by one, as they are.
     """
-    if size < 2 or not _has_batch_axis(model):
+    if size < 2 or not has_batch_axis(model):
         yield from samples
         return
     waiting: list[Feeds] = []
@@ -36,7 +36,8 @@ def batched(model: ir.Model, samples: Iterable[Feeds], size: int) -> Iterator[Fe
         yield _joined(waiting)
 
 
-def _has_batch_axis(model: ir.Model) -> bool:
+def has_batch_axis(model: ir.Model) -> bool:
+    """Whether all inputs and outputs have the same free first dimension."""
     names: set[str | None] = set()
     for value in (*required_inputs(model), *model.graph.outputs):
         first = value.shape[0] if value.shape else None

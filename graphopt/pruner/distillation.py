@@ -1,33 +1,55 @@
-"""A pruned model trained, without labels, to put out what the unpruned one does.
+"""A pruned model trained, without labels, to do what the unpruned one does.
 
 Hinton et al. 2015, Distilling the knowledge in a neural network, with squared differences of the
-outputs as in Ba and Caruana 2014; Adam (Kingma and Ba 2015) with a rate that falls as a cosine.
+outputs as in Ba and Caruana 2014, and of values on the way as in Romero et al. 2015, FitNets, which
+is what makes a few hundred samples enough (Wang et al. 2022, Compressing models with few samples:
+mimicking then replacing). Adam (Kingma and Ba 2015) with a rate that falls as a cosine.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from graphopt import ir
-from graphopt.pruner.batching import batched
+from graphopt.errors import InputError
+from graphopt.gram import LINEAR
+from graphopt.pruner.augmenting import blended, mirrored, shifted
+from graphopt.pruner.batching import batched, has_batch_axis
+from graphopt.pruner.estimating import operations
 from graphopt.pruner.gradients import Tape
 from graphopt.pruner.records import Record
 from graphopt.pruner.recovery import Recovery
 from graphopt.runner import Runner
 from graphopt.samples import Samples
+from graphopt.taps import tapped
 
 __all__ = ["distill", "train"]
 
 Array = npt.NDArray[Any]
+Feeds = Mapping[str, Array]
 Tell = Callable[[str], None]
 
-_MIXED = 0.5
-"""Share of the batches that are mixed, so that few samples are not learnt by heart."""
+EFFORT = 4e12
+"""Operations that training takes unless told otherwise: a minute or two of one processor."""
+_MOST_STEPS = 400
+_BATCH = 32
+_HELD = 1 << 28
+"""Bytes of samples that are held in memory while training, at most."""
+_JUDGED = 128
+"""Samples that the error before and after is taken on."""
+_BLENDED = 0.5
+"""Share of the batches that are blended, so that few samples are not learnt by heart."""
+_ALIKE = 0.5
+"""Images are mirrored where the outputs move by less than this share of their variance."""
+_MARKS = 4
+"""Values on the way that are compared where the model adds none up."""
+_WORSE, _SLOWER = 2.0, 4.0
+"""Where an epoch makes the error so many times larger, the rate is divided, thrice at most."""
 _TRAINED = {
     "Add": (0, 1),
     "BatchNormalization": (1, 2),
@@ -45,108 +67,211 @@ def distill(
     samples: Samples,
     *,
     epochs: int,
-    rate: float = 5e-4,
-    batch: int = 32,
+    rate: float,
     seed: int = 0,
     progress: Tell | None = None,
 ) -> tuple[float, float]:
     """Train a pruned model's weights in place; the mean error before and after.
 
     The error is the squared difference of each output relative to its variance over the samples.
+    Weights that come out worse are not kept. Memory: the samples, 256 MiB of them at most.
 
     Raises:
-        InputError: an operator whose gradient is not known.
+        InputError: an operator whose gradient is not known, or no output of real numbers.
     """
     names = _parameters(model)
     tape = Tape(model, names)
     weights = {name: _held(model, name) for name in names}
-    feeds = list(batched(model, samples, batch))
-    teacher = Runner(record.teacher, optimize=True)
-    targets = [_floats(teacher.run(feed)) for feed in feeds]
-    spread = {
-        name: max(float(np.concatenate([t[name].ravel() for t in targets]).var()), 1e-12)
-        for name in targets[0]
-    }
-    adam = _Adam(weights, rate, epochs * len(feeds))
-    first = _error(tape, feeds, targets, spread, weights)
+    teacher = _Teacher(model, record)
+    data = _Data(model, samples)
+    shares, alike = _weighing(teacher, data)
+    if not shares:
+        raise InputError("the model has no output of real numbers to train on")
+    first = _error(tape, teacher, data, shares, weights)
     best, least = dict(weights), first
-    rng = np.random.default_rng(seed)
-    for epoch in range(epochs):
-        order: list[int] = rng.permutation(len(feeds)).tolist()
-        for index in order:
-            feed, wanted = feeds[index], targets[index]
-            if rng.random() < _MIXED and (mixed := _mixed(feed, rng)) is not None:
-                feed, wanted = mixed, _floats(teacher.run(mixed))
-            values = tape.forward(feed, weights)
-            slopes: dict[str, Array] = {}
-            for name, target in wanted.items():
-                difference = values[name] - target
-                factor = 2 / (difference.size * spread[name])
-                slopes[name] = (factor * difference).astype(np.float32)
-            adam.step(weights, tape.backward(values, slopes, names))
-        error = _error(tape, feeds, targets, spread, weights)
-        if progress is not None:
-            progress(f"training, epoch {epoch + 1} of {epochs}: error {error:.4g}, was {first:.4g}")
+    slower = 1.0
+    while epochs:
+        rng = np.random.default_rng(seed)
+        tried, adam = dict(weights), _Adam(weights, rate / slower, epochs * data.steps)
+        error = math.inf
+        for epoch in range(epochs):
+            for feeds in data.shuffled(rng):
+                changed = _changed(feeds, rng, mirror=alike)
+                wanted = teacher(changed)
+                values = tape.forward(changed, tried)
+                adam.step(tried, tape.backward(values, _slopes(values, wanted, shares), names))
+            if epoch in (0, epochs - 1):
+                error = _error(tape, teacher, data, shares, tried)
+            if progress is not None:
+                progress(f"training, epoch {epoch + 1} of {epochs}")
+            if not error < _WORSE * first:
+                break
         if error < least:
-            best, least = dict(weights), error
+            best, least = tried, error
+        if error < _WORSE * first or slower > _SLOWER**2:
+            break
+        slower *= _SLOWER
     for name, array in best.items():
         model.graph.initializers[name].const_value = ir.tensor(array, name=name)
     return first, least
 
 
-def _mixed(feed: Mapping[str, Array], rng: np.random.Generator) -> dict[str, Array] | None:
-    """A batch whose samples are blended with each other, or have a part of another put in.
+def train(
+    model: ir.Model, record: Record, samples: Samples, options: Recovery, progress: Tell | None
+) -> tuple[float, float] | None:
+    """`distill` as the options of recovery have it; None where they have it not.
 
-    None where that makes no sense: inputs that are no real numbers, or a batch of one. (Zhang et
-    al. 2018, mixup; Yun et al. 2019, CutMix; the unpruned model says what is right for them.)
+    Unless the options name a number of epochs, there are as many as a minute or two allows, by a
+    count of operations, and none where the model has an operator whose gradient is not known.
     """
-    count = min((array.shape[0] if array.ndim else 0) for array in feed.values())
-    if count < 2 or any(a.dtype.kind != "f" or a.shape[0] != count for a in feed.values()):
+    epochs = options.epochs
+    if epochs < 0:
+        each = 4 * _BATCH * operations(record.teacher, samples)
+        steps = min(EFFORT / max(each, 1), _MOST_STEPS)
+        epochs = int(steps * _BATCH / max(min(len(samples), options.samples), 1))
+    if not epochs:
         return None
-    others = rng.permutation(count)
+    data = samples.take(options.samples)
+    try:
+        return distill(model, record, data, epochs=epochs, rate=options.rate, progress=progress)
+    except InputError:
+        if options.epochs < 0:
+            return None
+        raise
+
+
+class _Teacher:
+    """What the unpruned model puts out and has on the way, where the pruned one has it too."""
+
+    def __init__(self, model: ir.Model, record: Record) -> None:
+        self.outputs = [value.name or "" for value in model.graph.outputs]
+        marks = [name for name in _marks(model, record) if name not in self.outputs]
+        self._kept = {name: record.kept.get(name, {}) for name in marks}
+        self._runner = Runner(tapped(record.teacher, [*self.outputs, *marks]), optimize=True)
+
+    def __call__(self, feeds: Feeds) -> dict[str, Array]:
+        """The values by name, of channels that are left."""
+        given = {name: feeds[name] for name in self._runner.inputs}
+        found = {
+            name: cast("Array", value)
+            for name, value in self._runner.run(given).items()
+            if isinstance(value, np.ndarray)
+        }
+        for name, axes in self._kept.items():
+            for axis, positions in axes.items():
+                found[name] = np.take(found[name], positions, axis)
+        return {n: array for n, array in found.items() if array.dtype == np.float32 and array.size}
+
+
+def _marks(model: ir.Model, record: Record) -> list[str]:
+    """Sums of two values, such as close residual blocks; else some layers' results."""
+    known = {value.name for node in record.teacher.graph for value in node.outputs}
+    shared = [node for node in model.graph if node.outputs and node.outputs[0].name in known]
+    sums = [
+        node
+        for node in shared
+        if node.op_type == "Add" and all(ir.constant(value) is None for value in node.inputs)
+    ]
+    if not sums:
+        layers = [node for node in shared if node.op_type in LINEAR]
+        sums = layers[:: max(1, -(-len(layers) // _MARKS))]
+    return [node.outputs[0].name or "" for node in sums]
+
+
+class _Data:
+    """Samples in memory, joined where they can be."""
+
+    def __init__(self, model: ir.Model, samples: Samples) -> None:
+        size = sum(array.nbytes for array in next(iter(samples)).values())
+        some = samples.take(max(_HELD // max(size, 1), 1))
+        rows = sorted(some, key=lambda row: [array.shape for array in row.values()])
+        self._joined = has_batch_axis(model)
+        self._stacks = list(batched(model, rows, len(rows)))
+        self.judged = list(batched(model, rows[:: -(-len(rows) // _JUDGED)], _BATCH))
+        self.steps = sum(len(range(0, _count(stack), _BATCH)) for stack in self._stacks)
+
+    def shuffled(self, rng: np.random.Generator) -> Iterator[Feeds]:
+        """Batches of all samples in another order each time."""
+        batches: list[Feeds] = []
+        for stack in self._stacks:
+            if not self._joined:
+                batches.append(stack)
+                continue
+            order = rng.permutation(_count(stack))
+            for start in range(0, len(order), _BATCH):
+                rows = order[start : start + _BATCH]
+                batches.append({name: array[rows] for name, array in stack.items()})
+        places: list[int] = rng.permutation(len(batches)).tolist()
+        yield from (batches[place] for place in places)
+
+
+def _count(stack: Feeds) -> int:
+    array = next(iter(stack.values()))
+    return len(array) if array.ndim else 1
+
+
+def _changed(feeds: Feeds, rng: np.random.Generator, *, mirror: bool) -> Feeds:
+    """A batch made new at random."""
+    if mirror and rng.random() < 0.5:
+        feeds = mirrored(feeds) or feeds
+    feeds = shifted(feeds, rng)
+    if rng.random() < _BLENDED:
+        feeds = blended(feeds, rng) or feeds
+    return feeds
+
+
+def _weighing(teacher: _Teacher, data: _Data) -> tuple[dict[str, float], bool]:
+    """What a squared difference counts of each value, and whether mirror images are alike.
+
+    That is one over the value's variance; all that is on the way counts as much as one output.
+    """
+    found: dict[str, list[Array]] = {}
+    moved: list[float] = []
+    for feeds in data.judged:
+        values = teacher(feeds)
+        for name, array in values.items():
+            sums = np.array([array.size, array.sum(dtype=np.float64), np.square(array).sum()])
+            found.setdefault(name, []).append(sums)
+        other = mirrored(feeds)
+        if other is not None:
+            turned = teacher(other)
+            moved += [
+                float(np.mean((values[name] - turned[name]) ** 2) / (values[name].var() + 1e-12))
+                for name in teacher.outputs
+                if name in values
+            ]
+    shares: dict[str, float] = {}
+    marks = max(sum(name not in teacher.outputs for name in found), 1)
+    for name, parts in found.items():
+        count, total, squares = np.sum(parts, axis=0).tolist()
+        variance = max(squares / count - (total / count) ** 2, 1e-12)
+        shares[name] = (1 if name in teacher.outputs else 1 / marks) / variance
+    if not any(name in teacher.outputs for name in shares):
+        return {}, False
+    return shares, bool(moved) and float(np.mean(moved)) < _ALIKE
+
+
+def _slopes(values: Feeds, wanted: Feeds, shares: Mapping[str, float]) -> dict[str, Array]:
     found: dict[str, Array] = {}
-    cut = rng.random() < 0.5
-    for name, array in feed.items():
-        spatial = [axis for axis in range(2, array.ndim) if array.shape[axis] > 3]
-        if not cut or not spatial:
-            share = rng.random((count, *[1] * (array.ndim - 1)))
-            found[name] = (share * array + (1 - share) * array[others]).astype(array.dtype)
-            continue
-        where = [slice(None)] * array.ndim
-        for axis in spatial:
-            size = array.shape[axis]
-            start, end = sorted(rng.integers(0, size + 1, 2).tolist())
-            where[axis] = slice(start, end)
-        found[name] = array.copy()
-        found[name][tuple(where)] = array[others][tuple(where)]
+    for name, target in wanted.items():
+        difference = values[name] - target
+        found[name] = (2 * shares[name] / difference.size * difference).astype(np.float32)
     return found
 
 
 def _error(
-    tape: Tape,
-    feeds: Sequence[Mapping[str, Array]],
-    targets: Sequence[Mapping[str, Array]],
-    spread: Mapping[str, float],
-    weights: Mapping[str, Array],
+    tape: Tape, teacher: _Teacher, data: _Data, shares: Mapping[str, float], weights: Feeds
 ) -> float:
     """The mean squared difference of the outputs, relative to their variance."""
     total = 0.0
-    for feed, wanted in zip(feeds, targets, strict=True):
-        values = tape.forward(feed, weights)
-        parts = (np.mean((values[n] - t) ** 2) / spread[n] for n, t in wanted.items())
-        total += float(sum(parts))
-    return total / len(feeds)
-
-
-def train(
-    model: ir.Model, record: Record, samples: Samples, options: Recovery, progress: Tell | None
-) -> tuple[float, float] | None:
-    """`distill` as the options of recovery have it; None where they have it not."""
-    if not options.epochs:
-        return None
-    return distill(
-        model, record, samples, epochs=options.epochs, rate=options.rate, progress=progress
-    )
+    for feeds in data.judged:
+        wanted, values = teacher(feeds), tape.forward(feeds, weights)
+        total += sum(
+            float(np.mean((values[name] - wanted[name]) ** 2)) * shares[name]
+            for name in teacher.outputs
+            if name in wanted
+        )
+    return total / len(data.judged)
 
 
 def _parameters(model: ir.Model) -> list[str]:
@@ -169,26 +294,24 @@ def _held(model: ir.Model, name: str) -> Array:
     return array.copy()
 
 
-def _floats(outputs: Mapping[str, Any]) -> dict[str, Array]:
-    arrays = {n: cast("Array", v) for n, v in outputs.items() if isinstance(v, np.ndarray)}
-    return {n: array for n, array in arrays.items() if array.dtype == np.float32 and array.size}
-
-
 class _Adam:
-    """Adam's moments, and a rate that falls to nothing."""
+    """Adam's moments, and a rate that falls to nothing, relative to each tensor's own size."""
 
-    def __init__(self, weights: Mapping[str, Array], rate: float, steps: int) -> None:
+    def __init__(self, weights: Feeds, rate: float, steps: int) -> None:
         self._first = {name: np.zeros_like(array) for name, array in weights.items()}
         self._second = {name: np.zeros_like(array) for name, array in weights.items()}
-        self._rate, self._steps, self._count = rate, max(steps, 1), 0
+        self._rates = {
+            name: rate * max(float(np.sqrt(np.mean(np.square(array)))), 1e-3)
+            for name, array in weights.items()
+        }
+        self._steps, self._count = max(steps, 1), 0
 
-    def step(self, weights: dict[str, Array], gradients: Mapping[str, Array]) -> None:
+    def step(self, weights: dict[str, Array], gradients: Feeds) -> None:
         """Move the weights, which are replaced, not written to."""
         count = self._count = self._count + 1
-        rate = self._rate * 0.5 * (1 + math.cos(math.pi * (count - 1) / self._steps))
+        share = 0.5 * (1 + math.cos(math.pi * (count - 1) / self._steps))
         for name, gradient in gradients.items():
             first = self._first[name] = 0.9 * self._first[name] + 0.1 * gradient
             second = self._second[name] = 0.999 * self._second[name] + 0.001 * gradient**2
             moved = (first / (1 - 0.9**count)) / (np.sqrt(second / (1 - 0.999**count)) + 1e-8)
-            # Relative to the weights' own size, as filters of all sizes stand side by side.
-            weights[name] = (weights[name] - rate * moved).astype(np.float32)
+            weights[name] = (weights[name] - share * self._rates[name] * moved).astype(np.float32)

@@ -6,12 +6,14 @@ import math
 from dataclasses import dataclass
 
 from graphopt import ir
-from graphopt.cost import node_cost
+from graphopt.cost import model_cost, node_cost
 from graphopt.pruner.adjusting import Kept
 from graphopt.pruner.atoms import Axis
 from graphopt.pruner.groups import Groups
+from graphopt.samples import Samples, bindings
+from graphopt.shapes import Shapes
 
-__all__ = ["Estimator", "Size"]
+__all__ = ["Estimator", "Size", "operations"]
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,11 @@ class Size:
     parameters: int
     bytes: int
     flops: int
+
+
+def operations(model: ir.Model, samples: Samples) -> int:
+    """What a run on the first sample takes."""
+    return model_cost(model, Shapes(model), bindings(model, next(iter(samples)))).flops
 
 
 class Estimator:

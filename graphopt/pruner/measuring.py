@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from graphopt import ir
-from graphopt.gram import LINEAR, Gram, column_blocks, weight_matrix
+from graphopt.gram import LINEAR, Gram, grams, weight_matrix
+from graphopt.pruner.adjusting import Kept
 from graphopt.pruner.atoms import Axis
 from graphopt.pruner.batching import batched
 from graphopt.pruner.criteria import by_weights
@@ -19,16 +20,17 @@ from graphopt.pruner.selection import Scores
 from graphopt.samples import Samples
 from graphopt.taps import tap
 
-__all__ = ["by_activations", "by_reconstruction", "column_roots", "readers", "thinned"]
+__all__ = ["by_activations", "by_reconstruction", "columns_left", "family_grams", "readers"]
 
 Reals = npt.NDArray[np.floating[Any]]
 Floats = npt.NDArray[np.float64]
 Tell = Callable[[str], None]
 
-ROWS = 64
-BATCH = 16
+_ROWS, _BATCH = 64, 16
 _STEPS = 64  # a family is taken apart in about so many steps
 _DAMPING = 1e-3
+_BYTES = 1 << 28
+"""Of XᵀX held at once."""
 
 
 def readers(families: Sequence[Family]) -> list[ir.Node]:
@@ -62,7 +64,7 @@ def _inputs(
 ) -> Iterator[tuple[ir.Node, Reals]]:
     """The input of each node on each batch of samples."""
     names = [value.name or "" for node in nodes if (value := node.inputs[0]) is not None]
-    for found in tap(groups.model, names, batched(groups.model, samples, BATCH)):
+    for found in tap(groups.model, names, batched(groups.model, samples, _BATCH)):
         for node, name in zip(nodes, names, strict=True):
             yield node, found[name].astype(np.float32, copy=False)
 
@@ -88,7 +90,7 @@ def by_activations(groups: Groups, criterion: str, samples: Samples, tell: Tell)
         value = np.sqrt(total) if criterion == "activation" else total
         if criterion == "activation":
             matrix = np.abs(weight_matrix(node, _weights(node))).sum(1)
-            columns = column_roots(node, roots, matrix.shape)
+            columns = _column_roots(node, roots, matrix.shape)
             sums, counts = np.zeros(len(scores)), np.zeros(len(scores))
             np.add.at(sums, columns.ravel(), matrix.ravel())
             np.add.at(counts, roots, 1)
@@ -113,7 +115,7 @@ def _completed(groups: Groups, scores: Scores) -> Scores:
     return scores
 
 
-def column_roots(node: ir.Node, roots: Axis, shape: tuple[int, ...]) -> Axis:
+def _column_roots(node: ir.Node, roots: Axis, shape: tuple[int, ...]) -> Axis:
     """The group of each column [groups, k] of a product, given that of each input channel."""
     parts, width = shape[0], shape[-1]
     if node.op_type in ("Conv", "ConvTranspose"):
@@ -121,16 +123,12 @@ def column_roots(node: ir.Node, roots: Axis, shape: tuple[int, ...]) -> Axis:
     return np.broadcast_to(roots, (parts, width))
 
 
-def thinned(node: ir.Node, x: Reals, rows: int, rng: np.random.Generator) -> Iterator[Reals]:
-    """Columns [groups, rows, k] of a batch in blocks, of each at most `rows` for each sample.
-
-    A convolution's blocks hold one sample, or a part of it, those of products the whole batch.
-    """
-    total = x.shape[0] * rows
-    for block in column_blocks(node, x):
-        if total < block.shape[1]:
-            block = block[:, rng.choice(block.shape[1], total, replace=False)]
-        yield block
+def columns_left(groups: Groups, kept: Kept, node: ir.Node) -> Axis | None:
+    """Which columns [groups, k] of a product are left, [groups, fewer]; None of uneven groups."""
+    _, roots = _channels(groups, node)
+    columns = _column_roots(node, roots, weight_matrix(node, _weights(node)).shape)
+    left = [np.flatnonzero(row) for row in ~kept.gone[columns]]
+    return np.stack(left) if len({len(row) for row in left}) == 1 else None
 
 
 @dataclass
@@ -170,39 +168,56 @@ def by_reconstruction(groups: Groups, samples: Samples, tell: Tell) -> Scores:
     brain surgeon). The score is the error so far, relative to the products' own size.
     """
     scores = np.zeros(len(groups.trace.atoms))
-    for number, family in enumerate(groups.families):
+    for number, (family, sums) in enumerate(family_grams(groups, samples, tell)):
         tell(f"reconstruction {number + 1} of {len(groups.families)}: {family.name}")
-        parts = list(_parts(groups, family, samples))
+        parts = list(_parts(groups, sums))
+        for part in parts:
+            for root in family.roots.tolist():
+                where = np.flatnonzero(part.columns == root)
+                if where.size:
+                    part.places[root] = where
         if parts:
             _eliminate(family, parts, scores)
     return _completed(groups, scores)
 
 
-def _parts(groups: Groups, family: Family, samples: Samples) -> Iterator[_Part]:
-    nodes = readers([family])
-    rng = np.random.default_rng(0)
-    sums: dict[ir.Node, Gram] = {}
-    for node, x in _inputs(groups, nodes, samples) if nodes else ():
-        for block in thinned(node, x, ROWS, rng):
-            if node not in sums:
-                sums[node] = Gram.empty(block.shape[0], block.shape[2])
-            sums[node].add(block)
+def _parts(groups: Groups, sums: Mapping[ir.Node, Gram]) -> Iterator[_Part]:
     for node, total in sums.items():
         weights = weight_matrix(node, _weights(node))
         _, roots = _channels(groups, node)
-        columns = column_roots(node, roots, weights.shape)
+        columns = _column_roots(node, roots, weights.shape)
         gram = total.xtx / total.count
         size = float((np.matmul(weights, gram) * weights).sum())
         for index in range(len(gram)):
             damping = _DAMPING * float(np.trace(gram[index])) / len(gram[index]) + 1e-12
             held = gram[index] + damping * np.eye(len(gram[index]))
             inverse = cast("Floats", np.linalg.inv(held))
-            part = _Part(inverse, weights[index].copy(), columns[index], 1 / max(size, 1e-30))
-            for root in family.roots.tolist():
-                where = np.flatnonzero(part.columns == root)
-                if where.size:
-                    part.places[root] = where
-            yield part
+            yield _Part(inverse, weights[index].copy(), columns[index], 1 / max(size, 1e-30))
+
+
+def family_grams(
+    groups: Groups, samples: Samples, tell: Tell
+) -> Iterator[tuple[Family, dict[ir.Node, Gram]]]:
+    """The families, each with XᵀX of the inputs of the products that read it.
+
+    The model runs on the samples once for each 256 MiB of sums.
+    """
+    waiting = list(groups.families)
+    while waiting:
+        part: dict[ir.Node, None] = {}
+        count, held = 0, 0
+        for family in waiting:
+            own = [node for node in readers([family]) if node not in part]
+            shapes = [weight_matrix(node, _weights(node)).shape for node in own]
+            held += sum(8 * size * k * k for size, _, k in shapes)
+            if count and held > _BYTES:
+                break
+            count += 1
+            part.update(dict.fromkeys(own))
+        found = grams(groups.model, list(part), samples, rows=_ROWS, progress=tell)
+        for family in waiting[:count]:
+            yield family, {node: found[ir.label(node)] for node in readers([family])}
+        waiting = waiting[count:]
 
 
 def _eliminate(family: Family, parts: Sequence[_Part], scores: Scores) -> None:

@@ -10,28 +10,25 @@ with an earlier value follows, the sum is what is fitted, so that residual strea
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from graphopt import ir
 from graphopt.errors import InputError
-from graphopt.gram import LINEAR, column_blocks, weight_matrix, weight_tensor
-from graphopt.pruner.adjusting import constant
+from graphopt.gram import LINEAR, column_blocks
 from graphopt.pruner.batching import batched
+from graphopt.pruner.fitting import Fit, Sums, biased, can_fit, fit
 from graphopt.pruner.records import Record
 from graphopt.samples import Samples
 from graphopt.taps import tap
 
-__all__ = ["Fit", "Recovery", "recover"]
+__all__ = ["Recovery", "recover"]
 
 Reals = npt.NDArray[np.floating[Any]]
-Floats = npt.NDArray[np.float64]
 Tell = Callable[[str], None]
-
-_CAUTION = 0.1
 
 METHODS = ("reconstruct", "bias", "statistics")
 
@@ -51,51 +48,21 @@ class Recovery:
     """At most so many positions of a sample enter each fit."""
     batch: int = 16
     """Samples run at once, where the model takes any number."""
-    epochs: int = 0
-    """Then train all weights on the outputs of the unpruned model, so often through the data."""
-    rate: float = 5e-4
-    """Of that training."""
+    epochs: int = -1
+    """Then train all weights on the unpruned model's results, so often through the data; -1: as
+    often as a minute or two allows."""
+    rate: float = 1e-2
+    """Of that training, relative to the weights."""
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise InputError(f"method is one of {', '.join(METHODS)}, not {self.method!r}")
         if self.samples < 1 or self.rows < 1 or self.batch < 1:
             raise InputError("samples, rows and batch are at least 1")
-        if self.epochs < 0 or not self.rate > 0:
-            raise InputError("epochs are at least 0, and the rate is greater than 0")
+        if self.epochs < -1 or not self.rate > 0:
+            raise InputError("epochs are at least 0 (-1: a default), the rate is greater than 0")
         if not self.ridge > 0:
             raise InputError(f"ridge is greater than 0, not {self.ridge:g}")
-
-
-@dataclass
-class Fit:
-    """What refitting one layer did: mean square error relative to the target's variance."""
-
-    name: str
-    before: float
-    after: float
-
-
-@dataclass
-class _Sums:
-    """Of columns X with a 1 appended and targets Y, per group: XᵀX, XᵀY, and YᵀY's diagonal."""
-
-    xtx: list[Floats] = field(default_factory=list[Floats])
-    xty: list[Floats] = field(default_factory=list[Floats])
-    yty: list[Floats] = field(default_factory=list[Floats])
-    count: int = 0
-
-    def add(self, x: Reals, y: Reals) -> None:
-        """Count rows in: x [groups, rows, k], y [groups, rows, out]."""
-        x = np.concatenate([x, np.ones((*x.shape[:2], 1), x.dtype)], axis=2)
-        turned = x.transpose(0, 2, 1)
-        parts = (np.matmul(turned, x), np.matmul(turned, y), np.square(y).sum(1))
-        for held, part in zip((self.xtx, self.xty, self.yty), parts, strict=True):
-            if held:
-                held[0] += part
-            else:
-                held.append(part.astype(np.float64))
-        self.count += x.shape[1]
 
 
 def recover(
@@ -104,12 +71,9 @@ def recover(
     samples: Samples,
     options: Recovery,
     progress: Tell | None = None,
-    *,
-    only: Collection[str] | None = None,
 ) -> list[Fit]:
     """Refit a pruned model's weights in place, towards the model of the record.
 
-    `only` names the results of nodes that are refitted, all others staying as they are.
     Memory: the sums of one layer, and its inputs for one batch.
 
     Raises:
@@ -121,8 +85,6 @@ def recover(
     affected = _affected(model, record)
     order = {node: index for index, node in enumerate(model.graph)}
     nodes = [node for node in model.graph if node in affected and _aim(node, known) in known]
-    if only is not None:
-        nodes = [node for node in nodes if node.outputs[0].name in only]
     fits: list[Fit] = []
     for number, node in enumerate(nodes):
         if progress is not None:
@@ -131,8 +93,8 @@ def recover(
             if node.op_type == "BatchNormalization":
                 _restate(model, node, data, options)
         elif node.op_type in LINEAR and node.domain in ("", "ai.onnx"):
-            fit = _refit(model, node, _aim(node, known), record, data, options, order)
-            fits += [] if fit is None else [fit]
+            done = _refit(model, node, _aim(node, known), record, data, options, order)
+            fits += [] if done is None else [done]
     return fits
 
 
@@ -158,69 +120,12 @@ def _refit(
     options: Recovery,
     order: dict[ir.Node, int],
 ) -> Fit | None:
-    weights = node.inputs[1]
-    tensor = ir.constant(weights)
-    if tensor is None or weights is None or len(weights.uses()) > 1 or _scaled(node):
-        return None
-    array = tensor.numpy()
-    if array.dtype.kind != "f" or weights.graph is not model.graph:
+    if not can_fit(model, node):
         return None
     sums = _collect(model, node, aim, record, data, options, order)
     if sums is None or not sums.count:
         return None
-    matrix = weight_matrix(node, array).astype(np.float64)
-    bias, place = _bias(node, matrix)
-    if place is None:
-        return None
-    whole = np.concatenate([matrix, bias[:, :, None]], axis=2)
-    only_bias = options.method == "bias"
-    solved = _solve(sums, whole, options.ridge, only_bias)
-    before, after = _error(sums, whole), _error(sums, solved)
-    if not after <= before:
-        return Fit(ir.label(node), before, before)
-    if not only_bias:
-        fitted = weight_tensor(node, solved[:, :, :-1], array.shape).astype(array.dtype)
-        weights.const_value = ir.tensor(fitted, name=weights.name)
-    _set_bias(model, node, place, solved[:, :, -1].ravel().astype(array.dtype))
-    return Fit(ir.label(node), before, after)
-
-
-def _scaled(node: ir.Node) -> bool:
-    """Gemm's factors other than 1, which would have to be divided out again."""
-    return any(ir.attribute(node, name, 1.0) != 1.0 for name in ("alpha", "beta"))
-
-
-def _solve(sums: _Sums, whole: Floats, ridge: float, only_bias: bool) -> Floats:
-    """The change of weights and bias that is best by least squares, weights held by a ridge."""
-    xtx, xty = sums.xtx[0] / sums.count, sums.xty[0] / sums.count
-    size = xtx.shape[-1] - 1
-    rest = xty - np.matmul(xtx, whole.transpose(0, 2, 1))
-    if only_bias:
-        change = np.zeros_like(rest)
-        change[:, -1] = rest[:, -1]
-        return _sum(whole, change)
-    diagonal = np.einsum("gii->gi", xtx)[:, :size]
-    # Few rows for as many unknowns would be fitted exactly, noise and all.
-    held = (ridge + _CAUTION * size / sums.count) * diagonal.mean(1) + 1e-12
-    left = xtx.copy()
-    np.einsum("gii->gi", left)[:, :size] += held[:, None]
-    left[:, size, size] += 1e-9
-    return _sum(whole, cast("Floats", np.linalg.solve(left, rest)))
-
-
-def _sum(whole: Floats, change: Floats) -> Floats:
-    found: Floats = whole + change.transpose(0, 2, 1)
-    return found
-
-
-def _error(sums: _Sums, whole: Floats) -> float:
-    """The squared error, relative to the targets' variance, both as means over all channels."""
-    count = sums.count
-    w = whole.transpose(0, 2, 1)
-    fitted = (w * np.matmul(sums.xtx[0], w)).sum(1) - 2 * (w * sums.xty[0]).sum(1)
-    mean = sums.xty[0][:, -1] / count
-    variance = float((sums.yty[0] / count - mean**2).sum())
-    return float((fitted + sums.yty[0]).sum()) / count / max(variance, 1e-30)
+    return fit(model, node, sums, options.ridge, only_bias=options.method == "bias")
 
 
 def _collect(
@@ -231,7 +136,7 @@ def _collect(
     data: Samples,
     options: Recovery,
     order: dict[ir.Node, int],
-) -> _Sums | None:
+) -> Sums | None:
     """Run both models up to a node and sum up what its fit needs."""
     source, other = node.inputs[0], None
     addition = _addition(node, order)
@@ -240,7 +145,7 @@ def _collect(
     kept = record.kept.get(aim, {})
     assert source is not None
     asked = [source] if other is None else [source, other]
-    sums = _Sums()
+    sums = Sums()
     rng = np.random.default_rng(0)
     mine = tap(model, asked, batched(model, data, options.batch))
     theirs = tap(record.teacher, [aim], batched(record.teacher, data, options.batch))
@@ -268,29 +173,13 @@ def _collect(
     return sums
 
 
-def _biased(node: ir.Node) -> tuple[ir.Value, ir.Value] | None:
-    """The sum of a MatMul's result and a bias of its own, which nothing else reads; the bias."""
-    output = node.outputs[0]
-    uses = list(output.uses())
-    if node.op_type != "MatMul" or len(uses) != 1 or output.is_graph_output():
-        return None
-    add, weights = uses[0].node, ir.constant(node.inputs[1])
-    bias = add.inputs[1 - uses[0].idx] if add.op_type == "Add" else None
-    tensor = ir.constant(bias)
-    if bias is None or tensor is None or weights is None or len(weights.shape) < 2:
-        return None
-    own = bias.is_initializer() and len(bias.uses()) == 1
-    fits = tensor.shape.numpy() == weights.shape.numpy()[-1:]
-    return (add.outputs[0], bias) if own and fits else None
-
-
 def _aim(node: ir.Node, known: Collection[str]) -> str:
     """What a node, with its bias, computes, as it is called among these names.
 
     A sum with a bias that an earlier refit put there has no name among them: it stands for the
     product.
     """
-    sums = _biased(node)
+    sums = biased(node)
     name = "" if sums is None else sums[0].name or ""
     return name if name in known else node.outputs[0].name or ""
 
@@ -333,54 +222,6 @@ def _rows(node: ir.Node, target: Reals) -> Reals:
         split = target.reshape(batch, group, channels // group, -1)
         return split.transpose(1, 0, 3, 2).reshape(group, -1, channels // group)
     return target.reshape(1, -1, target.shape[-1])
-
-
-def _bias(node: ir.Node, matrix: Floats) -> tuple[Floats, str | None]:
-    """The bias of a layer [groups, out], and where a new one is to be put.
-
-    `input`: the operator's own; `add`: the constant that an Add after a MatMul has; None: nowhere.
-    """
-    shape = matrix.shape[:2]
-    if node.op_type == "MatMul":
-        if matrix.shape[0] != 1:
-            return np.zeros(shape), None
-        sums = _biased(node)
-        held = None if sums is None else ir.array(sums[1])
-        return np.zeros(shape) if held is None else held.astype(np.float64)[None], "add"
-    value = node.inputs[2] if len(node.inputs) > 2 else None
-    if value is None:
-        return np.zeros(shape), "input"
-    array = ir.array(value)
-    if array is None or len(value.uses()) > 1:
-        return np.zeros(shape), None
-    full = np.broadcast_to(array.astype(np.float64).ravel(), (shape[0] * shape[1],))
-    return full.reshape(shape), "input"
-
-
-def _set_bias(model: ir.Model, node: ir.Node, place: str, bias: Reals) -> None:
-    if place == "input":
-        value = node.inputs[2] if len(node.inputs) > 2 else None
-        if value is not None:
-            value.const_value = ir.tensor(bias, name=value.name)
-            value.shape = ir.Shape(bias.shape)
-            return
-        node.resize_inputs(3)
-        node.replace_input_with(2, constant(node, bias, "bias"))
-        return
-    sums = _biased(node)
-    if sums is not None:
-        sums[1].const_value = ir.tensor(bias, name=sums[1].name)
-        return
-    output = node.outputs[0]
-    add = ir.Node("", "Add", [output, constant(node, bias, "bias")])
-    made = add.outputs[0]
-    made.shape, made.type = output.shape, output.type
-    made.name = f"{output.name}__refitted"
-    if output.is_graph_output():  # whose name is the model's
-        made.name, output.name = output.name, f"{output.name}__product"
-    output.replace_all_uses_with(made, replace_graph_outputs=True)
-    add.replace_input_with(0, output)
-    model.graph.insert_after(node, add)
 
 
 def _restate(model: ir.Model, node: ir.Node, data: Samples, options: Recovery) -> None:

@@ -13,14 +13,14 @@ import numpy as np
 
 from graphopt import atomic, ir
 from graphopt.errors import InputError
+from graphopt.gram import Gram
 from graphopt.pruner.applying import apply
 from graphopt.pruner.atoms import Axis
 from graphopt.pruner.batching import batched
-from graphopt.pruner.estimating import Estimator, Size
-from graphopt.pruner.groups import Family, Groups
-from graphopt.pruner.measuring import readers
-from graphopt.pruner.records import Record, positions
-from graphopt.pruner.recovery import Recovery, recover
+from graphopt.pruner.estimating import Estimator, Size, operations
+from graphopt.pruner.fitting import Sums, augmented, can_fit, fit
+from graphopt.pruner.groups import Groups
+from graphopt.pruner.measuring import columns_left, family_grams
 from graphopt.pruner.selection import Scores, Selection, least
 from graphopt.pruner.slopes import distance
 from graphopt.runner import Runner
@@ -35,6 +35,10 @@ Tell = Callable[[str], None]
 
 _FITTED, _JUDGED = 192, 64
 """Samples that layers are refitted on, and others that the outputs are compared on."""
+_FEWEST = 8
+_EFFORT = 4e12
+"""Operations that comparing takes, about; beyond that fewer outputs are compared."""
+_RIDGE = 1e-3
 _STEP = 1 / 16
 _BATCH = 32
 
@@ -57,20 +61,26 @@ def scan(
     Raises:
         InputError: a file that is none of this kind.
     """
+    each = operations(groups.model, samples)
+    fair = int(_EFFORT / max(each * len(SHARES) * len(groups.families), 1))
     data = samples.take(_FITTED + _JUDGED)
     fitted = min(_FITTED, max(len(data) * 3 // 4, 1))
     judged = list(itertools.islice(data, fitted if fitted < len(data) else 0, None))
+    judged = judged[: max(fair, _FEWEST)]
     key = _key(groups, scores, data, how)
     curves = _read(file, key)
+    if all(len(curves.get(family.name, {})) == len(SHARES) for family in groups.families):
+        return curves
     before = list(_outputs(groups.model, judged))
-    for number, family in enumerate(groups.families):
+    sums = family_grams(groups, data.take(fitted), tell)
+    for number, (family, inputs) in enumerate(sums):
         if len(curves.get(family.name, {})) == len(SHARES):
             continue
         tell(f"sensitivity {number + 1} of {len(groups.families)}: {family.name}")
         found: dict[float, float] = {}
         for share in SHARES:
             gone = least(family, scores, share, how)
-            after = _outputs(_refitted(groups, gone, family, data.take(fitted)), judged)
+            after = _outputs(_refitted(groups, gone, inputs), judged)
             pairs = zip(before, after, strict=True)
             found[share] = float(np.mean([distance(a, b) for a, b in pairs]))
         curves[family.name] = found
@@ -91,12 +101,20 @@ def _write(file: Path, text: bytes) -> None:
     atomic.write(file, lambda out: out.write(text))
 
 
-def _refitted(groups: Groups, gone: Axis, family: Family, data: Samples) -> ir.Model:
+def _refitted(groups: Groups, gone: Axis, inputs: Mapping[ir.Node, Gram]) -> ir.Model:
+    """A model without some groups of a family, what read them refitted to the whole inputs."""
     kept = groups.kept(gone)
     model = apply(groups, kept)
-    record = Record(groups.model, positions(groups, kept, None))
-    names = {node.outputs[0].name or "" for node in readers([family])}
-    recover(model, record, data, Recovery(samples=_FITTED, rows=64), only=names)
+    twins = {node.outputs[0].name: node for node in model.graph if node.outputs}
+    for node, gram in inputs.items():
+        twin = twins[node.outputs[0].name]
+        weights, fewer = ir.array(node.inputs[1]), ir.array(twin.inputs[1])
+        left = columns_left(groups, kept, node)
+        if weights is None or fewer is None or left is None or not can_fit(model, twin):
+            continue
+        whole = augmented(node, weights)
+        if whole.shape[:2] == augmented(twin, fewer).shape[:2]:
+            fit(model, twin, Sums.of_fewer(gram, whole, left), _RIDGE)
     return model
 
 
