@@ -50,10 +50,11 @@ def shifted(feeds: Feeds, rng: np.random.Generator) -> dict[str, Array]:
         axes = plane(array)
         if axes is None:
             continue
-        source, target = [slice(None)] * 4, [slice(None)] * 4
+        source = [slice(0, size) for size in array.shape]
+        target = list(source)
         for axis in axes:
             size = array.shape[axis]
-            step = int(rng.integers(-(size // _SHIFT), size // _SHIFT + 1))
+            (step,) = rng.integers(-(size // _SHIFT), size // _SHIFT + 1, 1).tolist()
             source[axis] = slice(max(-step, 0), size - max(step, 0))
             target[axis] = slice(max(step, 0), size - max(-step, 0))
         found[name] = np.zeros_like(array)

@@ -46,6 +46,8 @@ _BLENDED = 0.5
 """Share of the batches that are blended, so that few samples are not learnt by heart."""
 _ALIKE = 0.5
 """Images are mirrored where the outputs move by less than this share of their variance."""
+_WARM = 0.1
+"""Share of the steps in which the rate grows, while Adam gets to know the gradients."""
 _MARKS = 4
 """Values on the way that are compared where the model adds none up."""
 _WORSE, _SLOWER = 2.0, 4.0
@@ -309,7 +311,8 @@ class _Adam:
     def step(self, weights: dict[str, Array], gradients: Feeds) -> None:
         """Move the weights, which are replaced, not written to."""
         count = self._count = self._count + 1
-        share = 0.5 * (1 + math.cos(math.pi * (count - 1) / self._steps))
+        warm = min(count / max(_WARM * self._steps, 1), 1)
+        share = warm * 0.5 * (1 + math.cos(math.pi * (count - 1) / self._steps))
         for name, gradient in gradients.items():
             first = self._first[name] = 0.9 * self._first[name] + 0.1 * gradient
             second = self._second[name] = 0.999 * self._second[name] + 0.001 * gradient**2

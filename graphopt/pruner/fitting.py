@@ -98,7 +98,8 @@ def fit(
     if not only_bias:
         fitted = weight_tensor(node, solved[:, :, :-1], array.shape).astype(array.dtype)
         weights.const_value = ir.tensor(fitted, name=weights.name)
-    _set_bias(model, node, place, solved[:, :, -1].ravel().astype(array.dtype))
+    bias = solved[:, :, -1].ravel().astype(array.dtype)
+    _set_bias(model, node, place, cast("Reals", bias))
     return Fit(ir.label(node), before, after)
 
 

@@ -23,7 +23,7 @@ class Add(nn.Module):
     """The input, or what a shortcut makes of it, and a body's result."""
 
     def __init__(self, body: Any, shortcut: Any = None, after: Any = None) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self.body, self.shortcut, self.after = body, shortcut, after
 
     def forward(self, x: Any) -> Any:
@@ -35,7 +35,7 @@ class Apply(nn.Module):
     """A function as a module."""
 
     def __init__(self, function: Callable[[Any], Any]) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self.function = function
 
     def forward(self, x: Any) -> Any:
@@ -84,7 +84,7 @@ class Dense(nn.Module):
     """All earlier results side by side."""
 
     def __init__(self, width: int, growth: int) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self.body = nn.Sequential(
             nn.BatchNorm2d(width),
             nn.ReLU(),
@@ -115,7 +115,7 @@ class Shuffle(nn.Module):
     """Ma et al. 2018, ShuffleNet V2: half the channels pass, and all are shuffled."""
 
     def __init__(self, inner: int, outer: int, step: int) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         half, self.step = outer // 2, step
         first = inner if step > 1 else half
         self.right = nn.Sequential(
@@ -169,7 +169,7 @@ class Fire(nn.Module):
     """Iandola et al. 2016, SqueezeNet: squeezed, then expanded two ways."""
 
     def __init__(self, inner: int, squeezed: int, outer: int) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self.squeeze = nn.Conv2d(inner, squeezed, 1)
         self.small = nn.Conv2d(squeezed, outer, 1)
         self.large = nn.Conv2d(squeezed, outer, 3, padding=1)
@@ -197,7 +197,7 @@ class Attention(nn.Module):
     """Queries, keys and values of one product; with a window a table of relative positions."""
 
     def __init__(self, width: int, heads: int, window: int = 0) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self.heads, self.window = heads, window
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         if window:
@@ -228,7 +228,7 @@ class Tokens(nn.Module):
     """A class token before the patches, and learnt positions."""
 
     def __init__(self, width: int, count: int) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self.token = nn.Parameter(torch.randn(1, 1, width))
         self.places = nn.Parameter(torch.randn(1, count + 1, width))
 
@@ -252,7 +252,7 @@ class Windows(nn.Module):
     """Attention within windows, which are shifted or not."""
 
     def __init__(self, width: int, heads: int, window: int, shift: int) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self.attention = Attention(width, heads, window)
         self.window, self.shift = window, shift
 
@@ -272,7 +272,7 @@ class Merge(nn.Module):
     """Four patches become one."""
 
     def __init__(self, width: int) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self.norm = nn.LayerNorm(4 * width)
         self.reduce = nn.Linear(4 * width, 2 * width, bias=False)
 
@@ -301,7 +301,7 @@ class Scale(nn.Module):
     """A factor for each channel."""
 
     def __init__(self, width: int) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self.factor = nn.Parameter(torch.rand(width, 1, 1) + 0.5)
 
     def forward(self, x: Any) -> Any:
@@ -312,7 +312,7 @@ class Norm(nn.Module):
     """LayerNorm of the channels of images."""
 
     def __init__(self, width: int) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self.norm = nn.LayerNorm(width)
 
     def forward(self, x: Any) -> Any:
