@@ -34,6 +34,7 @@ from graphopt.pruner.records import record_of
 from graphopt.pruner.recovery import Recovery
 from graphopt.pruner.recovery import recover as refit
 from graphopt.pruner.selection import Unreachable
+from graphopt.pruner.sensitivity import Curves
 from graphopt.report import Loss
 from graphopt.runner import Runner
 from graphopt.samples import Samples, SamplesLike, open_samples
@@ -62,6 +63,8 @@ class PruneReport:
     """Weight and axis → why it stays as it is."""
     unknown: dict[str, int] = field(default_factory=dict[str, int])
     """Operators that pruning has no rule for, and how often they hold something back."""
+    curves: Curves = field(default_factory=dict[str, dict[float, float]])
+    """Of the sensitivity scan: weight → share of its channels that goes → what outputs lose."""
     masked_error: float | None = None
     """Largest relative difference from the original with all that went set to zero."""
     fits: list[Fit] = field(default_factory=list[Fit])
@@ -300,6 +303,8 @@ class _Job:
         report.frozen = done.groups.frozen
         report.unknown = dict(done.groups.unknown)
         report.masked_error = done.error
+        if first is None and self.surveyed is not None:
+            report.curves = self.surveyed.curves or {}
 
     def _within_drop(self, clean: ir.Model, limit: float) -> ir.Model:
         """The largest ratio whose drop stays within the limit, by bisection."""

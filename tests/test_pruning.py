@@ -361,6 +361,20 @@ def test_command(data: Path, tmp_path: Path) -> None:
     assert accuracy(files.load(out)) > 0.8
 
 
+def test_plot(data: Path, tmp_path: Path) -> None:
+    """A curve for each family, and what is left of it; not over a file that is there."""
+    page = tmp_path / "curves.html"
+    how = ("--params", 0.6, "--data", data, "--scope", "sensitivity", "--no-benchmark")
+    done = run(CNN, *how, "-o", tmp_path / "small.onnx", "--plot", page)
+    assert done.exit_code == 0, done.output
+    text = page.read_text(encoding="utf-8")
+    assert text.count("<polyline") > 2
+    assert "block1.conv1.weight" in text
+    again = run(CNN, *how, "-o", tmp_path / "other.onnx", "--plot", page)
+    assert again.exit_code == 2
+    assert "exists" in again.output
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -5,13 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
-from graphopt import models
+import graphopt
+from graphopt import ir, models
 from graphopt.errors import InputError
 from graphopt.optimization import optimize
 from graphopt.pruner.sparsity import Floats, Method, Pattern, sparsify
 from graphopt.report import Report
+from graphopt.runner import Runner
+from tests._models import parse
 
 
 def data(k: int) -> tuple[Floats, Floats]:
@@ -69,3 +73,58 @@ def test_methods_that_need_data_say_so() -> None:
         optimize(path, passes="sparsify-weights{method=wanda}")
     with pytest.raises(InputError, match="one of"):
         optimize(path, passes="sparsify-weights{method=luck}")
+
+
+def looked_up(pipeline: str, ids: list[int]) -> tuple[npt.NDArray[np.float32], int]:
+    """What a table of 300 rows gives after a pass that saw rows 5 to 7, and its rows by then."""
+    rng = np.random.default_rng(0)
+    table = rng.standard_normal((300, 8)).astype(np.float32)
+    table[9] = 3 * table[6]
+    model = parse("net (int64[3] ids, float[300,8] w) => (float[3,8] y) { y = Gather(w, ids) }")
+    value = model.graph.inputs.pop()
+    value.const_value = ir.tensor(table, name="w")
+    model.graph.register_initializer(value)
+    seen = [{"ids": np.array([5, 6, 7])}]
+    small = graphopt.optimize(model, passes=pipeline, data=seen)
+    found = Runner(small).run({"ids": np.array(ids)})["y"]
+    left = ir.array(small.graph.initializers["w"])
+    assert left is not None
+    return found - table[[5, 6, 7]], len(left)
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "ids", "rows"),
+    [
+        ("prune-vocabulary", [5, 9, 7], 3),  # the ninth is most like the sixth
+        ("prune-vocabulary", [-295, 6, 7], 3),
+        ("prune-vocabulary{unknown=6}", [5, 100, 7], 3),
+        ("prune-vocabulary{ratio=0.5}", [5, 6, 7], 150),
+        ("prune-vocabulary{keep=[w]}", [5, 6, 7], 300),
+    ],
+)
+def test_vocabulary(pipeline: str, ids: list[int], rows: int) -> None:
+    """Rows that data use are as before; one that has gone is the most alike, or that of choice."""
+    gap, left = looked_up(pipeline, ids)
+    assert not gap.any()
+    assert left == rows
+
+
+@pytest.mark.parametrize("options", ["ratio=1", "ratio=-1", "unknown=-2", "unknown=300"])
+def test_bad_vocabulary(options: str) -> None:
+    """A share outside 0 to 1, a row that there is not."""
+    with pytest.raises(InputError, match="prune-vocabulary"):
+        looked_up(f"prune-vocabulary{{{options}}}", [5, 6, 7])
+
+
+def test_clipping() -> None:
+    """No weight of a layer is beyond the limit, and those within are as before."""
+    name = "classify.weight"
+    before = ir.array(graphopt.load(models.path("digits_cnn")).graph.initializers[name])
+    small = graphopt.optimize(models.path("digits_cnn"), passes="clip-weights{share=0.1}")
+    after = ir.array(small.graph.initializers[name])
+    assert before is not None and after is not None
+    limit = np.abs(after).max()
+    assert 0.05 < np.mean(np.abs(before) > limit) <= 0.1
+    assert np.array_equal(np.clip(before, -limit, limit), after)
+    with pytest.raises(InputError, match="clip-weights"):
+        graphopt.optimize(models.path("digits_cnn"), passes="clip-weights{share=1}")

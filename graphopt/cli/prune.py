@@ -92,6 +92,12 @@ _LISTED = 5  # weights named for each reason
     metavar="FILE",
     help="With --scope sensitivity: keep the measured curves there, and go on from them.",
 )
+@click.option(
+    "--plot",
+    type=click.Path(path_type=Path),
+    metavar="FILE.html",
+    help="Write the curves of --scope sensitivity and what was kept there as a page.",
+)
 @click.option("--samples", type=click.IntRange(1), default=512, help="For recovery, at most.")
 @click.option("--target", default="portable", show_default=True, help="See `graphopt targets`.")
 @click.option("--no-benchmark", is_flag=True, help="Do not measure latency.")
@@ -117,6 +123,8 @@ def prune(model: Path, **options: Any) -> None:
     if output is None:
         raise InputError("say where to write the result (-o OUT.onnx)")
     check_output(output, options["overwrite"], [model])
+    if options["plot"]:
+        check_output(options["plot"], options["overwrite"], [model])
     from graphopt import files, pruning
 
     report = pruning.PruneReport()
@@ -135,10 +143,26 @@ def prune(model: Path, **options: Any) -> None:
             report=report,
         )
         files.save(result, output, overwrite=options["overwrite"])
+    if options["plot"]:
+        _plot(report, options["plot"])
     if options["json_to"]:
         write_json({**report.to_dict(), "output": str(output)}, options["json_to"])
     if not options["quiet"] and options["json_to"] != "-":
         _tell(console(), report, output, verbose=options["verbose"])
+
+
+def _plot(report: PruneReport, place: Path) -> None:
+    """What the outputs lose by share of each family that goes, and what is left of each."""
+    from graphopt import plots
+
+    figures = [
+        (name, plots.curves({name: sorted(curve.items())}, x="share that goes", y="loss"))
+        for name, curve in report.curves.items()
+    ]
+    left = [(name, after / before) for name, (before, after) in report.families.items()]
+    sections = [("Sensitivity", figures)] if figures else []
+    sections.append(("Kept", [("share of each family's channels", plots.bars(left))]))
+    plots.write(place, plots.page(f"Pruning of {report.source}", sections))
 
 
 def _recovery(options: dict[str, Any]) -> Recovery | bool:
