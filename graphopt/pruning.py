@@ -141,7 +141,8 @@ def prune(
         model: a path, bytes, an `onnx.ModelProto`, an `onnx_ir.Model` or torch's `ONNXProgram`.
         ratio: share of each family of coupled channels that goes, 0 to 1.
         criterion: l1, l2, lp:P, median, bn-scale or random; with data activation, apoz,
-            reconstruction or taylor. `auto` is reconstruction where there is recovery, else l2.
+            hessian, reconstruction or taylor. `auto` is reconstruction where there is recovery,
+            else l2.
         scope: `uniform`; `global`: the least important of all; `sensitivity`: ratios by what each
             family's loss does to the outputs on data. `auto` is sensitivity where a budget is to be
             met with recovery, else uniform.

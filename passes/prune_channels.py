@@ -26,7 +26,8 @@ class PruneChannels(Pass):
     ratio: float = 0.5
     """Share of channels that goes."""
     criterion: str = "l2"
-    """l1, l2, lp:P, median, bn-scale, random; on data activation, apoz, reconstruction, taylor."""
+    """l1, l2, lp:P, median, bn-scale, random; on data activation, apoz, hessian, reconstruction,
+    taylor."""
     scope: str = "uniform"
     """uniform, global (the least important of all), sensitivity (measured on data)."""
     round_to: int = 0

@@ -17,9 +17,12 @@ from graphopt import files, ir, models
 from graphopt.cli import main
 from graphopt.errors import GateError, InputError
 from graphopt.pruner.gradients import Tape
+from graphopt.pruner.groups import find_groups
+from graphopt.pruner.preparing import prepare
 from graphopt.pruner.pruning import Options, prune_once
 from graphopt.pruner.records import record_of
 from graphopt.pruner.recovery import Recovery, recover
+from graphopt.pruner.slopes import by_changes, by_gradients
 from graphopt.pruning import PruneReport, prune
 from graphopt.report import Report
 from graphopt.runner import Runner
@@ -113,13 +116,26 @@ def test_budgets(scope: str, data: Path, tmp_path: Path) -> None:
             prune(CNN, scope=scope, data=data, scan=str(tmp_path / "scan.json"), benchmark=False)
 
 
-@pytest.mark.parametrize("criterion", ["activation", "apoz", "reconstruction", "taylor"])
+@pytest.mark.parametrize("criterion", ["activation", "apoz", "hessian", "reconstruction", "taylor"])
 def test_criteria_on_data(criterion: str, data: Path) -> None:
     """All of them choose, from what the data do."""
     report = PruneReport()
     prune(CNN, criterion=criterion, data=data, benchmark=False, report=report, ratio=0.3)
     assert report.masked_error is not None
     assert report.masked_error < 1e-5
+
+
+def test_gradients_rank_as_changes_do(data: Path) -> None:
+    """What a group's loss does by first order is what a small change of it does."""
+    model = files.load(CNN)
+    prepare(model)
+    groups = find_groups(model)
+    samples = open_samples(str(data), model)
+    one = by_gradients(groups, samples.take(160), lambda text: None)
+    other = by_changes(groups, samples.take(48), lambda text: None)
+    for family in groups.families:
+        ranks = [np.argsort(np.argsort(scores[family.roots])) for scores in (one, other)]
+        assert np.corrcoef(ranks)[0, 1] > 0.8
 
 
 def test_limits(data: Path) -> None:
@@ -278,6 +294,9 @@ NETS = {
     " p = MaxPool <kernel_shape = [2, 2]> (z) f = Flatten(p) y = Gemm <transB = 1> (f, m, c)",
     "grouped": 'a = Conv <group = 2, auto_pad = "SAME_UPPER"> (x, g) z = Sigmoid(a)'
     " p = GlobalAveragePool(z) f = Flatten(p) y = MatMul(f, n)",
+    "bounds": "a = Conv (x, w, b) h = Tanh(a) d = Exp(h) l = Log(d) k = Max(a, l)"
+    " t = Min(k, d)"
+    " p = GlobalAveragePool(t) f = Flatten(p) y = MatMul(f, n)",
     "norms": "a = Conv (x, w, b) l = LayerNormalization <axis = -1> (a, s, s) e = Gelu(l)"
     " q = Softmax(e) z = Mul(q, l) p = GlobalAveragePool(z) f = Flatten(p) y = MatMul(f, n)",
 }

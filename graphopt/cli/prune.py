@@ -38,7 +38,7 @@ _LISTED = 5  # weights named for each reason
 @click.option(
     "--criterion",
     default="auto",
-    help="l1, l2, lp:P, median, bn-scale, random; with data also activation, apoz, "
+    help="l1, l2, lp:P, median, bn-scale, random; with data also activation, apoz, hessian, "
     "reconstruction, taylor. By default reconstruction with --recover, else l2.",
 )
 @click.option(

@@ -16,8 +16,8 @@ __all__ = ["DATA_CRITERIA", "WEIGHT_CRITERIA", "by_weights", "dequantized", "gat
 
 Reals = npt.NDArray[np.float64]
 
-DATA_CRITERIA = ("activation", "apoz", "reconstruction", "taylor")
-"""Criteria that look at samples: see `graphopt.pruner.measuring`."""
+DATA_CRITERIA = ("activation", "apoz", "hessian", "reconstruction", "taylor")
+"""Criteria that look at samples: see `graphopt.pruner.measuring` and `slopes`."""
 
 
 def by_weights(groups: Groups, criterion: str, seed: int = 0) -> Scores:

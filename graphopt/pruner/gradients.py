@@ -97,6 +97,8 @@ def _path(model: ir.Model, names: set[str]) -> list[ir.Node]:
     }
     forward: list[ir.Node] = []
     for node in model.graph:
+        if node.op_type in ("Shape", "Size"):
+            continue  # sizes do not answer to values
         if any(value in reached for value in node.inputs if value is not None):
             forward.append(node)
             reached.update(node.outputs)
@@ -229,6 +231,15 @@ def _sqrt(node: ir.Node, x: list[Array], y: Array, g: Array) -> Gradients:
 
 def _exp(node: ir.Node, x: list[Array], y: Array, g: Array) -> Gradients:
     return [g * y]
+
+
+def _log(node: ir.Node, x: list[Array], y: Array, g: Array) -> Gradients:
+    return [g / x[0]]
+
+
+def _extreme(node: ir.Node, x: list[Array], y: Array, g: Array) -> Gradients:
+    """Max and Min: to whichever it is."""
+    return [_fit(np.where(part == y, g, 0).astype(g.dtype, copy=False), part.shape) for part in x]
 
 
 def _erf(node: ir.Node, x: list[Array], y: Array, g: Array) -> Gradients:
@@ -383,8 +394,11 @@ _RULES: dict[str, Rule] = {
     "Identity": _identity,
     "LayerNormalization": _layer_norm,
     "LeakyRelu": _leaky,
+    "Log": _log,
     "MatMul": _matmul,
+    "Max": _extreme,
     "MaxPool": _pool,
+    "Min": _extreme,
     "Mul": _mul,
     "PRelu": _leaky,
     "Pad": _pad,

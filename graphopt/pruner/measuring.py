@@ -20,7 +20,14 @@ from graphopt.pruner.selection import Scores
 from graphopt.samples import Samples
 from graphopt.taps import tap
 
-__all__ = ["by_activations", "by_reconstruction", "columns_left", "family_grams", "readers"]
+__all__ = [
+    "by_activations",
+    "by_reconstruction",
+    "columns_left",
+    "completed",
+    "family_grams",
+    "readers",
+]
 
 Reals = npt.NDArray[np.floating[Any]]
 Floats = npt.NDArray[np.float64]
@@ -96,7 +103,7 @@ def by_activations(groups: Groups, criterion: str, samples: Samples, tell: Tell)
             np.add.at(counts, roots, 1)
             value = value * (sums / np.maximum(counts, 1))[roots]
         np.add.at(scores, roots, value)
-    return _completed(groups, scores)
+    return completed(groups, scores)
 
 
 def _weights(node: ir.Node) -> Reals:
@@ -105,7 +112,7 @@ def _weights(node: ir.Node) -> Reals:
     return array.astype(np.float64)
 
 
-def _completed(groups: Groups, scores: Scores) -> Scores:
+def completed(groups: Groups, scores: Scores) -> Scores:
     """Families that no product reads directly are ranked by their weights."""
     fallback: Scores | None = None
     for family in groups.families:
@@ -178,7 +185,7 @@ def by_reconstruction(groups: Groups, samples: Samples, tell: Tell) -> Scores:
                     part.places[root] = where
         if parts:
             _eliminate(family, parts, scores)
-    return _completed(groups, scores)
+    return completed(groups, scores)
 
 
 def _parts(groups: Groups, sums: Mapping[ir.Node, Gram]) -> Iterator[_Part]:

@@ -22,7 +22,7 @@ from graphopt.pruner.preparing import prepare
 from graphopt.pruner.records import RECORD, Record, positions, record_of
 from graphopt.pruner.selection import Scores, Selection, by_pattern, check_ratio, meet, select
 from graphopt.pruner.sensitivity import Curves, path, scan
-from graphopt.pruner.slopes import by_slope
+from graphopt.pruner.slopes import by_changes, by_gradients
 from graphopt.random_inputs import workable_feeds
 from graphopt.runner import Runner
 from graphopt.samples import Samples
@@ -41,7 +41,7 @@ __all__ = [
 
 _CODES = 0.05
 """How far results of quantized models may be apart, beside the largest magnitude."""
-_RANKED, _SLOPED = 256, 32
+_RANKED, _CHANGED = 256, 32
 """Samples that criteria look at, at most."""
 
 
@@ -206,7 +206,9 @@ def rank(
     if options.criterion == "reconstruction":
         return by_reconstruction(groups, samples.take(_RANKED), tell)
     if options.criterion == "taylor":
-        return by_slope(groups, samples.take(_SLOPED), tell)
+        return by_gradients(groups, samples.take(_RANKED), tell)
+    if options.criterion == "hessian":
+        return by_changes(groups, samples.take(_CHANGED), tell)
     return by_activations(groups, options.criterion, samples.take(_RANKED), tell)
 
 
@@ -217,10 +219,17 @@ def choose(
     groups, estimate = found.groups, found.estimate
     total = estimate(groups.kept(np.zeros(0, np.int64)))
 
+    steps: list[tuple[str, float]] = []
     if options.scope == "sensitivity":
-        by_ratio = _by_sensitivity(found, options, samples, tell)
-    else:
-        by_ratio = _uniformly(groups, found.scores, options)
+        steps = _steps(found, options, samples, tell)
+
+    def by_ratio(ratio: float) -> Axis:
+        if options.scope == "sensitivity":
+            return _by_steps(found, options, steps[: round(ratio * len(steps))])
+        ratios: Mapping[str, float] | float = ratio
+        if options.ratios:
+            ratios = by_pattern(groups, options.ratios, ratio)
+        return select(groups, found.scores, ratios, options.how)
 
     def parameters(gone: Axis) -> float:
         return estimate(groups.kept(gone)).parameters / max(total.parameters, 1)
@@ -231,43 +240,42 @@ def choose(
     def operations(gone: Axis) -> float:
         return estimate(groups.kept(gone)).flops / max(total.flops, 1)
 
-    budgets = [(options.params, parameters), (options.flops, operations), (options.size, weights)]
-    met = [meet(by_ratio, size, limit) for limit, size in budgets if limit]
-    return max(met, key=len) if met else by_ratio(options.ratio)
+    asked = [(options.params, parameters), (options.flops, operations), (options.size, weights)]
+    budgets = [(limit, size) for limit, size in asked if limit]
+    if not budgets:
+        return by_ratio(options.ratio)
+    ratio = max(meet(by_ratio, size, limit) for limit, size in budgets)
+    taken = steps[: round(ratio * len(steps))]
+    for place in range(len(taken) - 1, -1, -1):  # the dearest first: some may not have to go
+        fewer = taken[:place] + taken[place + 1 :]
+        gone = _by_steps(found, options, fewer)
+        if all(size(gone) <= limit for limit, size in budgets):
+            taken = fewer
+    return _by_steps(found, options, taken) if steps else by_ratio(ratio)
 
 
-def _uniformly(groups: Groups, scores: Scores, options: Options) -> Callable[[float], Axis]:
-    """The groups that go by ratio: of each family or of all together."""
-
-    def by_ratio(ratio: float) -> Axis:
-        ratios: Mapping[str, float] | float = ratio
-        if options.ratios:
-            ratios = by_pattern(groups, options.ratios, ratio)
-        return select(groups, scores, ratios, options.how)
-
-    return by_ratio
-
-
-def _by_sensitivity(
+def _steps(
     found: Survey, options: Options, samples: Samples | None, tell: Callable[[str], None]
-) -> Callable[[float], Axis]:
-    """The groups that go by ratio: the steps that cost the outputs least, up to that share."""
+) -> list[tuple[str, float]]:
+    """Families and shares of them that go, in the order in which the outputs lose least."""
     if samples is None:
         raise InputError("scope sensitivity needs data: --data")
-    groups, scores = found.groups, found.scores
+    groups = found.groups
     if found.curves is None:
-        found.curves = scan(groups, scores, samples, options.how, tell, options.scan)
+        found.curves = scan(groups, found.scores, samples, options.how, tell, options.scan)
     by = "parameters" if options.params or options.size else "flops"
-    steps = path(groups, found.curves, found.estimate, options.how, by)
-    fixed = by_pattern(groups, options.ratios, -1.0) if options.ratios else {}
+    return path(groups, found.curves, found.estimate, options.how, by)
 
-    def by_ratio(ratio: float) -> Axis:
-        shares = {family.name: 0.0 for family in groups.families}
-        shares.update(steps[: round(ratio * len(steps))])
+
+def _by_steps(found: Survey, options: Options, steps: Sequence[tuple[str, float]]) -> Axis:
+    """The groups that have gone after some steps, but for families that have ratios given."""
+    shares = {family.name: 0.0 for family in found.groups.families}
+    for name, share in steps:
+        shares[name] = max(shares[name], share)
+    if options.ratios:
+        fixed = by_pattern(found.groups, options.ratios, -1.0)
         shares.update({name: share for name, share in fixed.items() if share >= 0})
-        return select(groups, scores, shares, options.how)
-
-    return by_ratio
+    return select(found.groups, found.scores, shares, options.how)
 
 
 def _verify(pruning: Pruning, samples: Samples | None) -> float | None:

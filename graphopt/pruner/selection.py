@@ -125,22 +125,20 @@ def by_pattern(groups: Groups, patterns: Mapping[str, float], rest: float) -> di
     return found
 
 
-def meet(choose: Callable[[float], Axis], size: Callable[[Axis], float], limit: float) -> Axis:
-    """The groups to prune by the least ratio that brings the size down to a limit.
+def meet(choose: Callable[[float], Axis], size: Callable[[Axis], float], limit: float) -> float:
+    """The least ratio that brings the size of what it leaves down to a limit.
 
     Raises:
         Unreachable: not even pruning all that can go is enough.
     """
     low, high = 0.0, 1.0
-    best = choose(high)
-    least = size(best)
+    least = size(choose(high))
     if least > limit:
         raise Unreachable(f"at most {1 - least:.0%} can be pruned away; {limit:.0%} cannot be met")
     for _ in range(_SEARCH_STEPS):
         middle = (low + high) / 2
-        candidate = choose(middle)
-        if size(candidate) <= limit:
-            high, best = middle, candidate
+        if size(choose(middle)) <= limit:
+            high = middle
         else:
             low = middle
-    return best
+    return high

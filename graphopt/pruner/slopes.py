@@ -1,4 +1,4 @@
-"""How strongly a model's outputs answer to each group, by finite differences."""
+"""How strongly a model's outputs answer to each group: by gradients, or by small changes."""
 
 from __future__ import annotations
 
@@ -10,30 +10,89 @@ import numpy.typing as npt
 
 from graphopt import ir
 from graphopt.pruner.batching import batched
-from graphopt.pruner.gradients import with_inputs
+from graphopt.pruner.gradients import Tape, with_inputs
 from graphopt.pruner.groups import Groups, Slot
-from graphopt.pruner.measuring import readers
+from graphopt.pruner.measuring import completed, readers
 from graphopt.pruner.selection import Scores
 from graphopt.runner import Runner
 from graphopt.samples import Samples
 
-__all__ = ["by_slope", "distance"]
+__all__ = ["by_changes", "by_gradients", "distance"]
 
 Array = npt.NDArray[Any]
 Tell = Callable[[str], None]
 
 _STEP = 0.25
 _BATCH = 32
+_DRAWS, _SUMMED = 4, 8  # random sums of the outputs, over so many samples each
 
 
-def by_slope(groups: Groups, samples: Samples, tell: Tell) -> Scores:
+def by_gradients(groups: Groups, samples: Samples, tell: Tell) -> Scores:
+    """Squared first-order change of the outputs without each group, by the reverse mode.
+
+    Molchanov et al. 2019, Importance estimation for neural network pruning: the square of the sum
+    of gradient times weight over a group's input weights, on average over samples. There being no
+    labels and so no loss, it is the change of random sums of the outputs, each relative to its
+    spread: their mean square is that of all outputs (Hutchinson 1990).
+
+    Raises:
+        InputError: an operator whose gradient is not known.
+    """
+    places, weights = _read(groups)
+    tape = Tape(groups.model, list(weights))
+    rng = np.random.default_rng(0)
+    scores = np.zeros(len(groups.trace.atoms))
+    for number, feeds in enumerate(batched(groups.model, samples, _SUMMED)):
+        tell(f"gradients of batch {number + 1}")
+        values = tape.forward(feeds, weights)
+        for _ in range(_DRAWS):
+            slopes = {
+                name: (rng.choice((-1.0, 1.0), array.shape) * _unit(array)).astype(np.float32)
+                for name in tape.outputs
+                if (array := values[name]).dtype == np.float32
+            }
+            found = tape.backward(values, slopes, list(weights))
+            change = np.zeros(len(scores))
+            for slot in dict.fromkeys(slot for family in places for slot in family):
+                name = slot.value.name or ""
+                if name in found:
+                    parts = np.moveaxis(found[name] * weights[name], slot.axis, 0)
+                    roots = groups.trace.atoms.roots(groups.trace.axes[slot.value][slot.axis])
+                    np.add.at(change, roots, parts.reshape(len(roots), -1).sum(1))
+            scores += change**2
+    return completed(groups, scores)
+
+
+def _unit(array: Array) -> float:
+    """By what a sum of squared changes becomes their mean relative to the variance."""
+    return float(1 / np.sqrt(array.size * (array.var(dtype=np.float64) + 1e-12)))
+
+
+def by_changes(groups: Groups, samples: Samples, tell: Tell) -> Scores:
     """Squared change of the outputs for a small change of each group, without gradients.
 
     A group's input weights are scaled by 3/4 where they are read, and the change of the outputs,
     relative to their spread, is what it scores: the diagonal of the Gauss-Newton Hessian in the
-    group's gate, which Taylor criteria estimate by gradients (Molchanov et al. 2019, Importance
-    estimation for neural network pruning; LeCun et al. 1990, Optimal brain damage).
+    group's gate (LeCun et al. 1990, Optimal brain damage). The model runs once for each group.
     """
+    slots, weights = _read(groups)
+    runner = Runner(with_inputs(groups.model, list(weights)), optimize=True)
+    feeds = list(batched(groups.model, samples, _BATCH))
+    before = [runner.run({**feed, **weights}) for feed in feeds]
+    scores = np.zeros(len(groups.trace.atoms))
+    for number, (family, places) in enumerate(zip(groups.families, slots, strict=True)):
+        tell(f"changes {number + 1} of {len(groups.families)}: {family.name}")
+        for root in family.roots.tolist():
+            changed = {**weights, **_scaled(groups, places, root, weights)}
+            scores[root] = sum(
+                distance(old, runner.run({**feed, **changed}))
+                for feed, old in zip(feeds, before, strict=True)
+            )
+    return completed(groups, scores)
+
+
+def _read(groups: Groups) -> tuple[list[list[Slot]], dict[str, Array]]:
+    """Where products read each family, and their weights by name."""
     nodes = set(readers(groups.families))
     slots = [[slot for slot in family.slots if slot.reader in nodes] for family in groups.families]
     weights = {
@@ -42,19 +101,7 @@ def by_slope(groups: Groups, samples: Samples, tell: Tell) -> Scores:
         for slot in family
         if (array := ir.array(slot.value)) is not None
     }
-    runner = Runner(with_inputs(groups.model, list(weights)), optimize=True)
-    feeds = list(batched(groups.model, samples, _BATCH))
-    before = [runner.run({**feed, **weights}) for feed in feeds]
-    scores = np.zeros(len(groups.trace.atoms))
-    for number, (family, places) in enumerate(zip(groups.families, slots, strict=True)):
-        tell(f"slope {number + 1} of {len(groups.families)}: {family.name}")
-        for root in family.roots.tolist():
-            changed = {**weights, **_scaled(groups, places, root, weights)}
-            scores[root] = sum(
-                distance(old, runner.run({**feed, **changed}))
-                for feed, old in zip(feeds, before, strict=True)
-            )
-    return scores
+    return slots, weights
 
 
 def _scaled(
