@@ -10,8 +10,7 @@ Importing this package, and loading and running an artifact, needs neither onnx 
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import pkgutil
+import importlib.util
 import time
 import typing
 from collections.abc import Callable, Mapping
@@ -20,7 +19,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from graphopt.artifact import Manifest, TensorInfo
 from graphopt.collector import paused_gc
@@ -28,10 +26,12 @@ from graphopt.errors import GraphoptError, InputError
 from graphopt.target import Target
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
+
     from graphopt import ir
     from graphopt.pass_manager import Pass
 
-Array = npt.NDArray[Any]
+Array = np.ndarray[Any, np.dtype[Any]]
 Output = Array | list[Any] | None
 """What an output may be: a tensor, a sequence (of arrays, or of dicts for maps), or nothing."""
 
@@ -155,6 +155,8 @@ class Backend(Protocol):
 
 def names() -> tuple[str, ...]:
     """Every backend there is, usable here or not: the modules of this package."""
+    import pkgutil  # not needed to load and run
+
     modules = pkgutil.iter_modules(__path__)
     return tuple(sorted(m.name for m in modules if not m.name.startswith("_")))
 
@@ -162,7 +164,8 @@ def names() -> tuple[str, ...]:
 def get(name: str) -> Backend:
     """The backend of a name (`ort` is short for `onnxruntime`); InputError lists the names."""
     module = _ALIASES.get(name, name)
-    if module not in names():
+    public = module.isidentifier() and not module.startswith("_")
+    if not public or importlib.util.find_spec(f"{__name__}.{module}") is None:
         raise InputError(f"unknown backend {name!r}; there are {', '.join(names())}")
     backend: Backend = importlib.import_module(f"{__name__}.{module}").BACKEND
     return backend

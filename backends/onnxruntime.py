@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
-import numpy.typing as npt
 
 from graphopt.artifact import Manifest, TensorInfo
 from graphopt.backends import Array, OpTime, Output, check_feeds, make_options, timed
@@ -22,6 +21,8 @@ from graphopt.errors import GraphoptError, InputError, MissingError
 from graphopt.target import Target
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
+
     from graphopt import ir
     from graphopt.pass_manager import Pass
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import os
 import re
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from graphopt.digests import remembered
 from graphopt.errors import GraphoptError, InputError
 from graphopt.target import Target
 
@@ -93,7 +93,7 @@ class Manifest:
 def write(folder: Path, manifest: Manifest) -> Manifest:
     """Write the manifest of a folder whose other files are complete; returns it with hashes."""
     full = dataclasses.replace(
-        manifest, files={name: sha256(folder / name) for name in present(folder)}
+        manifest, files={name: remembered(folder / name) for name in present(folder)}
     )
     data = {"format": FORMAT, **full.to_dict()}
     text = json.dumps(data, indent=2, sort_keys=True, allow_nan=False)
@@ -130,7 +130,7 @@ def check(folder: Path, manifest: Manifest) -> None:
         if name not in there:
             raise InputError(f"{folder}: {name} is missing")
         _regular_size(folder / name)
-        if sha256(folder / name) != expected:
+        if remembered(folder / name) != expected:
             raise InputError(f"{folder}: {name} was changed after it was compiled")
 
 
@@ -173,12 +173,6 @@ def present(folder: Path) -> list[str]:
     return sorted(found)
 
 
-def sha256(path: Path) -> str:
-    """SHA-256 of a file in hexadecimal, read in pieces."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _parse(path: Path, data: Any) -> Manifest:
     if not isinstance(data, dict) or "format" not in data:
         raise InputError(f"{path}: not the manifest of a compiled model")
@@ -187,6 +181,7 @@ def _parse(path: Path, data: Any) -> Manifest:
     if version != FORMAT:
         raise InputError(f"{path}: format {version}, this version of graphopt reads {FORMAT}")
     try:
+        fields["backend"] = str(fields["backend"])
         fields["target"] = Target.from_dict(fields["target"])
         fields["inputs"] = _infos(fields["inputs"])
         fields["outputs"] = _infos(fields["outputs"])

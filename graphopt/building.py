@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from graphopt import __version__, artifact, backends, cache, child
 from graphopt.artifact import TensorInfo
 from graphopt.backends import Backend
+from graphopt.digests import sha256
 from graphopt.errors import GraphoptError, InputError, MissingError, TimeLimitError
 from graphopt.target import Target
 
@@ -279,7 +280,7 @@ def _key(
     files.save(model, scratch / "model.onnx")
     return cache.key(
         {
-            "model": [artifact.sha256(path) for path in sorted(scratch.iterdir())],
+            "model": [sha256(path) for path in sorted(scratch.iterdir())],
             "target": target.to_dict(),
             "backend": backend.name,
             "options": dataclasses.asdict(options),

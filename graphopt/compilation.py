@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from graphopt import __version__, artifact, backends
 from graphopt.artifact import Manifest
+from graphopt.digests import sha256
 from graphopt.errors import InputError, MissingError
 from graphopt.target import Target
 
@@ -141,7 +142,7 @@ def compile(
                 options=dataclasses.asdict(settings),
                 versions={"graphopt": __version__, **chosen.versions()},
                 source=source.name if source else "",
-                source_sha256=artifact.sha256(source) if source else "",
+                source_sha256=sha256(source) if source else "",
                 pipeline=pipeline,
                 files={},
                 parts=tuple(built.parts),

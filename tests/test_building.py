@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from onnx import parser
 
-from graphopt import artifact, backends, building, compilation, files, ir, places, trust
+from graphopt import artifact, backends, building, compilation, digests, files, ir, places, trust
 from graphopt.backends import Backend
 from graphopt.errors import GraphoptError, InputError, MissingError, TimeLimitError
 from graphopt.measurement import measure
@@ -101,7 +101,7 @@ def test_a_changed_manifest_or_file(source: ir.Model, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"model\.onnx was changed"):
         compilation.load(folder)
     data = json.loads((folder / artifact.MANIFEST).read_text())
-    data["files"]["model.onnx"] = artifact.sha256(path)
+    data["files"]["model.onnx"] = digests.sha256(path)
     (folder / artifact.MANIFEST).write_text(json.dumps(data))
     with pytest.raises(InputError, match="machine code"):
         compilation.load(folder)

@@ -21,6 +21,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from graphopt.digests import sha256
 from graphopt.errors import InputError, MissingError
 
 MAGIC = b"\x28\xb5\x2f\xfd"
@@ -43,7 +44,7 @@ def pack(folder: Path, target: BinaryIO, *, level: int = 10) -> None:
         MissingError: the `zstd` extra is not installed.
     """
     files = sorted(folder.iterdir(), key=lambda file: (file.name != MODEL, file.name))
-    entries = {f.name: {"bytes": f.stat().st_size, "sha256": _sha256(f)} for f in files}
+    entries = {f.name: {"bytes": f.stat().st_size, "sha256": sha256(f)} for f in files}
     manifest = json.dumps({"format": _FORMAT, "files": entries}, indent=1).encode()
     compressor = _zstandard().ZstdCompressor(level=level, write_checksum=True)
     with (
@@ -135,11 +136,6 @@ def _member(name: str, size: int) -> tarfile.TarInfo:
     info = tarfile.TarInfo(name)
     info.size = size
     return info
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _zstandard() -> Any:
