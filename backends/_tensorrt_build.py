@@ -14,6 +14,14 @@ from graphopt.errors import GraphoptError, InputError, MissingError
 from graphopt.target import Target
 
 _INTRICATE = frozenset({"GRU", "If", "LSTM", "Loop", "RNN", "Scan"})
+_TYPES = frozenset(
+    ir.DataType[name]
+    for name in (
+        *("FLOAT", "FLOAT16", "BFLOAT16", "INT8", "INT32", "INT64", "BOOL", "UINT8"),
+        *("FLOAT8E4M3FN", "INT4", "FLOAT4E2M1"),
+    )
+)
+"""What TensorRT computes with."""
 _COMPATIBILITY = {"same": "SAME_COMPUTE_CAPABILITY", "ampere": "AMPERE_PLUS"}
 
 
@@ -32,10 +40,19 @@ def unsupported(model: ir.Model) -> dict[str, str]:
     errors = _errors(parser, nodes)
     log().take()
     left = (node for index, node in enumerate(nodes) if index not in taken)
-    return {ir.label(node): errors.get(ir.label(node), _WORDLESS) for node in left}
+    return {ir.label(node): errors.get(ir.label(node)) or _wordless(node) for node in left}
 
 
-_WORDLESS = "the parser does not take it and does not say why"
+def _wordless(node: ir.Node) -> str:
+    """Why the parser, which does not say so, may not take a node: as a rule it is a type."""
+    values = (value for value in (*node.inputs, *node.outputs) if value is not None)
+    kinds = {value.name: value.type for value in values if value.type is not None}
+    for name, kind in kinds.items():
+        if not isinstance(kind, ir.TensorType):
+            return f"{node.op_type}: {name} is no tensor, and TensorRT has nothing else"
+        if kind.dtype not in _TYPES:
+            return f"{node.op_type}: {name} is {kind.dtype.name.lower()}, which TensorRT lacks"
+    return f"{node.op_type}: the parser does not take it and does not say why"
 
 
 def build(model: ir.Model, target: Target, options: Options) -> bytes:
@@ -54,6 +71,7 @@ def build(model: ir.Model, target: Target, options: Options) -> bytes:
     if not parser.parse(_serialized(model)):
         refused = _errors(parser, list(model.graph))
         raise _refusal(refused, [tidy(parser.get_error(i).desc()) for i in _count(parser)])
+    _permit_parts(network)
     config = builder.create_builder_config()
     _configure(config, options)
     aim(config, target)
@@ -64,6 +82,19 @@ def build(model: ir.Model, target: Target, options: Options) -> bytes:
     if engine is None:
         raise _refusal(_named(messages, model) or _suspects(messages, model), messages)
     return bytes(engine)
+
+
+def _permit_parts(network: Any) -> None:
+    """Let attention be computed in parts where there is no kernel for all of it.
+
+    Otherwise the builder fails: such kernels are for some types, sizes and architectures only.
+    """
+    trt = library()
+    start = getattr(trt.LayerType, "ATTENTION_INPUT", None)
+    for layer in map(network.get_layer, range(network.num_layers)):
+        if start is not None and layer.type == start:
+            layer.__class__ = trt.IAttentionInputLayer  # as the bindings' documentation casts
+            layer.attention.decomposable = True
 
 
 def _builder() -> Any:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graphopt.backends import _tvm_link, _tvm_statements
-from graphopt.backends._tvm_executable import ERRORS, LIBRARY, NOTES, last_line
+from graphopt.backends._tvm_executable import ERRORS, LIBRARY, NOTES, OBJECTS, last_line
 from graphopt.backends._tvm_import import import_model
 from graphopt.backends._tvm_kernels import Kernels
 from graphopt.backends._tvm_legalize import table
@@ -51,7 +51,7 @@ def compile_model(model: ir.Model, target: Target, options: Options, folder: Pat
         else:
             lowered, log = lower(module, aim, machine, kernels)
         executable = generate(lowered, aim)
-        _export(executable, folder / LIBRARY, target.arch if target.device == "cpu" else "x86_64")
+        _export(executable, folder, target, options.format)
     except ERRORS as error:
         raise GraphoptError(f"tvm: {type(error).__name__}: {last_line(error)}") from error
     notes = {"ranges": index_ranges(model), "search": search, **dataclasses.asdict(log)}
@@ -120,8 +120,13 @@ def _channels_last(module: Any) -> Any:
         return module
 
 
-def _export(executable: Any, path: Path, arch: str) -> None:
-    def join(output: str, objects: list[str], **_: Any) -> None:
-        _tvm_link.link(objects, output, arch)
+def _export(executable: Any, folder: Path, target: Target, form: str) -> None:
+    arch = target.arch if target.device == "cpu" else "x86_64"
 
-    executable.export_library(str(path), fcompile=join)
+    def join(output: str, objects: list[str], **_: Any) -> None:
+        if form == "tar":
+            _tvm_link.pack(objects, output)
+        else:
+            _tvm_link.link(objects, output, arch)
+
+    executable.export_library(str(folder / (OBJECTS if form == "tar" else LIBRARY)), fcompile=join)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import shutil
+import tarfile
+import tempfile
 import time
 from collections.abc import Mapping
 from functools import cache
@@ -23,6 +26,8 @@ if TYPE_CHECKING:
     from graphopt.backends._tvm_options import Options
 
 LIBRARY = "model.so"
+OBJECTS = "model.tar"
+"""In its place: what it is linked from."""
 NOTES = "kernels.json"
 """What became of each kernel, and the ranges of inputs that are indices."""
 ERRORS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError)
@@ -45,9 +50,20 @@ def load(folder: Path, manifest: Manifest, options: Options) -> TvmExecutable:
     Raises:
         GraphoptError: TVM refuses the library.
     """
-    if LIBRARY not in manifest.files:
-        raise InputError(f"{folder}: its manifest names no {LIBRARY}")
-    return TvmExecutable(folder / LIBRARY, manifest, options)
+    if LIBRARY in manifest.files:
+        return TvmExecutable(folder / LIBRARY, manifest, options)
+    if OBJECTS not in manifest.files:
+        raise InputError(f"{folder}: its manifest names neither {LIBRARY} nor {OBJECTS}")
+    from graphopt.backends import _tvm_link
+
+    with tempfile.TemporaryDirectory(prefix="graphopt-tvm-") as scratch:
+        library = Path(scratch) / LIBRARY
+        try:
+            _tvm_link.link_packed(folder / OBJECTS, library)
+        except (RuntimeError, OSError, tarfile.TarError) as error:
+            raise GraphoptError(f"{folder / OBJECTS}: {last_line(error)}") from None
+        shutil.copyfile(folder / NOTES, library.with_name(NOTES))
+        return TvmExecutable(library, manifest, options)  # stays mapped without its file
 
 
 class TvmExecutable:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import importlib
 import shutil
+import tarfile
+import tempfile
 from functools import cache
+from pathlib import Path
 from typing import Any
 
-from graphopt.target import Target
+from graphopt.errors import MissingError
+from graphopt.target import Target, host
 
 _LINKERS = {
     "x86_64": ("x86_64-linux-gnu-gcc", "gcc", "cc", "clang"),
@@ -76,6 +80,32 @@ def _cpu(target: Target) -> dict[str, Any]:
     attributes = [text for name, text in _ARM_ATTRIBUTES.items() if name in target.isa]
     model = target.name.partition(":")[2] or "generic"
     return {"mtriple": "aarch64-linux-gnu", "mcpu": model, "mattr": ["+neon", *attributes]}
+
+
+def pack(objects: list[str], output: str) -> None:
+    """Put objects into a .tar, without dates and owners: the same code gives the same bytes."""
+    with tarfile.open(output, "w") as archive:
+        for index, path in enumerate(sorted(objects)):
+            entry = tarfile.TarInfo(f"part{index}{Path(path).suffix}")
+            entry.size = Path(path).stat().st_size
+            with Path(path).open("rb") as file:
+                archive.addfile(entry, file)
+
+
+def link_packed(packed: Path, output: Path) -> None:
+    """Link the objects of a .tar for this machine.
+
+    Raises:
+        MissingError: there is nothing to link with.
+        RuntimeError: the linker's own words.
+    """
+    arch = host().arch
+    if linker(arch) is None:
+        raise MissingError(f"{packed} has to be linked: apt install gcc")
+    with tempfile.TemporaryDirectory(prefix="graphopt-link-") as scratch:
+        with tarfile.open(packed) as archive:
+            archive.extractall(scratch, filter="data")
+        link([str(path) for path in sorted(Path(scratch).iterdir())], str(output), arch)
 
 
 def link(objects: list[str], output: str, arch: str) -> None:

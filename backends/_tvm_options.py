@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Literal
 
 from graphopt.errors import InputError
 
@@ -20,6 +21,8 @@ class Options:
     """Sizes of free dimensions, `batch=1,seq=128`: kernels for them alone, and faster ones."""
     tune: int = 0
     """Minutes to search for better kernels, here; what is found is never slower than the rules'."""
+    format: Literal["so", "tar"] = "so"
+    """A library, or the objects of one, which the machine that runs it links."""
     log: str = ""
     """A file that the search's measurements are added to, and read from when it goes on."""
 

@@ -144,8 +144,7 @@ def _result(answer: bytes, code: int, what: str, log: Path, memory: int | None) 
         raise GraphoptError(f"{what} failed: {data['failed']} (log: {log})")
     log.unlink(missing_ok=True)
     if "error" in data:
-        kind: type[GraphoptError] = getattr(errors, data["error"], GraphoptError)
-        raise kind(data["text"])
+        raise errors.by_name(data["error"])(data["text"])
     return data["result"]
 
 

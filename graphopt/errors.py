@@ -41,3 +41,14 @@ class TimeLimitError(GraphoptError):
     """The time limit was reached before a result was complete."""
 
     exit_code = 124
+
+
+_KINDS = {
+    kind.__name__: kind
+    for kind in (GateError, InputError, Flaw, MissingError, VerificationError, TimeLimitError)
+}
+
+
+def by_name(name: str) -> type[GraphoptError]:
+    """The class of an error that another process tells of; the general one where there is none."""
+    return _KINDS.get(name, GraphoptError)

@@ -19,6 +19,7 @@ from graphopt.accuracy import Metric, fixed_batch, predict, take, top1, worst_di
 from graphopt.backends import Array, Backend, Executable, OpTime, Output
 from graphopt.errors import GraphoptError, InputError, MissingError
 from graphopt.machine import Machine, ProcessCost, process_cost
+from graphopt.rpc import Remote
 from graphopt.target import Target
 from graphopt.timing import Latency, Plan, Progress, Ratio, Samples, benchmark, ratio, silent
 from graphopt.worker import Worker
@@ -119,6 +120,7 @@ def measure(
     seed: int = 0,
     bindings: Mapping[str, int] | None = None,
     trust: bool = False,
+    device: str | None = None,
     progress: Progress | None = None,
 ) -> Measurement:
     """Measure models as they are: nothing is optimized before.
@@ -143,6 +145,8 @@ def measure(
         seed: of random feeds and of the bootstrap.
         bindings: sizes of symbolic dimensions for random feeds; batches are 1 where not given.
         trust: permit machine code out of artifact folders.
+        device: `HOST:PORT` of a `graphopt serve-rpc`, where the models run; times are by its clock,
+            and there is no load time or memory.
         progress: called with the fraction done and what is being done.
 
     Raises:
@@ -151,6 +155,7 @@ def measure(
         GraphoptError: a model cannot be compiled or run.
     """
     tell = progress or silent
+    process = process and device is None
     wanted = _Wanted(plan or Plan(), latency, process, per_op, seed, metric or top1, trust)
     machine, notes = Machine.here(), list[str]()
     aim = Target.parse(target)
@@ -158,7 +163,7 @@ def measure(
     chosen = [compilation.choose(aim, name) for name in names]
     settings = _settings(chosen, options or {})
     for each in chosen:
-        reason = each.can_run(aim)
+        reason = each.can_run(aim) if device is None else None
         if reason is not None:
             raise MissingError(f"{each.name} cannot run {aim.name} here: {reason}")
     with tempfile.TemporaryDirectory(prefix="graphopt-measure-") as temporary, ExitStack() as stack:
@@ -168,7 +173,8 @@ def measure(
                 tell(0.0, f"loading {name}")
                 place = Path(temporary) / str(len(ready))
                 try:
-                    made = _prepare(name, model, place, aim, each.name, settings[each.name], trust)
+                    some = settings[each.name]
+                    made = _prepare(name, model, place, aim, each.name, some, trust, device)
                 except GraphoptError as error:
                     if len(chosen) == 1:
                         raise
@@ -176,8 +182,10 @@ def measure(
                     continue
                 if len(chosen) > 1:
                     title = f"{name} {each.name}" if len(_named(models)) > 1 else each.name
-                    worker = stack.enter_context(Worker(made.folder, trust=True))
-                    made = dataclasses.replace(made, name=title, executable=worker)
+                    made = dataclasses.replace(made, name=title)
+                    if device is None:
+                        worker = stack.enter_context(Worker(made.folder, trust=True))
+                        made = dataclasses.replace(made, executable=worker)
                 ready.append(made)
         if not ready:
             raise GraphoptError("; ".join(notes))
@@ -191,6 +199,8 @@ def measure(
             batch = fixed_batch(ready[0].executable, given, len(labels)) or 1
             single = take(given, len(labels), 0, batch)
         rows = _rows(ready, given, single, labels, wanted, tell)
+    if device is not None:
+        notes.append(f"run at {device}: the processor named above is not its")
     if machine.busy:
         notes.append(f"the machine was busy (load {machine.load_average:.1f}): times are uncertain")
     return Measurement(
@@ -290,12 +300,13 @@ def _prepare(
     backend: str,
     options: Mapping[str, Any],
     trust: bool,
+    device: str | None,
 ) -> _Ready:
     """Compile a model into `place`, or take the artifact that it is, and load it."""
     if isinstance(model, str | os.PathLike) and Path(model).is_dir():
         folder = Path(model)
         made_with = artifact.read(folder).backend
-        ready = compilation.load(folder, trust=trust)
+        ready = Remote(folder, device) if device else compilation.load(folder, trust=trust)
         return _Ready(name, folder, ready, made_with, None, _size(folder))
     from graphopt import files
     from graphopt.report import Stats
@@ -307,7 +318,7 @@ def _prepare(
     if isinstance(model, str | os.PathLike) and compiled == ["model.onnx"]:
         size = Path(model).stat().st_size
     # this process compiled it: what it may run needs no further trust
-    executable = compilation.load(place, trust=True)
+    executable = Remote(place, device) if device else compilation.load(place, trust=True)
     return _Ready(name, place, executable, backend, Stats.of(loaded).nodes, size)
 
 

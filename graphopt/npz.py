@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,18 +25,12 @@ def read(path: Path) -> dict[str, Array]:
     Raises:
         InputError: no .npz, a damaged one, pickled objects, or more than 16 GiB unpacked.
     """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            if sum(info.file_size for info in archive.infolist()) > _MOST_BYTES:
-                raise InputError(f"{path}: unpacks to more than {_MOST_BYTES >> 30} GiB")
-        with np.load(path, allow_pickle=False) as data:
-            arrays: dict[str, Array] = {name: data[name] for name in data.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, KeyError) as error:
-        reason = " ".join(str(error).split())
-        if "pickle" in reason or "Object arrays" in reason:
-            reason = "it holds pickled Python objects, which are never loaded"
-        raise InputError(f"{path}: not a usable .npz: {reason}") from error
-    return {name: a.astype(object) if a.dtype.kind in "US" else a for name, a in arrays.items()}
+    return _read(path, str(path))
+
+
+def unpack(data: bytes) -> dict[str, Array]:
+    """The arrays of a file's content; as `read`."""
+    return _read(io.BytesIO(data), "what was sent")
 
 
 def write(path: Path, arrays: Mapping[str, Any]) -> None:
@@ -44,10 +39,38 @@ def write(path: Path, arrays: Mapping[str, Any]) -> None:
     Raises:
         InputError: a value that is no array, or a place that cannot be written.
     """
+    plain = _plain(arrays)
+    atomic.write(path, lambda file: cast("Any", np.savez)(file, **plain))
+
+
+def pack(arrays: Mapping[str, Any]) -> bytes:
+    """What `write` would write."""
+    buffer = io.BytesIO()
+    cast("Any", np.savez)(buffer, **_plain(arrays))
+    return buffer.getvalue()
+
+
+def _read(source: Path | io.BytesIO, name: str) -> dict[str, Array]:
+    try:
+        with zipfile.ZipFile(source) as archive:
+            if sum(info.file_size for info in archive.infolist()) > _MOST_BYTES:
+                raise InputError(f"{name}: unpacks to more than {_MOST_BYTES >> 30} GiB")
+        with np.load(source, allow_pickle=False) as data:
+            arrays: dict[str, Array] = {key: data[key] for key in data.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, KeyError) as error:
+        reason = " ".join(str(error).split())
+        if "pickle" in reason or "Object arrays" in reason:
+            reason = "it holds pickled Python objects, which are never loaded"
+        raise InputError(f"{name}: not a usable .npz: {reason}") from error
+    return {key: a.astype(object) if a.dtype.kind in "US" else a for key, a in arrays.items()}
+
+
+def _plain(arrays: Mapping[str, Any]) -> dict[str, Array]:
+    """Arrays that need no pickle."""
     plain: dict[str, Array] = {}
     for name, value in arrays.items():
         if not isinstance(value, np.ndarray):
             raise InputError(f"output {name!r} is a {type(value).__name__}; .npz holds arrays only")
         array = cast(Array, value)
         plain[name] = array.astype(str) if array.dtype.kind == "O" else array
-    atomic.write(path, lambda file: cast("Any", np.savez)(file, **plain))
+    return plain

@@ -108,8 +108,7 @@ class Worker:
             how = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
             raise GraphoptError(f"{self._folder}: running it crashed ({how})") from None
         if kind:
-            error: type[GraphoptError] = getattr(errors, kind, GraphoptError)
-            raise error(value)
+            raise errors.by_name(kind)(value)
         return value
 
 

@@ -38,7 +38,7 @@ FLOORS = [
     "passes",
     "backends timing accuracy chain",
     "optimization _ways quantization pruning compression surgery explanation compilation building "
-    "selection worker machine measurement bisection differences inspection _foreign "
+    "selection worker rpc machine measurement bisection differences inspection _foreign "
     "graphsurgeon onnxscript cli __init__ __main__",
 ]
 PUBLIC = {

@@ -327,6 +327,28 @@ def test_loading_needs_no_onnx(tmp_path: Path) -> None:
 
 
 @needs_tvm
+def test_objects_are_linked_where_they_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from graphopt.backends import _tvm_link
+
+    model, how = parse("g (float[2] x) => (float[2] y) { y = Relu (x) }"), {"format": "tar"}
+    one, other = (
+        compilation.compile(model, CPU, tmp_path / n, backend="tvm", options=how, cache=False)
+        for n in ("a", "b")
+    )
+    assert (one / "model.tar").read_bytes() == (other / "model.tar").read_bytes()
+    for _ in range(2):
+        found = compilation.load(one).run({"x": np.array([-1, 2], np.float32)})
+        assert np.asarray(found["y"]).tolist() == [0, 2]
+
+    def nothing(arch: str) -> None:
+        """No linker at all."""
+
+    monkeypatch.setattr(_tvm_link, "linker", nothing)
+    with pytest.raises(MissingError, match=r"model\.tar has to be linked: apt install gcc"):
+        compilation.load(one)
+
+
+@needs_tvm
 def test_a_library_that_is_none(tmp_path: Path) -> None:
     model = parse("g (float[2] x) => (float[2] y) { y = Relu (x) }")
     folder = compilation.compile(model, CPU, tmp_path / "a", backend="tvm")

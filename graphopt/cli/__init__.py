@@ -9,7 +9,7 @@ from graphopt.cli._common import Group
 from graphopt.cli.bench import bench
 from graphopt.cli.bisect import bisect
 from graphopt.cli.compare import diff, verify
-from graphopt.cli.compile import compile_command, run
+from graphopt.cli.compile import compile_command, run, serve_rpc
 from graphopt.cli.compress import compress
 from graphopt.cli.explain import explain
 from graphopt.cli.inspect import inspect
@@ -38,6 +38,6 @@ def main() -> None:
 
 main.add_section("Smaller and faster", optimize, quantize, prune, compress)
 main.add_section("Look and compare", inspect, verify, diff, bench, check, explain, bisect)
-main.add_section("Deploy", compile_command, run)
+main.add_section("Deploy", compile_command, run, serve_rpc)
 main.add_section("Change", extract, edit, merge, split)
 main.add_section("This installation", passes, targets, doctor)

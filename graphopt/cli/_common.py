@@ -204,6 +204,13 @@ def json_option(function: F) -> F:
     )(function)
 
 
+def rpc_option(function: F) -> F:
+    """`--rpc HOST:PORT`."""
+    return click.option(
+        "--rpc", "device", metavar="HOST:PORT", help="Run it there, where `graphopt serve-rpc` is."
+    )(function)
+
+
 def level_option(text: str | None = None) -> Callable[[F], F]:
     """`-O N`, with its help."""
     return click.option(

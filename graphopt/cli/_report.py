@@ -1,8 +1,8 @@
-"""How `graphopt optimize` shows what it did."""
+"""How commands show what they did and measured."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from graphopt import ir
+    from graphopt.backends import OpTime
     from graphopt.report import Comparison, Loss, PassRecord, Report
 
 
@@ -169,3 +170,11 @@ def evaluate(
             "change": f"{100 * (second.accuracy - first.accuracy):+.2f} points",
         },
     }
+
+
+def show_ops(out: Console, ops: Sequence[OpTime]) -> None:
+    """The slowest nodes of a profile, with the time that each takes in a run."""
+    if ops:
+        out.print(f"microseconds per run, {sum(op.microseconds for op in ops):.1f} in all:")
+    for op in sorted(ops, key=lambda op: -op.microseconds)[:30]:
+        out.print(f"  {op.microseconds:10.1f}  {op.op:24} {op.node}")

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from graphopt.cli._common import MODEL, console, json_option, limits, progress, setting, write_json
+from graphopt.cli._common import (
+    MODEL,
+    console,
+    json_option,
+    limits,
+    progress,
+    rpc_option,
+    setting,
+    write_json,
+)
 from graphopt.errors import GateError, InputError
 
 if TYPE_CHECKING:
@@ -78,6 +87,7 @@ if TYPE_CHECKING:
 )
 @click.option("--per-op", is_flag=True, help="Also the time of each operator.")
 @click.option("--trust", is_flag=True, help="Load machine code from artifact folders.")
+@rpc_option
 @json_option
 @click.option("-q", "--quiet", is_flag=True)
 @click.option("--time-limit", type=click.FloatRange(min=0), metavar="SECONDS")
@@ -91,6 +101,7 @@ def bench(models: Sequence[Path], **options: Any) -> None:
     graphopt bench model.onnx
     graphopt bench model.onnx small.onnx --threads 2 --per-op
     graphopt bench model.onnx --backends ort,tvm
+    graphopt bench model.onnx --target arm64 --rpc localhost:9190
     graphopt bench model.onnx small.onnx --inputs samples.npz --json -
     graphopt bench model.onnx small.onnx --max-ratio 1.02
     """
@@ -114,6 +125,7 @@ def bench(models: Sequence[Path], **options: Any) -> None:
             seed=options["seed"],
             bindings=dict(map(_dimension, options["bindings"])),
             trust=options["trust"],
+            device=options["device"],
             progress=lambda done, what: show(f"{100 * done:.0f} % {what}"),
         )
     if options["json_to"]:
@@ -141,7 +153,12 @@ def _backends(options: Mapping[str, Any]) -> str | list[str] | None:
 
     target = Target.parse(options["target"])
     every = map(backends.get, backends.names())
-    return [b.name for b in every if b.can_compile(target) is None and b.can_run(target) is None]
+    there = options["device"] is not None
+    return [
+        each.name
+        for each in every
+        if each.can_compile(target) is None and (there or each.can_run(target) is None)
+    ]
 
 
 def _titles(models: Sequence[Path]) -> dict[str, Path]:
@@ -166,7 +183,7 @@ def _show(out: Console, result: Measurement) -> None:
     from rich import box
     from rich.table import Table
 
-    from graphopt.cli._report import size
+    from graphopt.cli._report import show_ops, size
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("")
@@ -195,9 +212,8 @@ def _show(out: Console, result: Measurement) -> None:
     out.print(table)
     for m in result.models:
         if m.ops:
-            out.print(f"\n{m.name}, microseconds per run:")
-            for op in sorted(m.ops, key=lambda op: -op.microseconds)[:30]:
-                out.print(f"  {op.microseconds:10.1f}  {op.op:24} {op.node}")
+            out.print(f"\n{m.name}")
+            show_ops(out, m.ops)
     machine = result.machine
     threads = result.options.get("threads", "")
     out.print(

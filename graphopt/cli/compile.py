@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,10 +19,12 @@ from graphopt.cli._common import (
     level_option,
     limits,
     progress,
+    rpc_option,
     setting,
     verify_option,
     write_json,
 )
+from graphopt.cli._report import show_ops
 
 if TYPE_CHECKING:
     from graphopt.report import Report
@@ -135,6 +139,8 @@ def _tell(folder: Path, options: Mapping[str, Any], report: Report) -> None:
 @click.option("--inputs", required=True, type=MODEL, help="An .npz with one array per input.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="An .npz for the outputs.")
 @click.option("--trust", is_flag=True, help="Load machine code from FOLDER.")
+@rpc_option
+@click.option("--per-op", is_flag=True, help="Also show the time of each operator.")
 @click.option("--overwrite", is_flag=True, help="Replace the output where it exists.")
 @json_option
 def run(
@@ -142,6 +148,8 @@ def run(
     inputs: Path,
     output: Path | None,
     trust: bool,
+    device: str | None,
+    per_op: bool,
     overwrite: bool,
     json_to: str | None,
 ) -> None:
@@ -149,13 +157,18 @@ def run(
 
     \b
     graphopt run model.d --inputs sample.npz -o result.npz
+    graphopt run model.d --inputs sample.npz --per-op
+    graphopt run model.d --inputs sample.npz --rpc localhost:9190
     """
     from graphopt import compilation, npz
+    from graphopt.rpc import Remote
 
     if output is not None:
         check_output(output, overwrite)
-    executable = compilation.load(folder, trust=trust)
-    results = executable.run(npz.read(inputs))
+    executable = Remote(folder, device) if device else compilation.load(folder, trust=trust)
+    feeds = npz.read(inputs)
+    results = executable.run(feeds)
+    times = executable.profile(feeds) if per_op else ()
     if output is not None:
         npz.write(output, results)
     summary = [
@@ -167,7 +180,35 @@ def run(
         for name, value in results.items()
     ]
     if json_to:
-        write_json(summary, json_to)
+        rows = [dataclasses.asdict(op) for op in times]
+        write_json({"outputs": summary, "ops": rows} if per_op else summary, json_to)
     if json_to != "-":
         for row in summary:
             console().print(f"{row['name']}: {row['dtype']} {row['shape']}")
+        show_ops(console(), times)
+
+
+@click.command("serve-rpc")
+@click.option("--host", default="127.0.0.1", show_default=True, help="The interface to listen on.")
+@click.option("--port", type=click.IntRange(0, 65535), default=9190, show_default=True)
+@click.option("--remote", is_flag=True, help="Permit an interface that other machines reach.")
+def serve_rpc(host: str, port: int, remote: bool) -> None:
+    """Run artifacts for `graphopt run --rpc` and `graphopt bench --rpc` elsewhere.
+
+    Who has the token may run machine code here. It is that of the variable GRAPHOPT_RPC_TOKEN, or a
+    new one. Nothing is encrypted: tunnel to it, as with `ssh -L 9190:localhost:9190 device`.
+
+    \b
+    graphopt serve-rpc
+    GRAPHOPT_RPC_TOKEN=... graphopt serve-rpc --host 192.168.1.7 --remote
+    """
+    import secrets
+
+    from graphopt import rpc
+
+    given = os.environ.get(rpc.TOKEN, "")
+    token = given or secrets.token_hex(16)
+    with rpc.server(host, port, token, remote=remote) as server:
+        shown = "" if given else f"; clients need {rpc.TOKEN}={token}"
+        click.echo(f"listening on {host}:{server.server_port}{shown}")
+        server.serve_forever()

@@ -16,7 +16,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from graphopt import backends, compilation, files, models, npz
+from graphopt import backends, compilation, files, models, npz, rpc
 from graphopt.feeds import workable_feeds
 from graphopt.files import ModelLike
 from graphopt.runner import Runner
@@ -74,6 +74,26 @@ def test_ort_files(python: list[str], tmp_path: Path) -> None:
     command = [*python, str(EMULATED), str(made), str(tmp_path / "in.npz"), str(tmp_path / "out")]
     done = subprocess.run(command, check=True, timeout=300, capture_output=True, text=True)
     assert "ran in" in done.stdout
+
+
+def test_a_server_there(python: list[str], tmp_path: Path) -> None:
+    loaded = files.load(models.path("digits_cnn"))
+    feeds = workable_feeds(loaded, Shapes(loaded))
+    made = compilation.compile(loaded, "arm64:cortex-a76", tmp_path / "a", options={"threads": 1})
+    serve = (
+        "from graphopt import rpc; server = rpc.server('127.0.0.1', 0, 'token'); "
+        "print(server.server_port, flush=True); server.serve_forever()"
+    )
+    with subprocess.Popen([*python, "-c", serve], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            remote = rpc.Remote(made, f"127.0.0.1:{int(process.stdout.readline())}", "token")
+            found = remote.run(feeds)
+            assert len(remote.benchmark(feeds, 3)) == 3
+        finally:
+            process.kill()
+    for name, expected in Runner(loaded).run(feeds).items():
+        np.testing.assert_allclose(np.asarray(found[name]), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("make", ["digits_cnn", "s8s8"])
