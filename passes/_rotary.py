@@ -13,6 +13,7 @@ from graphopt._polynomial import of_atom
 from graphopt.dims import DimLike
 from graphopt.passes._layout import UNARY, permutation
 from graphopt.passes._slices import Span, spans
+from graphopt.passes._steps import LinearReader
 from graphopt.passes._views import reshaped
 from graphopt.rewriting import Op, Refuse
 
@@ -70,6 +71,9 @@ def halves_of(
         return None
     x = one.inputs[0]
     shape = None if x is None else op.shape(x)
+    viewed = _columns_of(op, first, second)
+    if viewed is not None:
+        return viewed
     if x is None or not shape or x is not two.inputs[0] or one.domain or two.domain:
         return None
     size = shape[-1]
@@ -86,6 +90,24 @@ def halves_of(
     if taken == [Span(0, size // 2, 1), Span(size // 2, size, 1)]:
         return x, False
     return (x, True) if taken in ([Span(0, size, 2), Span(1, size, 2)],) else None
+
+
+def _columns_of(op: Op, first: ir.Value, second: ir.Value) -> tuple[ir.Value, bool] | None:
+    """As `halves_of`, where an axis of size 2 was made for the halves and is indexed."""
+    reader = LinearReader(op)
+    one, two = reader.step(first), reader.step(second)
+    if one is None or two is None or (one.source, one.axis) != (two.source, two.axis):
+        return None
+    dims, view = op.shape(one.source), one.source.producer()
+    x = view.inputs[0] if view is not None and view.op_type == "Reshape" else None
+    shape = None if x is None else op.shape(x)
+    if x is None or not dims or not shape or (one.place, two.place) != (0, 1):
+        return None
+    rank = len(dims)
+    if one.axis not in (rank - 1, rank - 2) or dims[one.axis] != 2:
+        return None
+    same = shape == (*dims[:-2], dims[-2] * dims[-1])
+    return (x, one.axis == rank - 1) if same else None
 
 
 def _last_span(op: Op, node: ir.Node, rank: int, size: int) -> Span | None:

@@ -1,6 +1,7 @@
 """Fuse activation functions from their parts.
 
-Sigmoid, Softplus, Mish, LeakyRelu, PRelu, Elu, HardSigmoid and HardSwish.
+Relu, Sigmoid, Tanh, Softsign, Softplus, Mish, LeakyRelu, PRelu, Elu, Selu, HardSigmoid and
+HardSwish.
 
 Why: exporters without the operator write it as three to six kernels over the same tensor.
 Numerics: rounding.
@@ -15,6 +16,10 @@ from graphopt import ir
 from graphopt.passes._algebra import Reader
 from graphopt.passes.fuse_matmul_add import broadcasts_into
 from graphopt.rewriting import Attribute, Const, Op, Refuse, rewrite
+
+_RELU = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
+_LINEAR_FROM = 16.0
+"""From here on, softplus(x) is x to the last bit of a float32."""
 
 
 @rewrite
@@ -43,6 +48,12 @@ def _(op: Op, x: ir.Value) -> ir.Value:
     return op.Mul(op.Add(op.Tanh(op.Mul(x, 0.5)), 1.0), 0.5)
 
 
+@fuse_sigmoid.spelling
+def _(op: Op, x: ir.Value) -> ir.Value:
+    power = op.Exp(x)
+    return op.Div(power, op.Add(power, 1.0))
+
+
 @fuse_sigmoid.replace
 def _(op: Op, x: ir.Value) -> ir.Value:
     return op.Sigmoid(x)
@@ -57,6 +68,57 @@ def fuse_gate(op: Op, x: ir.Value) -> ir.Value:
 @fuse_gate.replace
 def _(op: Op, x: ir.Value) -> ir.Value:
     return op.Mul(x, op.Sigmoid(x))
+
+
+@rewrite
+def fuse_tanh(op: Op, x: ir.Value) -> ir.Value:
+    """(exp(x) - exp(-x)) / (exp(x) + exp(-x))"""
+    up, down = op.Exp(x), op.Exp(op.Neg(x))
+    return op.Div(op.Sub(up, down), op.Add(up, down))
+
+
+@fuse_tanh.spelling
+def _(op: Op, x: ir.Value) -> ir.Value:
+    return op.Sub(op.Mul(op.Sigmoid(op.Mul(x, 2.0)), 2.0), 1.0)
+
+
+@fuse_tanh.spelling
+def _(op: Op, x: ir.Value) -> ir.Value:
+    return op.Add(op.Mul(op.Sigmoid(op.Mul(x, 2.0)), 2.0), -1.0)
+
+
+@fuse_tanh.replace
+def _(op: Op, x: ir.Value) -> ir.Value:
+    return op.Tanh(x)
+
+
+@rewrite
+def fuse_softsign(op: Op, x: ir.Value) -> ir.Value:
+    """x / (1 + |x|)"""
+    return op.Div(x, op.Add(op.Abs(x), 1.0))
+
+
+@fuse_softsign.replace
+def _(op: Op, x: ir.Value) -> ir.Value:
+    _not_double(op, x)
+    return op.Softsign(x)
+
+
+@rewrite.on("Clip", "Max", benefit=1)
+def fuse_relu(op: Op, node: ir.Node) -> ir.Value | None:
+    """max(x, 0)"""
+    x, *bounds = node.inputs
+    if node.op_type == "Max":
+        pairs = (node.inputs, node.inputs[::-1]) if len(node.inputs) == 2 else ()
+        x = next((one for one, zero in pairs if op.scalar(zero) == 0), None)
+    elif op.opset >= 11:
+        low, high = [*bounds, None, None][:2]
+        x = x if op.scalar(low) == 0 and high is None else None
+    else:
+        x = x if node.attributes.keys() == {"min"} and op.attr(node, "min") == 0 else None
+    if x is None or op.dtype(x) not in _RELU or op.shape(x) != op.shape(node.outputs[0]):
+        return None
+    return op.Relu(x)
 
 
 @rewrite
@@ -80,6 +142,38 @@ def fuse_softplus(op: Op, x: ir.Value) -> ir.Value:
 def _(op: Op, x: ir.Value) -> ir.Value:
     _not_double(op, x)
     return op.Softplus(x)
+
+
+@rewrite
+def fuse_softplus_of_gate(op: Op, x: ir.Value) -> ir.Value:
+    """-log(sigmoid(-x))"""
+    return op.Neg(op.Log(op.Sigmoid(op.Neg(x))))
+
+
+@fuse_softplus_of_gate.replace
+def _(op: Op, x: ir.Value) -> ir.Value:
+    _not_double(op, x)
+    return op.Softplus(x)
+
+
+@rewrite.on("Where", benefit=2)
+def softplus_without_threshold(op: Op, node: ir.Node) -> ir.Value | None:
+    """x where k x is above a threshold, else softplus(k x) / k, as torch has it."""
+    condition, x, soft = node.inputs
+    above = None if condition is None else condition.producer()
+    if above is None or above.op_type not in ("Greater", "GreaterOrEqual") or x is None:
+        return None
+    reader = Reader(op, node)
+    scale, tensors = reader.factors(soft)
+    softplus = reader.take(tensors[0], "Softplus") if len(tensors) == 1 else None
+    inner = None if softplus is None else reader.polynomial(softplus.inputs[0], x)
+    compared = reader.polynomial(above.inputs[0], x)
+    limit = reader.number(above.inputs[1])
+    if inner is None or compared is None or inner.keys() != {1} or inner != compared:
+        return None
+    if limit is None or limit < _LINEAR_FROM or not reader.near(inner[1] * scale, 1.0, None):
+        return None
+    return soft if op.dtype(x) in _RELU[:3] else None
 
 
 def _not_double(op: Op, x: ir.Value) -> None:
@@ -145,6 +239,11 @@ def _(op: Op, x: ir.Value, slope: Const) -> ir.Value:
     return op.Add(op.Relu(x), op.Mul(op.Min(x, 0.0), slope))
 
 
+@fuse_leaky_where.spelling
+def _(op: Op, x: ir.Value, slope: Const) -> ir.Value:
+    return op.Add(op.Relu(x), op.Mul(op.Clip(x, None, 0.0), slope))
+
+
 @fuse_leaky_where.replace
 def _(op: Op, x: ir.Value, slope: Const) -> ir.Value | None:
     return leaky(op, x, slope)
@@ -159,6 +258,20 @@ def fuse_leaky_sum(op: Op, x: ir.Value, slope: Const) -> ir.Value:
 @fuse_leaky_sum.replace
 def _(op: Op, x: ir.Value, slope: Const) -> ir.Value | None:
     return _leaky_times(op, x, slope, 2.0)
+
+
+@rewrite
+def fuse_leaky_mean(op: Op, x: ir.Value, straight: Const, folded: Const) -> ir.Value:
+    """a x + (1 - a) |x|, whose slope below zero is 2 a - 1"""
+    return op.Add(op.Mul(x, straight), op.Mul(op.Abs(x), folded))
+
+
+@fuse_leaky_mean.replace
+def _(op: Op, x: ir.Value, straight: Const, folded: Const) -> ir.Value | None:
+    a, b = op.scalar(straight), op.scalar(folded)
+    if a is None or b is None or abs(a + b - 1) > 1e-6:
+        return None
+    return leaky(op, x, op.initializer(np.asarray(a - b, np.float32), "slope"))
 
 
 @rewrite
@@ -219,6 +332,21 @@ def fuse_plain_elu(op: Op, x: ir.Value) -> ir.Value:
 def _(op: Op, x: ir.Value) -> ir.Value | None:
     _not_double(op, x)
     return op.Elu(x)
+
+
+@rewrite
+def fuse_selu(op: Op, x: ir.Value, alpha: Attribute, gamma: Const) -> ir.Value:
+    """gamma elu(x)"""
+    return op.Mul(op.Elu(x, alpha=alpha), gamma)
+
+
+@fuse_selu.replace
+def _(op: Op, x: ir.Value, alpha: Attribute, gamma: Const) -> ir.Value | None:
+    factor, shape = op.scalar(gamma), op.shape(x)
+    if factor is None or not broadcasts_into(op.shape(gamma), shape or ()):
+        return None
+    _not_double(op, x)
+    return op.Selu(x, alpha=float(alpha), gamma=float(factor))
 
 
 @rewrite

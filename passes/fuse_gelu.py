@@ -42,24 +42,47 @@ def fuse_gelu(op: Op, node: ir.Node) -> ir.Value | None:
 
 def _bell(reader: Reader, value: ir.Value, x: ir.Value) -> tuple[float, str | None] | None:
     """(c, approximation) where the value is c (1 + erf(...)) or c (1 + tanh(...)) of x."""
-    total = reader.take(value, "Add")
+    total = reader.take(value, "Add", "Sub")
     if total is None:
-        return None
+        return _steep_bell(reader, value, x)
+    if total.op_type == "Sub":  # the functions are odd
+        height, negated = reader.number(total.inputs[0]), total.inputs[1]
+        return None if height is None else _curve(reader, negated, height, x, -1.0)
     for curve, constant in (total.inputs, reversed(total.inputs)):
         height = reader.number(constant)
         if height is None:
             continue
-        factor, tensors = reader.factors(curve)
-        if len(tensors) != 1 or not reader.near(factor, height, None):
-            continue
-        function = reader.take(tensors[0], "Erf", "Tanh")
-        if function is None:
-            continue
-        inner = function.inputs[0]
-        if function.op_type == "Erf":
-            found = reader.is_polynomial(inner, x, {1: math.sqrt(0.5)})
-            return (height, None) if found else None
-        slope = math.sqrt(2 / math.pi)
-        found = reader.is_polynomial(inner, x, {1: slope, 3: slope * _CUBIC})
-        return (height, "tanh") if found else None
+        found = _curve(reader, curve, height, x, 1.0)
+        if found is not None:
+            return found
     return None
+
+
+def _curve(
+    reader: Reader, curve: ir.Value | None, height: float, x: ir.Value, sign: float
+) -> tuple[float, str | None] | None:
+    """(height, approximation) where a value is height erf(...) or tanh(...) of x, or of -x."""
+    factor, tensors = reader.factors(curve)
+    if len(tensors) != 1 or not reader.near(abs(factor), height, None):
+        return None
+    sign = math.copysign(sign, sign * factor)
+    function = reader.take(tensors[0], "Erf", "Tanh")
+    if function is None:
+        return None
+    inner = function.inputs[0]
+    if function.op_type == "Erf":
+        found = reader.is_polynomial(inner, x, {1: sign * math.sqrt(0.5)})
+        return (height, None) if found else None
+    slope = sign * math.sqrt(2 / math.pi)
+    found = reader.is_polynomial(inner, x, {1: slope, 3: slope * _CUBIC})
+    return (height, "tanh") if found else None
+
+
+def _steep_bell(reader: Reader, value: ir.Value, x: ir.Value) -> tuple[float, str | None] | None:
+    """As `_bell`, of a Sigmoid: (1 + tanh(u)) / 2 is sigmoid(2 u)."""
+    sigmoid = reader.take(value, "Sigmoid")
+    slope = 2 * math.sqrt(2 / math.pi)
+    wanted = {1: slope, 3: slope * _CUBIC}
+    if sigmoid is None or not reader.is_polynomial(sigmoid.inputs[0], x, wanted):
+        return None
+    return 0.5, "tanh"

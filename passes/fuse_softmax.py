@@ -47,6 +47,17 @@ def _(op: Op, x: ir.Value, axis: Attribute) -> ir.Value:
     return op.LogSoftmax(x, axis=axis)
 
 
+@rewrite
+def fuse_exp_log_softmax(op: Op, x: ir.Value, axis: Attribute) -> ir.Value:
+    """The exponential of a LogSoftmax."""
+    return op.Exp(op.LogSoftmax(x, axis=axis))
+
+
+@fuse_exp_log_softmax.replace
+def _(op: Op, x: ir.Value, axis: Attribute) -> ir.Value:
+    return op.Softmax(x, axis=axis)
+
+
 @rewrite.on("Sub", benefit=4)
 def fuse_log_sum(op: Op, node: ir.Node) -> ir.Value | None:
     """x - log(sum(exp(x))), x being what is left of a maximum or not."""

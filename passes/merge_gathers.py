@@ -33,6 +33,21 @@ def gather_unsqueeze(op: Op, node: ir.Node) -> ir.Value | None:
     return None if source is None else op.Gather(source, [found[1]], axis=found[0])
 
 
+@rewrite.on("GatherND", benefit=2)
+def gather_rows(op: Op, node: ir.Node) -> ir.Value | None:
+    """Indices into the first axis, put along a last axis of one, are those of a Gather."""
+    value, wide = node.inputs[0], node.inputs[1]
+    view = None if wide is None else wide.producer()
+    if value is None or wide is None or view is None or op.attr(node, "batch_dims", 0):
+        return None
+    if view.op_type not in ("Unsqueeze", "Reshape") or view.domain or view.inputs[0] is None:
+        return None
+    inner, outer = op.shape(view.inputs[0]), op.shape(wide)
+    if inner is None or outer != (*inner, 1):
+        return None
+    return op.Gather(value, view.inputs[0])
+
+
 @rewrite.on("Gather")
 def gather_only_element(op: Op, node: ir.Node) -> ir.Value | None:
     """The only element of an axis is what is left without the axis."""
