@@ -183,7 +183,39 @@ def _raised(op: Op, mask: ir.Value) -> ir.Value:
     if known is not None:
         raised = np.maximum(known.astype(np.float64), bottom).astype(known.dtype)
         return op.initializer(raised, "mask")
+    node = mask.producer()
+    branches = [] if node is None or node.op_type != "Where" or node.domain else node.inputs[1:]
+    numbers = [op.scalar(value) for value in branches]
+    if node is not None and numbers and None not in numbers:
+        like = np.dtype((op.dtype(mask) or ir.DataType.FLOAT).numpy())
+        kept = [op.initializer(np.asarray(max(n, bottom), like), "mask") for n in numbers]
+        return op.Where(node.inputs[0], *kept)
     return op.Max(mask, bottom)
+
+
+def rows_left(op: Op, scores: Scores, mask: ir.Value | None, dtype: ir.DataType) -> ir.Value | None:
+    """Whether the one mask of scores leaves rows something, [..., S, 1]; None where it always does.
+
+    `mask` is what `mask_of` has made of it.
+
+    Raises:
+        Refuse: several masks, or one that would not make a row NaN.
+    """
+    if mask is None:
+        return None
+    first, dims = scores.masks[0], op.shape(mask)
+    if len(scores.masks) > 1 or dims is None or (isinstance(first, tuple) and first[2] != -np.inf):
+        raise Refuse("rows that are masked everywhere are not told from others")
+    known = op.const(first) if isinstance(first, ir.Value) else None
+    if known is not None:
+        if bool(np.all(known.max(axis=-1) > -np.inf)):
+            return None
+        raise Refuse("a constant mask leaves a row nothing")
+    lowest = float(np.finfo(np.float32 if dtype != ir.DataType.FLOAT16 else np.float16).min)
+    made = mask.producer()
+    if isinstance(first, tuple) or (made is not None and made.op_type == "Where"):
+        first, lowest = mask, _bottom(dtype) / 2
+    return op.GreaterOrEqual(op.ReduceMax(first, [-1], keepdims=1), lowest)
 
 
 def _addend(

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from graphopt import ir
 from graphopt.passes._attention import (
     Dims,
@@ -22,6 +24,7 @@ from graphopt.passes._attention import (
     mask_of,
     read_scores,
     repeated,
+    rows_left,
     unmerged,
 )
 from graphopt.passes._layout import permutation
@@ -34,12 +37,13 @@ _TYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 @rewrite.on("MatMul", benefit=9)
 def fuse_attention(op: Op, node: ir.Node) -> dict[ir.Value, ir.Value] | None:
     """softmax(scale Q K^T + mask) V, for any number of masks."""
-    weights, values = node.inputs
+    guarded, values = node.inputs
+    weights, guard = _unguarded(op, guarded)
     softmax, narrowing = _softmax(op, weights)
     if softmax is None or values is None:
         return None
     peak = softmax.inputs[0]
-    covered = [softmax]
+    covered = [softmax, *guard]
     if narrowing is not None:
         widening = None if peak is None else peak.producer()
         if widening is None or widening.op_type != "Cast" or widening.domain:
@@ -60,9 +64,10 @@ def fuse_attention(op: Op, node: ir.Node) -> dict[ir.Value, ir.Value] | None:
     separate = [unmerged(op, v) for v in (scores.query, keys, values)]
     query, key, apart = separate
     if query is None or key is None or apart is None:
-        return {node.outputs[0]: _attention(op, scores, values, dtype, narrowing is not None)}
+        made = _attention(op, scores, values, dtype, narrowing is not None, bool(guard))
+        return {node.outputs[0]: made}
     scores = replace(scores, query=query, keys=key)
-    result = _attention(op, scores, apart, dtype, narrowing is not None)
+    result = _attention(op, scores, apart, dtype, narrowing is not None, bool(guard))
     return _merged_heads(op, node.outputs[0], result)
 
 
@@ -78,6 +83,17 @@ def _merged_heads(op: Op, old: ir.Value, new: ir.Value) -> dict[ir.Value, ir.Val
     if view is None:
         raise Refuse("the heads cannot be merged again")
     return {old: view}
+
+
+def _unguarded(op: Op, weights: ir.Value | None) -> tuple[ir.Value | None, tuple[ir.Node, ...]]:
+    """(weights, nodes) without what makes zeros of NaN, as torch does for rows that are masked."""
+    node = None if weights is None else weights.producer()
+    if node is None or node.op_type != "Where" or node.domain or op.scalar(node.inputs[1]) != 0:
+        return weights, ()
+    test = None if node.inputs[0] is None else node.inputs[0].producer()
+    if test is None or test.op_type != "IsNaN" or test.inputs[0] is not node.inputs[2]:
+        return weights, ()
+    return node.inputs[2], (node, test)
 
 
 def _softmax(op: Op, weights: ir.Value | None) -> tuple[ir.Node | None, ir.Node | None]:
@@ -97,7 +113,7 @@ def _softmax(op: Op, weights: ir.Value | None) -> tuple[ir.Node | None, ir.Node 
 
 
 def _attention(
-    op: Op, scores: Scores, values: ir.Value, dtype: ir.DataType, precise: bool
+    op: Op, scores: Scores, values: ir.Value, dtype: ir.DataType, precise: bool, guarded: bool
 ) -> ir.Value:
     shapes: list[Dims] = [op.shape(v) or () for v in (scores.query, scores.keys, values)]
     query, key, value = shapes
@@ -120,7 +136,10 @@ def _attention(
             raise Refuse("a mask for each of batch and heads, which are one axis")
     mask = mask_of(op, scores, dims, dtype)
     inputs = [scores.query, scores.keys, values, *([] if mask is None else [mask])]
-    return op.build("Attention", inputs, attributes)[0]
+    result = op.build("Attention", inputs, attributes)[0]
+    left = rows_left(op, scores, mask, dtype) if guarded else None
+    nothing = op.initializer(np.zeros((), dtype.numpy()), "zero")
+    return result if left is None else op.Where(left, result, nothing)
 
 
 def _tensor(mask: ir.Value | tuple[ir.Value, bool, float]) -> ir.Value:
