@@ -184,8 +184,8 @@ def _raised(op: Op, mask: ir.Value) -> ir.Value:
         raised = np.maximum(known.astype(np.float64), bottom).astype(known.dtype)
         return op.initializer(raised, "mask")
     node = mask.producer()
-    branches = [] if node is None or node.op_type != "Where" or node.domain else node.inputs[1:]
-    numbers = [op.scalar(value) for value in branches]
+    chosen = node is not None and node.op_type == "Where" and not node.domain
+    numbers = [op.scalar(value) for value in node.inputs[1:]] if node is not None and chosen else []
     if node is not None and numbers and None not in numbers:
         like = np.dtype((op.dtype(mask) or ir.DataType.FLOAT).numpy())
         kept = [op.initializer(np.asarray(max(n, bottom), like), "mask") for n in numbers]

@@ -106,22 +106,39 @@ def standardized(op: Op, node: ir.Node) -> tuple[ir.Value, list[int], float] | N
     for index in (0, 1)[: 1 if node.op_type == "Div" else 2]:
         reader = Reader(op, node)
         variance = divided_by_root(reader, node, index)
-        source = None if variance is None else _centred(op, reader, node.inputs[index])
+        source = None if variance is None else centred(op, reader, node.inputs[index])
         if variance is None or source is None:
             continue
         epsilon, spread = variance
-        mean = reader.take(spread, "ReduceMean")
-        square = None if mean is None else squared(reader, mean.inputs[0])
-        if mean is None or square is None or mean_axes(op, mean) != source[1]:
-            continue
-        if square is not node.inputs[index] and _centred(op, reader, square) != source:
+        if not _is_variance(op, reader, spread, source, node.inputs[index]):
             continue
         reader.require_unneeded()
         return *source, epsilon
     return None
 
 
-def _centred(op: Op, reader: Reader, value: ir.Value | None) -> tuple[ir.Value, list[int]] | None:
+def _is_variance(
+    op: Op,
+    reader: Reader,
+    spread: ir.Value | None,
+    source: tuple[ir.Value, list[int]],
+    difference: ir.Value | None,
+) -> bool:
+    """Whether a value is mean((x - mean(x))^2), or mean(x^2) - mean(x)^2, kept above 0 or not."""
+    mean = reader.take(spread, "ReduceMean")
+    if mean is not None:
+        square = squared(reader, mean.inputs[0])
+        same = square is difference or centred(op, reader, square) == source
+        return square is not None and same and mean_axes(op, mean) == source[1]
+    bounded = reader.take(spread, "Relu")
+    apart = reader.take(spread if bounded is None else bounded.inputs[0], "Sub")
+    if apart is None or mean_square(op, reader, apart.inputs[0]) != source:
+        return False
+    mean = reader.take(squared(reader, apart.inputs[1]), "ReduceMean")
+    return mean is not None and mean.inputs[0] is source[0] and mean_axes(op, mean) == source[1]
+
+
+def centred(op: Op, reader: Reader, value: ir.Value | None) -> tuple[ir.Value, list[int]] | None:
     """(x, axes) where a value is x - mean of x over axes."""
     difference = reader.take(reader.uncast(value), "Sub")
     x = None if difference is None else difference.inputs[0]

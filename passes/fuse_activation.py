@@ -115,7 +115,8 @@ def fuse_relu(op: Op, node: ir.Node) -> ir.Value | None:
         low, high = [*bounds, None, None][:2]
         x = x if op.scalar(low) == 0 and high is None else None
     else:
-        x = x if node.attributes.keys() == {"min"} and op.attr(node, "min") == 0 else None
+        alone = op.attr(node, "min") == 0 and "max" not in node.attributes
+        x = x if alone else None
     if x is None or op.dtype(x) not in _RELU or op.shape(x) != op.shape(node.outputs[0]):
         return None
     return op.Relu(x)

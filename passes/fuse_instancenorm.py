@@ -2,7 +2,8 @@
 
 Why: eight kernels over the same tensor become one, at any opset.
 Numerics: rounding.
-Needs: a normalization over all axes behind the second, of four or five; a known number of channels.
+Needs: a normalization over all axes behind the second; a known number of channels. One over the
+last of three axes is a layer normalization where there is that operator and its size is known.
 """
 
 from __future__ import annotations
@@ -27,8 +28,10 @@ def _normalized(
     op: Op, node: ir.Node, x: ir.Value, axes: list[int], epsilon: float
 ) -> ir.Value | None:
     shape, dtype = op.shape(x), op.dtype(x)
-    if shape is None or dtype is None or len(shape) not in (4, 5) or axes[0] != 2:
+    if shape is None or dtype is None or len(shape) not in (3, 4, 5) or axes[0] != 2:
         return None
+    if len(shape) == 3 and isinstance(shape[2], int) and op.opset >= 17:
+        return None  # a layer normalization
     channels = shape[1]
     if not isinstance(channels, int) or _scaled_inside(op, node):
         return None

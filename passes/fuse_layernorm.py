@@ -8,9 +8,12 @@ Needs: opset 17, a normalization over the last axes, whose sizes are known.
 from __future__ import annotations
 
 from graphopt import ir
+from graphopt.passes._algebra import Reader
 from graphopt.passes._normalization import (
     affine,
     around_casts,
+    centred,
+    divided_by_root,
     normalized,
     scale_behind_root,
     standardized,
@@ -59,6 +62,42 @@ def layernorm_by_terms(op: Op, node: ir.Node) -> ir.Value | None:
 def layernorm_scale_last(op: Op, node: ir.Node) -> ir.Value | None:
     """x (r c) is (x r) c, r being the reciprocal of a root."""
     return scale_behind_root(op, node)
+
+
+@rewrite.on("Div", "Mul", benefit=1)
+def layernorm_scale_first(op: Op, node: ir.Node) -> ir.Value | None:
+    """(c (x - mean)) r is c ((x - mean) r), r being the reciprocal of a root; so with a Div."""
+    for index in (0, 1)[: 1 if node.op_type == "Div" else 2]:
+        scaled, root = node.inputs[index], node.inputs[1 - index]
+        product = None if scaled is None else scaled.producer()
+        if scaled is None or product is None or product.op_type != "Mul" or op.uses(scaled) != 1:
+            continue
+        if divided_by_root(Reader(op, node), node, index) is None:
+            continue
+        for difference, scale in (product.inputs, product.inputs[::-1]):
+            if ir.constant(scale) is None or centred(op, Reader(op, node), difference) is None:
+                continue
+            if difference is not None and op.shape(difference) == op.shape(node.outputs[0]):
+                apart = op.build(
+                    node.op_type, [difference, root] if not index else [root, difference]
+                )
+                return op.Mul(apart[0], scale)
+    return None
+
+
+@rewrite.on("RMSNormalization", benefit=2)
+def fuse_centred_rmsnorm(op: Op, node: ir.Node) -> ir.Value | None:
+    """A normalization by the root of the mean square of x - mean(x)."""
+    value, shape = node.inputs[0], op.shape(node.outputs[0])
+    reader = Reader(op, node)
+    found = centred(op, reader, value)
+    if found is None or shape is None:
+        return None
+    axis = op.attr(node, "axis", -1)
+    if found[1] != list(range(axis % len(shape), len(shape))):
+        return None
+    reader.require_unneeded()
+    return op.build("LayerNormalization", [found[0], *node.inputs[1:]], node.attributes)[0]
 
 
 @rewrite.on("Mul", "Add", benefit=2)
