@@ -111,6 +111,17 @@ def test_what_is_not_as_it_says(tmp_path: Path, members: dict[str, bytes], reaso
     assert [file.name for file in tmp_path.iterdir()] == ["x.onnx.zst"]
 
 
+def test_a_header_is_no_way_around_the_limits(tmp_path: Path) -> None:
+    """Extended headers, which tarfile reads whole, of many times the container's size."""
+    header = tarfile.TarInfo("header")
+    header.type, header.size = tarfile.XHDTYPE, 64 << 20
+    stream = header.tobuf(format=tarfile.USTAR_FORMAT) + bytes(header.size)
+    target = tmp_path / "x.onnx.zst"
+    target.write_bytes(zstandard.ZstdCompressor().compress(stream))
+    with pytest.raises(InputError, match="more than it says"):
+        files.load(target)
+
+
 def test_links_are_refused(tmp_path: Path) -> None:
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode="w") as archive:

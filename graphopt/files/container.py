@@ -31,6 +31,8 @@ MODEL = "model.onnx"
 _FORMAT = 1
 _MANIFEST = "manifest.json"
 _MANIFEST_BYTES = 1 << 20
+_HEADER_BYTES = 1 << 14
+"""Of a file's headers and padding, at most."""
 _CHUNK = 1 << 20
 _MOST_RATIO, _ALWAYS_BYTES = 1000, 64 << 20
 """A container that unpacks to more than so many times its size, beyond a first part, is refused."""
@@ -68,14 +70,34 @@ def unpack(path: Path, folder: Path) -> Path:
     try:
         with path.open("rb") as packed:
             reader = module.ZstdDecompressor(max_window_size=_WINDOW).stream_reader(packed)
-            with tarfile.open(fileobj=cast(BinaryIO, reader), mode="r|") as archive:
-                _extract(path, archive, folder)
+            bounded = _Bounded(path, reader)
+            with tarfile.open(fileobj=cast(BinaryIO, bounded), mode="r|") as archive:
+                _extract(path, archive, folder, bounded)
     except (module.ZstdError, tarfile.TarError, EOFError) as error:
         raise InputError(f"{path}: no compressed model, or a damaged one ({error})") from None
     return folder / MODEL
 
 
-def _extract(path: Path, archive: tarfile.TarFile, folder: Path) -> None:
+class _Bounded:
+    """A stream that is refused where it goes on for longer than it may.
+
+    tarfile holds headers of any size in memory: those before the manifest may take as much as that.
+    """
+
+    def __init__(self, path: Path, stream: Any) -> None:
+        self._path, self._stream = path, stream
+        self.left = 2 * _MANIFEST_BYTES
+
+    def read(self, size: int = -1) -> bytes:
+        """As a file's."""
+        data: bytes = self._stream.read(size)
+        self.left -= len(data)
+        if self.left < 0:
+            raise InputError(f"{self._path}: unpacks to more than it says")
+        return data
+
+
+def _extract(path: Path, archive: tarfile.TarFile, folder: Path, bounded: _Bounded) -> None:
     expected: dict[str, tuple[int, str]] | None = None
     for member in archive:
         stream = archive.extractfile(member) if member.isfile() else None
@@ -85,7 +107,9 @@ def _extract(path: Path, archive: tarfile.TarFile, folder: Path) -> None:
             if member.name != _MANIFEST or member.size > _MANIFEST_BYTES:
                 raise InputError(f"{path}: compressed, but no model packed by graphopt")
             expected = _read_manifest(path, stream.read(member.size))
-            _check_room(path, sum(size for size, _ in expected.values()), folder)
+            total = sum(size for size, _ in expected.values())
+            _check_room(path, total, folder)
+            bounded.left += total + _HEADER_BYTES * len(expected)
             continue
         size, digest = expected.pop(member.name, (-1, ""))
         if size != member.size:
