@@ -116,4 +116,8 @@ def link(objects: list[str], output: str, arch: str) -> None:
     """
     cc: Any = importlib.import_module("tvm.support.cc")
     options = ["-Wl,--build-id=none", "-s"]
-    cc.create_shared(output, objects, options=options, cc=linker(arch))
+    try:
+        cc.create_shared(output, objects, options=options, cc=linker(arch))
+    except RuntimeError as error:
+        lines = [line for line in str(error).splitlines() if line and "error:" not in line.lower()]
+        raise RuntimeError(f"linking failed: {lines[0] if lines else error}") from error

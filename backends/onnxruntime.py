@@ -298,7 +298,7 @@ def _errors() -> tuple[type[Exception], ...]:
 def _failure(error: Exception) -> GraphoptError:
     """An error of ONNX Runtime's as one line, without its codes and source positions."""
     text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : [A-Z_]+ : ", "", str(error))
-    text = re.sub(r"/onnxruntime_src/\S+?:\d+ ", "", text)
+    text = re.sub(r"/onnxruntime_src/\S+?:\d+ |^\w+\.cc:\d+ ", "", text)
     return GraphoptError(" ".join(text.split())[:600])
 
 

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 import re
 import stat
+import zlib
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +22,13 @@ from graphopt.digests import remembered
 from graphopt.errors import GraphoptError, InputError
 from graphopt.target import Target
 
-FORMAT = 2
+FORMAT = 3
 """Version of the manifest's layout; a reader refuses any other."""
 
 MANIFEST = "manifest.json"
 SIGNATURE = "manifest.sig"
 """Beside the manifest: that this installation made it, see `graphopt.trust`."""
+_CHECKSUM = "checksum"
 _MANIFEST_BYTES = 64 << 20
 
 
@@ -95,10 +98,14 @@ def write(folder: Path, manifest: Manifest) -> Manifest:
     full = dataclasses.replace(
         manifest, files={name: remembered(folder / name) for name in present(folder)}
     )
-    data = {"format": FORMAT, **full.to_dict()}
-    text = json.dumps(data, indent=2, sort_keys=True, allow_nan=False)
-    (folder / MANIFEST).write_text(text + "\n", "utf-8")
+    (folder / MANIFEST).write_text(sealed({"format": FORMAT, **full.to_dict()}), "utf-8")
     return full
+
+
+def sealed(data: Mapping[str, Any]) -> str:
+    """The text of a manifest with a checksum of it: that tells damage, not who made it."""
+    full = {**data, _CHECKSUM: _checksum(data)}
+    return json.dumps(full, indent=2, sort_keys=True, allow_nan=False) + "\n"
 
 
 def read(folder: Path) -> Manifest:
@@ -152,7 +159,7 @@ def publish(folder: Path, *, overwrite: bool) -> Generator[Path]:
         yield new
         for path in (*new.rglob("*"), new):
             _flush(path)
-        _replace(new, folder)
+        _replace(new, folder, overwrite)
     except OSError as error:
         raise GraphoptError(f"{folder}: {error.strerror or error}") from error
     finally:
@@ -177,10 +184,12 @@ def _parse(path: Path, data: Any) -> Manifest:
     if not isinstance(data, dict) or "format" not in data:
         raise InputError(f"{path}: not the manifest of a compiled model")
     fields = cast("dict[str, Any]", data)
+    intact = fields.get(_CHECKSUM) == _checksum(fields)
     version = fields.pop("format")
     if version != FORMAT:
         raise InputError(f"{path}: format {version}, this version of graphopt reads {FORMAT}")
     try:
+        del fields[_CHECKSUM]
         fields["backend"] = str(fields["backend"])
         fields["target"] = Target.from_dict(fields["target"])
         fields["inputs"] = _infos(fields["inputs"])
@@ -196,7 +205,14 @@ def _parse(path: Path, data: Any) -> Manifest:
         plain = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name)
         if not plain or not re.fullmatch("[0-9a-f]{64}", str(digest)):
             raise InputError(f"{path}: {name!r} is not the name of a file in its folder")
+    if not intact:
+        raise InputError(f"{path}: was changed after it was written")
     return manifest
+
+
+def _checksum(data: Mapping[str, Any]) -> str:
+    content = {name: value for name, value in data.items() if name != _CHECKSUM}
+    return f"{zlib.crc32(json.dumps(content, sort_keys=True).encode()):08x}"
 
 
 def _part(item: Mapping[str, Any]) -> Part:
@@ -243,18 +259,39 @@ def _check_replaceable(folder: Path, overwrite: bool) -> None:
         raise InputError(f"{folder}: exists; ask for overwriting (--overwrite) to replace it")
 
 
-def _replace(new: Path, folder: Path) -> None:
-    """Give `new` the name `folder`; what bore it is deleted only afterwards."""
-    old = new.with_name(new.name + ".old")
-    if folder.exists():
-        folder.rename(old)
+def _replace(new: Path, folder: Path, overwrite: bool) -> None:
+    """Give `new` the name `folder`; what bore it is deleted only afterwards.
+
+    An empty folder makes way by itself. Another process may fill the folder at the same time: what
+    it made is then what was there before.
+    """
+    replaced: list[Path] = []
+    try:
+        while not _renamed(new, folder):
+            if not overwrite:
+                raise InputError(f"{folder}: exists by now, another process has made it")
+            old = new.with_name(f"{new.name}.old{len(replaced)}")
+            with contextlib.suppress(FileNotFoundError):
+                folder.rename(old)
+                replaced.append(old)
+    except OSError:
+        if replaced and not folder.exists():
+            replaced[-1].rename(folder)
+        raise
+    finally:
+        for old in replaced:
+            _remove(old)
+
+
+def _renamed(new: Path, folder: Path) -> bool:
+    """Rename unless a folder that is not empty is in the way."""
     try:
         new.rename(folder)
-    except OSError:
-        if old.exists():
-            old.rename(folder)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            return False
         raise
-    _remove(old)
+    return True
 
 
 def _remove(folder: Path) -> None:

@@ -114,7 +114,7 @@ def become(other: Any) -> Change:
         (become([]), "not the manifest"),
         (become(None), "not the manifest"),
         (become({}), "not the manifest"),
-        (edit(format=99), "format 99, this version of graphopt reads 2"),
+        (edit(format=99), "format 99, this version of graphopt reads 3"),
         (edit(files={"../model.bin": "0" * 64}), "not the name of a file"),
         (edit(files={"/etc/passwd": "0" * 64}), "not the name of a file"),
         (edit(files={"model.bin": "0"}), "not the name of a file"),
@@ -125,6 +125,8 @@ def become(other: Any) -> Change:
         (edit(target="cpu"), "not a manifest"),
         (edit(surprise=1), "not a manifest"),
         (edit(options=None), "not a manifest"),
+        (edit(options={"threads": 3}), "was changed after it was written"),
+        (edit(checksum="00000000"), "was changed after it was written"),
     ],
 )
 def test_damaged_manifests_are_refused(tmp_path: Path, change: Change, message: str) -> None:
@@ -165,6 +167,35 @@ def test_a_failure_leaves_nothing_and_the_old_one(tmp_path: Path) -> None:
             raise error
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
     artifact.check(tmp_path / "a", before)
+
+
+def test_every_byte_of_a_manifest_counts(tmp_path: Path) -> None:
+    make(tmp_path / "a")
+    path = tmp_path / "a" / MANIFEST
+    data = path.read_bytes()
+    for index in range(0, len(data), 7):
+        path.write_bytes(data[:index] + bytes([data[index] ^ 1]) + data[index + 1 :])
+        with pytest.raises(InputError) as caught:
+            artifact.read(tmp_path / "a")
+        assert str(path) in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_two_at_once_into_one_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "a"
+    with (
+        pytest.raises(InputError, match="exists by now, another process has made it"),
+        artifact.publish(folder, overwrite=False) as staging,
+    ):
+        (staging / "model.bin").write_bytes(b"late")
+        make(folder, b"first")
+    assert (folder / "model.bin").read_bytes() == b"first"
+    artifact.check(folder, artifact.read(folder))
+    with artifact.publish(folder, overwrite=True) as staging:
+        (staging / "model.bin").write_bytes(b"last")
+        make(folder, b"other")
+    assert (folder / "model.bin").read_bytes() == b"last"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
 def test_what_may_be_replaced(tmp_path: Path) -> None:

@@ -102,7 +102,7 @@ def test_a_changed_manifest_or_file(source: ir.Model, tmp_path: Path) -> None:
         compilation.load(folder)
     data = json.loads((folder / artifact.MANIFEST).read_text())
     data["files"]["model.onnx"] = digests.sha256(path)
-    (folder / artifact.MANIFEST).write_text(json.dumps(data))
+    (folder / artifact.MANIFEST).write_text(artifact.sealed(data))
     with pytest.raises(InputError, match="machine code"):
         compilation.load(folder)
 

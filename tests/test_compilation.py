@@ -211,7 +211,7 @@ def test_a_manifest_of_an_unknown_backend(source: Path, tmp_path: Path) -> None:
     path = folder / artifact.MANIFEST
     data = json.loads(path.read_text())
     for name in ("abacus", "_onnxruntime_support", 7, None):
-        path.write_text(json.dumps({**data, "backend": name}))
+        path.write_text(artifact.sealed({**data, "backend": name}))
         with pytest.raises(InputError, match="unknown backend"):
             compilation.load(folder)
 

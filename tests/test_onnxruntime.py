@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -107,7 +108,8 @@ def test_options_that_make_no_sense(wrong: dict[str, object]) -> None:
 def test_options_of_a_manifest_are_checked(tmp_path: Path) -> None:
     folder = compilation.compile(conv(), "cpu", tmp_path / "a", level=0)
     path = folder / artifact.MANIFEST
-    path.write_text(path.read_text().replace('"threads": 0', '"threads": "x"'))
+    text = path.read_text().replace('"threads": 0', '"threads": "x"')
+    path.write_text(artifact.sealed(json.loads(text)))
     with pytest.raises(InputError, match="option 'threads' is int"):
         compilation.load(folder)
 
@@ -206,7 +208,7 @@ def test_without_onnxruntime(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     with pytest.raises(MissingError, match="pip install onnxruntime"):
         compilation.load(folder)
     with pytest.raises(MissingError, match="pip install onnxruntime"):
-        compilation.compile(conv(), "cpu", tmp_path / "b", level=0)
+        compilation.compile(conv(), "cpu", tmp_path / "b", backend="ort", level=0)
 
 
 def test_an_onnxruntime_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:

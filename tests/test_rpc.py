@@ -113,7 +113,7 @@ def test_errors_of_the_server_are_ours(address: str, folder: Path, tmp_path: Pat
     copy.mkdir()
     for name in manifest["files"]:
         (copy / name).write_bytes((folder / name).read_bytes())
-    (copy / artifact.MANIFEST).write_text(json.dumps(manifest))
+    (copy / artifact.MANIFEST).write_text(artifact.sealed(manifest))
     with pytest.raises(GraphoptError, match="this machine's CPU lacks avx1024"):
         rpc.Remote(copy, address, TOKEN)
 
