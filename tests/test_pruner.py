@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -230,6 +231,41 @@ def test_bodies() -> None:
     assert Runner(done.model).run(feeds)["y"].shape == (1, 1)
     assert done.error is not None
     assert done.error < 1e-5
+
+
+ATTENTION = {
+    "queries of groups": "q = MatMul(x, float_32_64) k = MatMul(x, float_32_16)"
+    " v = MatMul(x, float_32_16_) a = Attention <q_num_heads = 8, kv_num_heads = 2> (q, k, v)",
+    "a packed bias": "q = MatMul(x, float_32_64) k = MatMul(x, float_32_64_)"
+    " v = MatMul(x, float_32_64__)"
+    " a = com.microsoft.MultiHeadAttention <num_heads = 8> (q, k, v, float_192)",
+    "one matrix": "a = com.microsoft.Attention <num_heads = 8> (x, float_32_192, float_192)",
+    "three sizes": "a = com.microsoft.Attention <num_heads = 4, qkv_hidden_sizes = [32, 32, 64]>"
+    " (x, float_32_128, float_128)",
+}
+
+
+@pytest.mark.parametrize("body", ATTENTION.values(), ids=ATTENTION)
+def test_attention(body: str) -> None:
+    """Heads go, with what belongs to them in matrices and biases that hold several."""
+    wanted = {*re.findall(r"float(?:_\d+)+_*", body), "float_64_4"}
+    inputs = ", ".join(
+        f"float[{','.join(re.findall(r'[0-9]+', name))}] {name}" for name in sorted(wanted)
+    )
+    text = f"net (float[2,5,32] x, {inputs}) => (float[2,5,4] y) {{ {body}"
+    model = parse(text + " y = MatMul(a, float_64_4) }")
+    model.graph.opset_imports.update({"": 23, "com.microsoft": 1})
+    rng = np.random.default_rng(0)
+    for value in list(model.graph.inputs)[1:]:
+        shape = [int(str(size)) for size in value.shape or ()]
+        array = rng.standard_normal(shape).astype(np.float32)
+        value.const_value = ir.tensor(array, name=value.name)
+        model.graph.inputs.remove(value)
+        model.graph.register_initializer(value)
+    done = prune_once(model, HALF)
+    assert not done.groups.unknown
+    assert share(done) == pytest.approx(0.5, abs=0.01)
+    assert done.error is not None and done.error < 1e-5
 
 
 def test_rounds_of_computed_sizes() -> None:

@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from graphopt import ir
 from graphopt.pruner.atoms import Axis
+from graphopt.pruner.rules_control import packed_parts
 from graphopt.pruner.rules_linear import is_depthwise, optional
 from graphopt.pruner.rules_move import slices
 from graphopt.pruner.tracing import Axes, Trace, Unknown
@@ -232,7 +233,22 @@ def _recurrent(kept: Kept, node: ir.Node) -> None:
         kept.attribute(node, "hidden_size", kept.count(hidden))
 
 
+def _packed_attention(kept: Kept, node: ir.Node, heads: int) -> None:
+    parts = packed_parts(node, kept.axes(node.inputs[1])[1])
+    kept.attribute(node, "num_heads", kept.count(parts[0].reshape(heads, -1)[:, 0]))
+    if "qkv_hidden_sizes" in node.attributes:
+        sizes = tuple(kept.count(part) for part in parts)
+        node.attributes["qkv_hidden_sizes"] = ir.Attr(
+            "qkv_hidden_sizes", ir.AttributeType.INTS, sizes
+        )
+
+
 def _attention(kept: Kept, node: ir.Node) -> None:
+    heads = ir.attribute(node, "num_heads")
+    if node.op_type == "Attention" and node.domain == "com.microsoft" and isinstance(heads, int):
+        if kept.changed(node.inputs[1], 1):
+            _packed_attention(kept, node, heads)
+        return
     for name, index in (("q_num_heads", 0), ("num_heads", 0), ("kv_num_heads", 1)):
         heads, value = ir.attribute(node, name), optional(node, index)
         if not isinstance(heads, int) or not heads or value is None:

@@ -13,7 +13,7 @@ from graphopt.pruner.rules_move import MOVES
 from graphopt.pruner.rules_pointwise import POINTWISE
 from graphopt.pruner.tracing import Axes, Rule, Trace, Unknown
 
-__all__ = ["RULES"]
+__all__ = ["RULES", "packed_parts"]
 
 
 def _tie(trace: Trace, node: ir.Node, a: Axes, b: Axes) -> None:
@@ -141,7 +141,7 @@ def _attention(trace: Trace, node: ir.Node) -> Sequence[Axes]:
         raise Unknown("packed inputs")
     trace.unite(key, value, node)
     _share(trace, query, key, node)
-    _further(trace, node, query, key, v[-1])
+    _further(trace, node, query, key, [q, k, v])
     first = [q[0], query, q[2], v[3]] if len(q) == 4 else [q[0], q[1], _values(trace, node, q, v)]
     trace.vanishing.add(node.outputs[0])
     cache = [[fixed(0), key, fixed(0), fixed(0)] for _ in node.outputs[1:]]
@@ -156,7 +156,7 @@ def _values(trace: Trace, node: ir.Node, q: Axes, v: Axes) -> Axis:
     return np.repeat(v[2].reshape(shared, -1), heads // shared, axis=0).ravel()
 
 
-def _further(trace: Trace, node: ir.Node, query: Axis, key: Axis, width: Axis) -> None:
+def _further(trace: Trace, node: ir.Node, query: Axis, key: Axis, packed: Sequence[Axes]) -> None:
     """Masks may differ by head; caches have the keys' heads; a bias is as wide as q, k and v."""
     for index, value in enumerate(node.inputs[3:], 3):
         if value is None:
@@ -168,7 +168,39 @@ def _further(trace: Trace, node: ir.Node, query: Axis, key: Axis, width: Axis) -
         if len(axes) == 4 and len(axes[1]) > 1:
             trace.unite(axes[1], key if cache else query, node)
         elif node.op_type == "MultiHeadAttention" and index == 3:
-            raise Unknown("a packed bias")
+            trace.unite(axes[0], np.concatenate([part[2] for part in packed]), node)
+
+
+def _packed_attention(trace: Trace, node: ir.Node) -> Sequence[Axes]:
+    """com.microsoft Attention: one matrix [width, queries, keys and values side by side]."""
+    if any(value is not None for value in (*node.inputs[4:5], *node.inputs[6:])):
+        raise Unknown("a cache")
+    if len(node.outputs) > 1:
+        raise Unknown("a cache that is put out")
+    x, weights = trace.of(node.inputs[0]), trace.of(node.inputs[1])
+    heads = _count(node, "num_heads")
+    trace.unite(x[2], weights[0], node)
+    q, k, v = packed_parts(node, weights[1])
+    query, key, value = (_heads(trace, part, heads, node) for part in (q, k, v))
+    trace.unite(query, key, node)
+    trace.unite(key, value, node)
+    bias = trace.of(node.inputs[2]) if len(node.inputs) > 2 else []
+    if bias:
+        trace.unite(bias[0], weights[1], node)
+    scores = trace.of(node.inputs[5]) if len(node.inputs) > 5 else []
+    if len(scores) == 4 and len(scores[1]) > 1:
+        trace.unite(scores[1], query, node)
+    trace.vanishing.add(node.outputs[0])
+    return [[x[0], x[1], v]]
+
+
+def packed_parts(node: ir.Node, axis: Axis) -> list[Axis]:
+    """The columns of queries, keys and values of com.microsoft Attention."""
+    sizes = node.attributes.get("qkv_hidden_sizes")
+    ends = np.cumsum(sizes.as_ints())[:2].tolist() if sizes is not None else 3
+    if sizes is None and len(axis) % 3:
+        raise Unknown("the width is unknown")
+    return [np.ascontiguousarray(part) for part in np.split(axis, ends)]
 
 
 def _rotary(trace: Trace, node: ir.Node) -> Sequence[Axes]:
@@ -190,6 +222,7 @@ RULES: dict[tuple[str, str], Rule] = {
     ("", "Loop"): _loop,
     ("", "RotaryEmbedding"): _rotary,
     ("", "Scan"): _scan,
+    ("com.microsoft", "Attention"): _packed_attention,
     ("com.microsoft", "GroupQueryAttention"): _attention,
     ("com.microsoft", "MultiHeadAttention"): _attention,
     ("com.microsoft", "RotaryEmbedding"): _rotary,
