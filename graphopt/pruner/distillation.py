@@ -50,8 +50,10 @@ _WARM = 0.1
 """Share of the steps in which the rate grows, while Adam gets to know the gradients."""
 _MARKS = 4
 """Values on the way that are compared where the model adds none up."""
-_WORSE, _SLOWER = 2.0, 4.0
-"""Where an epoch makes the error so many times larger, the rate is divided, thrice at most."""
+_RATES = (1.0, 0.25, 0.0625)
+"""Where training makes the error larger, it is begun anew with a part of the rate."""
+_WORSE, _LOOKS = 4.0, 4
+"""It ends early where a look finds the error so many times larger."""
 _TRAINED = {
     "Add": (0, 1),
     "BatchNormalization": (1, 2),
@@ -81,41 +83,65 @@ def distill(
     Raises:
         InputError: an operator whose gradient is not known, or no output of real numbers.
     """
-    names = _parameters(model)
-    tape = Tape(model, names)
-    weights = {name: _held(model, name) for name in names}
-    teacher = _Teacher(model, record)
-    data = _Data(model, samples)
-    shares, alike = _weighing(teacher, data)
-    if not shares:
-        raise InputError("the model has no output of real numbers to train on")
-    first = _error(tape, teacher, data, shares, weights)
-    best, least = dict(weights), first
-    slower = 1.0
-    while epochs:
-        rng = np.random.default_rng(seed)
-        tried, adam = dict(weights), _Adam(weights, rate / slower, epochs * data.steps)
-        error = math.inf
-        for epoch in range(epochs):
-            for feeds in data.shuffled(rng):
-                changed = _changed(feeds, rng, mirror=alike)
-                wanted = teacher(changed)
-                values = tape.forward(changed, tried)
-                adam.step(tried, tape.backward(values, _slopes(values, wanted, shares), names))
-            if epoch in (0, epochs - 1):
-                error = _error(tape, teacher, data, shares, tried)
-            if progress is not None:
-                progress(f"training, epoch {epoch + 1} of {epochs}")
-            if not error < _WORSE * first:
-                break
+    job = _Training(model, record, samples, seed, progress)
+    first = job.error(job.weights)
+    best, least = job.weights, first
+    for slower in _RATES if epochs else ():
+        tried, error = job.run(epochs, rate * slower, _WORSE * first)
         if error < least:
             best, least = tried, error
-        if error < _WORSE * first or slower > _SLOWER**2:
             break
-        slower *= _SLOWER
     for name, array in best.items():
         model.graph.initializers[name].const_value = ir.tensor(array, name=name)
     return first, least
+
+
+class _Training:
+    """A pruned model's weights, the data, and what it should do with them."""
+
+    def __init__(
+        self, model: ir.Model, record: Record, samples: Samples, seed: int, progress: Tell | None
+    ) -> None:
+        self._names = _parameters(model)
+        self._tape = Tape(model, self._names)
+        self.weights = {name: _held(model, name) for name in self._names}
+        self._teacher = _Teacher(model, record)
+        self._data = _Data(model, samples)
+        self._shares, self._mirror = _weighing(self._teacher, self._data)
+        if not self._shares or not self._names:
+            raise InputError("the model has no output or no weights of float32 to train")
+        self._seed, self._tell = seed, progress
+
+    def run(self, epochs: int, rate: float, limit: float) -> tuple[dict[str, Array], float]:
+        """New weights and their error, which is infinite where it went beyond a limit."""
+        rng = np.random.default_rng(self._seed)
+        weights, adam = dict(self.weights), _Adam(self.weights, rate, epochs * self._data.steps)
+        error = math.inf
+        for epoch in range(epochs):
+            for feeds in self._data.shuffled(rng):
+                changed = _changed(feeds, rng, mirror=self._mirror)
+                wanted, values = self._teacher(changed), self._tape.forward(changed, weights)
+                slopes = _slopes(values, wanted, self._shares)
+                adam.step(weights, self._tape.backward(values, slopes, self._names))
+            if self._tell is not None:
+                self._tell(f"training, epoch {epoch + 1} of {epochs}")
+            if (epoch + 1) % max(epochs // _LOOKS, 1) == 0 or epoch + 1 == epochs:
+                error = self.error(weights)
+                if not error < limit:
+                    return weights, math.inf
+        return weights, error
+
+    def error(self, weights: Feeds) -> float:
+        """The mean squared difference of the outputs, relative to their variance."""
+        total = 0.0
+        for feeds in self._data.judged:
+            wanted, values = self._teacher(feeds), self._tape.forward(feeds, weights)
+            total += sum(
+                float(np.mean((values[name] - wanted[name]) ** 2)) * self._shares[name]
+                for name in self._teacher.outputs
+                if name in wanted
+            )
+        return total / len(self._data.judged)
 
 
 def train(
@@ -259,21 +285,6 @@ def _slopes(values: Feeds, wanted: Feeds, shares: Mapping[str, float]) -> dict[s
         difference = values[name] - target
         found[name] = (2 * shares[name] / difference.size * difference).astype(np.float32)
     return found
-
-
-def _error(
-    tape: Tape, teacher: _Teacher, data: _Data, shares: Mapping[str, float], weights: Feeds
-) -> float:
-    """The mean squared difference of the outputs, relative to their variance."""
-    total = 0.0
-    for feeds in data.judged:
-        wanted, values = teacher(feeds), tape.forward(feeds, weights)
-        total += sum(
-            float(np.mean((values[name] - wanted[name]) ** 2)) * shares[name]
-            for name in teacher.outputs
-            if name in wanted
-        )
-    return total / len(data.judged)
 
 
 def _parameters(model: ir.Model) -> list[str]:
