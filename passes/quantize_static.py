@@ -21,6 +21,7 @@ from graphopt.context import Context
 from graphopt.errors import InputError
 from graphopt.pass_manager import Pass
 from graphopt.passes.convert_opset import ConvertOpset
+from graphopt.quantizer.bias_correction import FLOATS
 from graphopt.quantizer.grids import Grid, opset_for, parse_type
 from graphopt.quantizer.placement import Table, check_names, table_for
 from graphopt.quantizer.ranges import Ranges
@@ -61,6 +62,7 @@ class QuantizeStatic(Pass):
         raise_opset(context, wider or table)
         check_names(context.model, (*self.keep, *self.wide))
         base = files.copy(context.model)
+        context.model.meta[FLOATS] = base
         static = Static(base, table, context.samples, self.how(), self.rounding, wider=wider)
         static.insert(context, self.keep, self.wide)
         integer_lstms(context, self.keep)

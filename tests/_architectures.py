@@ -149,9 +149,9 @@ def _feed(net: Net, x: str, width: int) -> str:
     return net.linear(net.op("Gelu", net.linear(x, width, 4 * width)), 4 * width, width)
 
 
-def vit() -> Any:
+def vit(width: int = 64) -> Any:
     """Patches, a class token, pre-norm blocks."""
-    net, width, tokens = Net(), 64, 17
+    net, tokens = Net(), 17
     x = net.op("Conv", "x", net.rand(width, 3, 4, 4), net.rand(width), strides=[4, 4])
     x = net.op("Transpose", net.op("Reshape", x, net.ints(1, width, 16)), perm=[0, 2, 1])
     x = net.op("Concat", net.rand(1, 1, width), x, axis=1)

@@ -1,4 +1,4 @@
-"""Channels of a model spread apart without a change of what it computes, as some training leaves."""
+"""Channels of a model spread apart without a change of what it computes."""
 
 from __future__ import annotations
 

@@ -28,6 +28,7 @@ from graphopt.quantizer.scoring import score
 from graphopt.quantizer.sketch import Sketch, Sketches
 from graphopt.samples import open_samples
 from graphopt.shapes import Shapes
+from tests._architectures import vit
 from tests._models import images, network, normal, parse
 from tests._text import proto
 
@@ -205,6 +206,17 @@ def test_slower_is_refused() -> None:
     assert "QuantizeLinear" not in {n.op_type for n in result.graph}
     with pytest.raises(InputError, match="a method is one of"):
         quantize(model, {"x": normal(64).reshape(16, 4)}, method="other")  # pyright: ignore
+
+
+def test_a_tiny_transformer_is_quantized_only_where_it_gains() -> None:
+    """At 17 tokens of 16 channels rounding costs what integers gain: floats stay, with figures."""
+    report = Quantization()
+    model = files.load(vit(16))
+    result = quantize(model, {"x": normal(8 * 768).reshape(8, 1, 3, 16, 16)}, report=report)
+    assert report.ratio is not None
+    integers = any(node.op_type == "MatMulInteger" for node in result.graph)
+    assert integers == (not report.refused) == (report.ratio < 0.97)
+    assert integers or (f"floats {report.milliseconds_before:.3g} ms" in report.refused)
 
 
 def test_budget() -> None:
