@@ -44,7 +44,7 @@ class SmoothActivations(Pass):
             raise InputError("smooth-activations needs data: --data")
         if self.samples < 1:
             raise InputError("smooth-activations needs at least one sample")
-        nodes = [node for node in context.model.graph if _takes_scales(context, node)]
+        nodes = [node for node in context.model.graph if takes_scales(context, node)]
         self.smooth(context, nodes, context.samples)
 
     def smooth(
@@ -65,7 +65,8 @@ class SmoothActivations(Pass):
         )
 
 
-def _takes_scales(context: Context, node: ir.Node) -> bool:
+def takes_scales(context: Context, node: ir.Node) -> bool:
+    """Whether a node is a linear operator on floats whose weights can be scaled."""
     if node.op_type not in ("Conv", "Gemm", "MatMul") or node.domain:
         return False
     x, tensor = node.inputs[0], ir.constant(node.inputs[1])

@@ -1,4 +1,4 @@
-"""Means of channels that quantization moved, put back by biases."""
+"""Biases: those that quantization asks to be corrected, and those that are handed on."""
 
 from __future__ import annotations
 
@@ -66,3 +66,21 @@ def test_it_needs_data() -> None:
     context.samples = None
     with pytest.raises(InputError, match="needs data"):
         CorrectBiases().run(context)
+
+
+def test_high_biases_are_handed_on() -> None:
+    """A tensor whose channels lie far above 0 has its steps for what varies in it."""
+    net = Net(7)
+    high = net.const(np.where(np.arange(16) % 4 == 0, 30.0, 0.0))
+    x = net.op("Relu", net.op("Conv", "x", net.rand(16, 3, 1, 1), high))
+    x = net.op("Conv", x, net.rand(16, 16, 1, 1), net.rand(16))
+    model = files.load(net.model(x, 1, 3, 12, 12))
+    others = open_samples({"x": DATA["x"][24:]}, model)
+    text = "quantize-static{ranges=minmax}"
+    found: list[float] = []
+    for passes in (text, f"absorb-biases,{text}"):
+        result = optimize(model, passes=passes, data={"x": DATA["x"][:24]}, verify="off")
+        loss = measure_loss("biases", model, result, others).sqnr_db
+        assert loss is not None
+        found.append(loss)
+    assert found[1] > found[0] + 1

@@ -75,6 +75,23 @@ def test_quantize_smooths_by_itself() -> None:
     assert all(layer.sqnr_db is None or layer.sqnr_db > 20 for layer in report.layers)
 
 
+def test_salient_weights_are_rounded_more_finely() -> None:
+    """Where a tenth of the channels is far larger than the others."""
+    model = block(1.0)
+    gamma = next(iter(model.graph)).inputs[1]
+    assert gamma is not None
+    sizes = np.where(np.arange(32) % 10 == 0, 20.0, 0.5).astype(np.float32)
+    gamma.const_value = ir.tensor(sizes, name=gamma.name)
+    text = "quantize-weights{bits=4,block=0,method=rtn}"
+    found = [
+        loss(model, optimize(model, passes=passes, data={"x": _X}, verify="off", target="cpu"))
+        for passes in (text, f"scale-salient{{block=0}},{text}")
+    ]
+    assert found[1] > found[0] + 2
+    with pytest.raises(InputError, match="2 to 8 bits"):
+        optimize(model, passes="scale-salient{bits=9}", data={"x": _X})
+
+
 def test_nothing_to_do_and_bad_input() -> None:
     model = block(1.0)
     with pytest.raises(InputError, match="needs data"):
