@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from graphopt import files, ir
@@ -18,16 +20,16 @@ def spread(model: ir.Model, seed: int = 0, decades: float = 1.5) -> tuple[ir.Mod
     count = 0
     for node in copy.graph:
         readers = _readers(node)
-        weights = ir.array(node.inputs[1]) if readers else None
+        weights: Any = ir.array(node.inputs[1]) if readers else None
         if weights is None:
             continue
         factors = (10 ** rng.uniform(-decades, decades, len(weights))).astype(np.float32)
         _put(node, 1, weights * factors.reshape(-1, *[1] * (weights.ndim - 1)))
-        bias = ir.array(node.inputs[2]) if len(node.inputs) > 2 else None
+        bias: Any = ir.array(node.inputs[2]) if len(node.inputs) > 2 else None
         if bias is not None:
             _put(node, 2, bias * factors)
         for reader in readers:
-            inner = ir.array(reader.inputs[1])
+            inner: Any = ir.array(reader.inputs[1])
             assert inner is not None
             _put(reader, 1, inner / factors.reshape(1, -1, *[1] * (inner.ndim - 2)))
         count += 1
@@ -44,7 +46,7 @@ def _readers(node: ir.Node) -> list[ir.Node]:
     return [] if result.is_graph_output() or not plain else readers
 
 
-def _put(node: ir.Node, index: int, array: ir.Array) -> None:
+def _put(node: ir.Node, index: int, array: Any) -> None:
     value = node.inputs[index]
     assert value is not None
     value.const_value = ir.tensor(np.ascontiguousarray(array, np.float32), name=value.name)
