@@ -116,9 +116,9 @@ def quantize(
     asked = _ASKED.get(type(options), method)
     report.method, report.reason = _choose(context, samples, aim, asked)
     budget = Budget(max_drop, max_latency, max_size)
-    result = _made(work, budget, figures=figures)
+    floats, result = _made(work, budget, figures=figures)
     report.samples = len(samples)
-    models = (original, base, result or base)
+    models = (original, base, floats, result or base)
     measure(report, models, samples, aim, metric=metric, seconds=seconds, tell=tell)
     slow = why_slow(report)
     if slow and (force or report.method == "weights"):
@@ -132,15 +132,15 @@ def quantize(
     return base if result is None or report.refused else result
 
 
-def _made(work: Work, budget: Budget, *, figures: bool) -> ir.Model | None:
-    """The quantized model; None, with the reason in the report, where there is none."""
+def _made(work: Work, budget: Budget, *, figures: bool) -> tuple[ir.Model, ir.Model | None]:
+    """The floats that were quantized, and the result; None, with the reason in the report."""
     report = work.report
     ways = {"static": work.static, "dynamic": work.dynamic, "weights": work.weights}
     smoothed = [] if report.method == "weights" else work.smooth()
     found = ways[report.method]()
     if found is None:
         report.refused = "nothing in it can be quantized on this target"
-        return None
+        return work.context.model, None
     report.steps = [*smoothed, *report.steps]
     ladder, result = found
     chosen: ir.Model | None = result
@@ -148,9 +148,11 @@ def _made(work: Work, budget: Budget, *, figures: bool) -> ir.Model | None:
         chosen = work.climb(ladder, budget, result)
         if chosen is None:
             report.refused = f"no choice of operators keeps the drop at {budget.max_drop:g}"
+    if chosen is not None and report.method == "static":
+        chosen = work.corrected(ladder.floats, chosen, budget)
     if figures:
         work.figures(ladder, chosen or result)
-    return chosen
+    return ladder.floats, chosen
 
 
 def _choose(context: Context, samples: Samples, target: Target, method: Method) -> tuple[str, str]:

@@ -45,17 +45,19 @@ def correct_biases(
     *,
     progress: Callable[[str], None] | None = None,
 ) -> int:
-    """Correct the biases of the Conv, ConvTranspose and Gemm that `before` has by the same names.
+    """Correct the biases of the Conv, ConvTranspose and Gemm that `before` has too.
 
+    They are known by the names of what they put out, with `_float` behind it where it is quantized.
     Biases are floats, or int32 behind a DequantizeLinear. Returns how many layers were corrected,
     and records them.
     """
-    originals = {ir.label(node): node for node in before.graph}
-    pairs = [
-        (node, originals[ir.label(node)])
-        for node in context.model.graph
-        if _has_bias(node) and ir.label(node) in originals
-    ]
+    originals = {node.outputs[0].name or "": node for node in before.graph if node.outputs}
+    pairs: list[tuple[ir.Node, ir.Node]] = []
+    for node in context.model.graph:
+        name = node.outputs[0].name or "" if node.outputs else ""
+        original = originals.get(name) or originals.get(name.removesuffix("_float"))
+        if original is not None and original.op_type == node.op_type and _has_bias(node):
+            pairs.append((node, original))
     wanted = _means(before, [node for _, node in pairs], samples)
     for node, original in pairs:
         context.check_time()

@@ -20,7 +20,7 @@ _FASTER = 0.97  # of the time of floats: what is within the noise is no gain
 
 def measure(
     report: Quantization,
-    models: tuple[ir.Model, ir.Model, ir.Model],
+    models: tuple[ir.Model, ir.Model, ir.Model, ir.Model],
     samples: Samples,
     target: Target,
     *,
@@ -30,16 +30,17 @@ def measure(
 ) -> None:
     """Fill in what the result costs and gains.
 
-    `models` are the original, the float model that the result was made of, and the result. Time
-    and kernels are left out where this machine is not the target.
+    `models` are the original, the optimized float model, what was made of it to be quantized, whose
+    values have other scales, and the result. Time and kernels are left out where this machine is
+    not the target.
     """
-    original, base, result = models
+    original, base, floats, result = models
     report.bytes_before, report.bytes_after = weight_bytes(original), weight_bytes(result)
     if report.refused:
         return
     report.score = score(original, result, samples, metric=metric, progress=tell)
     tell("layers")
-    report.layers = layers(base, result, samples)
+    report.layers = layers(floats, result, samples)
     foreign = target.foreign()
     if target.device != "cpu" or foreign is not None:
         reason = foreign or "this machine has no such device for ONNX Runtime"
