@@ -26,6 +26,7 @@ __all__ = [
     "LINEAR",
     "Gram",
     "accumulate",
+    "affordable",
     "column_blocks",
     "columns",
     "grams",
@@ -41,6 +42,7 @@ LINEAR = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 """Operators of the standard domain whose second input is taken for the weights."""
 
 _BLOCK_BYTES = 32 << 20
+_SUMS_BYTES = 1 << 30
 
 
 @dataclass
@@ -208,6 +210,23 @@ def grams(
         part = [n for n in nodes if n.inputs[0] is not None and n.inputs[0].name in group]
         found |= accumulate(part, tap(model, group, samples), rows=rows)
     return found
+
+
+def affordable(nodes: Sequence[ir.Node], limit: int = _SUMS_BYTES) -> list[ir.Node]:
+    """Those of linear operators whose XᵀX fit into memory together, small ones first."""
+    sizes: dict[ir.Node, int] = {}
+    for node in nodes:
+        array = ir.array(node.inputs[1])
+        assert array is not None
+        count, _, k = weight_matrix(node, array).shape  # a view
+        sizes[node] = count * k * k * np.dtype(np.float64).itemsize
+    kept: set[ir.Node] = set()
+    for node in sorted(nodes, key=lambda node: sizes[node]):
+        limit -= sizes[node]
+        if limit < 0:
+            break
+        kept.add(node)
+    return [node for node in nodes if node in kept]
 
 
 def _thinned(array: Reals, axes: range, rows: int | None, phase: int) -> Reals:

@@ -24,7 +24,7 @@ from graphopt import ir
 from graphopt.context import Context
 from graphopt.driver import remove, replace_value
 from graphopt.errors import InputError
-from graphopt.gram import Gram, grams
+from graphopt.gram import Gram, affordable, grams
 from graphopt.pass_manager import Pass
 from graphopt.passes.convert_opset import ConvertOpset
 from graphopt.quantizer.constants import drop_unused
@@ -58,12 +58,14 @@ class QuantizeDynamic(Pass):
     def sums(self, context: Context) -> dict[str, Gram]:
         """XᵀX of what the products take, by label, to round by; nothing where that is not wanted.
 
-        They are those of the float model, whatever is kept of it.
+        They are those of the float model, whatever is kept of it. Where they would not fit into
+        memory, the widest operators have none.
         """
         nodes = self.products(context)
         if not nodes or self.rounding == "nearest" or context.samples is None:
             return {}
-        return grams(context.model, nodes, context.samples.take(_SAMPLES), rows=_ROWS)
+        samples = context.samples.take(_SAMPLES)
+        return grams(context.model, affordable(nodes), samples, rows=_ROWS)
 
     def insert(self, context: Context, sums: Mapping[str, Gram]) -> None:
         """Quantize, with sums that are known."""

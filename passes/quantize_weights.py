@@ -13,8 +13,12 @@ MatMulNBits and GatherBlockQuantized.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
 
 from graphopt import ir
 from graphopt.context import Context
@@ -23,9 +27,13 @@ from graphopt.gram import weight_matrix
 from graphopt.pass_manager import Pass
 from graphopt.passes.convert_opset import ConvertOpset
 from graphopt.quantizer import storage
-from graphopt.quantizer.reconstruction import METHODS, reconstruct
-from graphopt.quantizer.rounding import Scheme, nearest
+from graphopt.quantizer.reconstruction import METHODS, reconstruct, rounded
+from graphopt.quantizer.rounding import Codes, Scheme, nearest
 from graphopt.quantizer.weights import RECURRENT, Chosen, average_bits, choose, spend
+
+Array = npt.NDArray[Any]
+
+_PART = 1 << 18  # weights that are rounded at a time
 
 
 @dataclass(frozen=True)
@@ -79,12 +87,10 @@ class QuantizeWeights(Pass):
                     f"weights of {self.bits} bits take {taken:.2f} with their "
                     f"scales, more than the average of {self.average:g}: choose larger blocks"
                 )
-        data = context.samples if method != "rtn" else None
-        codes = reconstruct(context, chosen.linear, method, data, sequential=self.sequential)
-        for node, _ in chosen.linear:
+        for node, codes in self._rounded(context, chosen.linear, method):
             label = ir.label(node)
-            made = storage.store(context, node, codes[node], vendor=vendor, level=self.level)
-            context.changed(f"{codes[node].scheme.bits} bits", [label], [made])
+            made = storage.store(context, node, codes, vendor=vendor, level=self.level)
+            context.changed(f"{codes.scheme.bits} bits", [label], [made])
         simple = method if method in ("rtn", "hqq") else "mse"
         for node, own in chosen.tables:
             self._store_table(context, node, own, simple, vendor=vendor)
@@ -95,6 +101,21 @@ class QuantizeWeights(Pass):
                 rows = nearest(weights, own, search=simple != "rtn")
                 storage.dequantized(context, node, index, rows, weights.shape)
             context.changed(f"{own.bits} bits", [node], [node])
+
+    def _rounded(
+        self, context: Context, layers: Sequence[tuple[ir.Node, Scheme]], method: str
+    ) -> Iterator[tuple[ir.Node, Codes]]:
+        """The codes of each layer; without samples one after the other, each stored by itself."""
+        if context.samples is not None and method not in ("rtn", "hqq"):
+            yield from reconstruct(
+                context, layers, method, context.samples, sequential=self.sequential
+            ).items()
+            return
+        for node, scheme in layers:
+            context.check_time()
+            weights = ir.array(node.inputs[1])
+            assert weights is not None
+            yield node, _in_parts(weight_matrix(node, weights), scheme, method)
 
     def _method(self, context: Context) -> str:
         method = self.method or ("adaround" if context.samples is not None else "mse")
@@ -144,3 +165,15 @@ class QuantizeWeights(Pass):
             rows = Scheme(8, symmetric=True)
             made = storage.gather_rows(context, node, nearest(table[None], rows, search=False))
         context.changed(f"{own.bits} bits", [label], [made])
+
+
+def _in_parts(matrix: Array, scheme: Scheme, method: str) -> Codes:
+    """Codes of a matrix [groups, out, k], so many rows at a time as stay in the cache."""
+    step = max(1, _PART // (matrix.shape[0] * matrix.shape[2]))
+    starts = range(0, matrix.shape[1], step)
+    parts = [rounded(matrix[:, start : start + step], scheme, method) for start in starts]
+    codes, scale, zero = (
+        np.concatenate([getattr(part, name) for part in parts], axis=1)
+        for name in ("codes", "scale", "zero")
+    )
+    return Codes(scheme, codes, scale, zero)

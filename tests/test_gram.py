@@ -129,3 +129,15 @@ def test_what_cannot_be() -> None:
         gram.columns(conv, np.ones((1, 3, 6, 6), np.float32))
     with pytest.raises(InputError, match="not finite"):
         gram.accumulate([conv], [{"x": np.full((1, 4, 6, 6), np.nan, np.float32)}])
+
+
+def test_what_does_not_fit_into_memory_has_no_sums() -> None:
+    models = (
+        model_of("MatMul", (1, 16), (16, 4)),
+        model_of("Conv", (1, 4, 5, 5), (4, 2, 2, 2), "<group = 2>"),
+    )
+    wide, small = (next(iter(model.graph)) for model in models)
+    least, most = 2 * 8 * 8 * 8, 16 * 16 * 8
+    assert gram.affordable([wide, small], least) == [small]
+    assert gram.affordable([wide, small], least + most) == [wide, small]
+    assert gram.affordable([wide, small], least - 1) == []

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +132,42 @@ def test_calibration_goes_on_where_it_was_cut_off(tmp_path: Path) -> None:
     result = calibrate(model, ["a"], samples, cache=tmp_path, progress=seen.append)
     assert len(seen) == 14
     assert result.tensors["a"].batches == 24
+
+
+_CALIBRATES = """
+import sys, time
+from pathlib import Path
+from graphopt.quantizer import calibration
+from graphopt.samples import open_samples
+from tests._models import images, network
+calibration._SAVE_SECONDS = 0.0
+
+def tell(text):
+    print(text, flush=True)
+    time.sleep(0.02)
+
+model = network()
+calibration.calibrate(
+    model, ["a"], open_samples(images(400), model), cache=Path(sys.argv[1]), progress=tell
+)
+"""
+
+
+def test_a_killed_calibration_goes_on(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", _CALIBRATES, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parents[1]) as child:
+        assert child.stdout is not None
+        for _ in range(20):
+            assert child.stdout.readline()
+        child.send_signal(signal.SIGKILL)
+    model = network()
+    samples = open_samples(images(400), model)
+    seen: list[str] = []
+    result = calibrate(model, ["a"], samples, cache=tmp_path, progress=seen.append)
+    assert 0 < len(seen) <= 400 - 19
+    whole = calibrate(model, ["a"], samples)
+    assert np.array_equal(result.tensors["a"].counts, whole.tensors["a"].counts)
+    assert result.samples == whole.samples == 400
 
 
 def test_placement() -> None:

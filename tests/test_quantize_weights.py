@@ -25,6 +25,7 @@ from graphopt.quantizer.rounding import (
 from graphopt.quantizer.storage import matmul_nbits, pack
 from graphopt.quantizer.weights import average_bits, choose, spend
 from graphopt.runner import Runner
+from tests._models import network
 from tests._text import proto
 
 onnx: Any = pytest.importorskip("onnx")
@@ -191,3 +192,13 @@ def test_mistakes(options: str, message: str) -> None:
     model, _ = layered()
     with pytest.raises(InputError, match=message):
         graphopt.optimize(model, passes=f"quantize-weights{{{options}}}")
+
+
+@pytest.mark.parametrize("method", ["rtn", "mse", "hqq"])
+def test_parts_are_rounded_as_the_whole(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = f"quantize-weights{{method={method},bits=4,block=16}}"
+    whole = graphopt.optimize(network(32), passes=text, verify="off")
+    monkeypatch.setattr("graphopt.passes.quantize_weights._PART", 300)
+    parts = graphopt.optimize(network(32), passes=text, verify="off")
+    tensors = [[t.tobytes() for t in ir.constants(model)] for model in (whole, parts)]
+    assert tensors[0] == tensors[1]

@@ -13,7 +13,7 @@ from pathlib import Path
 from graphopt import ir
 from graphopt.context import Context
 from graphopt.errors import InputError
-from graphopt.gram import Gram, grams
+from graphopt.gram import Gram, affordable, grams
 from graphopt.quantizer.calibration import calibrate
 from graphopt.quantizer.insertion import Insertion, Rounded
 from graphopt.quantizer.placement import Plan, Table, plan
@@ -105,7 +105,9 @@ class Static:
         samples = self.samples.take(_GRAM_SAMPLES)
         everything = self.plan(self.model, Shapes(self.model))
         nodes = [n for n in everything.linear if ir.constant(n.inputs[1]) is not None]
-        return grams(self.model, nodes, samples, rows=_GRAM_ROWS, progress=self.progress)
+        return grams(
+            self.model, affordable(nodes), samples, rows=_GRAM_ROWS, progress=self.progress
+        )
 
 
 def choose(made: Plan, sketches: Sketches, how: Ranges) -> dict[ir.Value, tuple[float, float]]:
