@@ -22,6 +22,7 @@ from typing import Any
 
 from graphopt import artifact, backends, child, compilation
 from graphopt.errors import GraphoptError, MissingError
+from graphopt.pass_manager import load_pass, pass_names
 from graphopt.target import Target
 from tests._conformance import difference, run, variants
 
@@ -47,7 +48,10 @@ def preload(backend: str) -> None:
     reason = backends.get(backend).is_available()
     if reason is not None:
         raise MissingError(reason)
-    importlib.import_module("onnxruntime")
+    for name in ("onnxruntime", "graphopt.building", "graphopt.optimization"):
+        importlib.import_module(name)
+    for name in pass_names():
+        load_pass(name)
     for module in pkgutil.iter_modules(backends.__path__):
         if module.name.startswith(f"_{backend}_"):
             importlib.import_module(f"{backends.__name__}.{module.name}")
