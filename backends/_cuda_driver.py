@@ -57,11 +57,17 @@ def free_bytes() -> int:
 
 
 def activate() -> None:
-    """Make the first GPU's primary context current in this thread."""
+    """Make the first GPU's primary context current in this thread; each thread has its own."""
+    _call("cuCtxSetCurrent", _context())
+
+
+@cache
+def _context() -> ctypes.c_void_p:
+    """The primary context, kept until the process ends."""
     device, context = ctypes.c_int(), ctypes.c_void_p()
     _call("cuDeviceGet", ctypes.byref(device), 0)
     _call("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
-    _call("cuCtxSetCurrent", context)
+    return context
 
 
 class Memory:
@@ -97,13 +103,39 @@ class Memory:
         )
 
 
+class HostMemory:
+    """Bytes of this process, with the methods of `Memory`."""
+
+    def __init__(self, size: int) -> None:
+        self.size = max(size, 1)
+        self._bytes = ctypes.create_string_buffer(self.size)
+        self.address = ctypes.addressof(self._bytes)
+
+    def write(self, address: int, size: int) -> None:
+        """Copy from elsewhere in this process's memory."""
+        ctypes.memmove(self.address, address, size)
+
+    def read(self, address: int, size: int) -> None:
+        """Copy to elsewhere in it."""
+        ctypes.memmove(address, self.address, size)
+
+
 class Stream:
-    """A queue of work."""
+    """A queue of work, which waits for the default one, where copies are.
+
+    A copy from pageable memory may go on after its call has returned ("API synchronization
+    behavior" of the driver API), so that a stream beside the default one could overtake it.
+    """
 
     def __init__(self) -> None:
         stream = ctypes.c_void_p()
-        _call("cuStreamCreate", ctypes.byref(stream), ctypes.c_uint(1))  # beside the default one
+        _call("cuStreamCreate", ctypes.byref(stream), ctypes.c_uint(0))
         self.handle = int(stream.value or 0)
+
+    def __del__(self) -> None:
+        driver = _driver()
+        if hasattr(self, "handle") and not isinstance(driver, str):
+            driver.cuStreamDestroy_v2(ctypes.c_void_p(self.handle))
 
     def wait(self) -> None:
         """Until all of it is done."""

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from graphopt.artifact import Manifest, TensorInfo
 from graphopt.backends import Array, OpTime, Output, check_feeds, series
-from graphopt.backends._cuda_driver import Event, Memory, Stream, activate
+from graphopt.backends._cuda_driver import Event, HostMemory, Memory, Stream, activate
 from graphopt.backends._tensorrt_library import derive, library, log
 from graphopt.errors import GraphoptError, InputError
 
@@ -38,14 +38,14 @@ class TensorrtExecutable:
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Output]:
         """All outputs by name."""
-        bound = _Bound(self, feeds)
+        bound = _Bound(self, feeds, self._context)
         bound.enqueue()
         self._stream.wait()
         return {info.name: bound.output(info) for info in self.outputs}
 
     def benchmark(self, feeds: Mapping[str, Array], runs: int) -> npt.NDArray[np.int64]:
         """Nanoseconds per run between two events on the device; copies are not in them."""
-        bound = _Bound(self, feeds)
+        bound = _Bound(self, feeds, self._context)
         first, last = Event(), Event()
 
         def once() -> int:
@@ -57,17 +57,20 @@ class TensorrtExecutable:
         return series(once, runs)
 
     def profile(self, feeds: Mapping[str, Array], runs: int = 10) -> tuple[OpTime, ...]:
-        """From the library's own profiler; a layer may stand for several nodes."""
+        """From the library's own profiler; a layer may stand for several nodes.
+
+        In a context of its own: a profiler cannot be taken out of one.
+        """
         times: dict[str, list[float]] = {}
 
         def report(_: object, layer_name: str, ms: float) -> None:
             times.setdefault(layer_name, []).append(ms * 1e3)
 
-        bound = _Bound(self, feeds)
+        context: Any = self._engine.create_execution_context()
+        bound = _Bound(self, feeds, context)
         for _ in range(_WARMUP):
             bound.enqueue()
         self._stream.wait()
-        context: Any = self._context
         context.profiler = derive(library().IProfiler, report_layer_time=report)
         for _ in range(runs):
             bound.enqueue()
@@ -78,9 +81,9 @@ class TensorrtExecutable:
         )
 
     @property
-    def context(self) -> Any:
-        """TensorRT's execution context."""
-        return self._context
+    def engine(self) -> Any:
+        """TensorRT's engine."""
+        return self._engine
 
     @property
     def stream(self) -> Stream:
@@ -89,19 +92,22 @@ class TensorrtExecutable:
 
 
 class _Bound:
-    """Feeds on the GPU, and room for the outputs."""
+    """Feeds where the engine wants them, and room for the outputs."""
 
-    def __init__(self, executable: TensorrtExecutable, feeds: Mapping[str, Array]) -> None:
+    def __init__(
+        self, executable: TensorrtExecutable, feeds: Mapping[str, Array], context: Any
+    ) -> None:
         check_feeds(executable.inputs, feeds)
-        self._context: Any = executable.context
+        activate()  # in this thread, which may be another one than loaded the engine
+        self._context, self._engine = context, executable.engine
         self._stream = executable.stream
-        self._held: dict[str, Memory] = {}
+        self._held: dict[str, Memory | HostMemory] = {}
         for info in executable.inputs:
             array = np.ascontiguousarray(feeds[info.name])
             if not self._context.set_input_shape(info.name, array.shape):
                 reason = (log().take() or ["it is out of the ranges that it was built for"])[0]
                 raise InputError(f"input {info.name!r} of {list(array.shape)}: {reason}")
-            memory = Memory(array.nbytes)
+            memory = self._memory(info.name, array.nbytes)
             memory.write(array.ctypes.data, array.nbytes)
             self._context.set_tensor_address(info.name, memory.address)
             self._held[info.name] = memory
@@ -110,13 +116,18 @@ class _Bound:
         for info in executable.outputs:
             shape = tuple(self._context.get_tensor_shape(info.name))
             if min(shape, default=0) >= 0:
-                memory = Memory(int(np.prod(shape)) * _dtype(info).itemsize)
+                memory = self._memory(info.name, int(np.prod(shape)) * _dtype(info).itemsize)
                 self._context.set_tensor_address(info.name, memory.address)
                 self._held[info.name] = memory
             else:
                 self._rooms[info.name] = _Room()
                 self._allocators.append(self._rooms[info.name].allocator())
                 self._context.set_output_allocator(info.name, self._allocators[-1])
+
+    def _memory(self, name: str, size: int) -> Memory | HostMemory:
+        """Of a tensor: on the GPU, but for what shapes are computed from."""
+        on_host = self._engine.get_tensor_location(name) == library().TensorLocation.HOST
+        return HostMemory(size) if on_host else Memory(size)
 
     def enqueue(self) -> None:
         """Put a run into the stream."""
@@ -128,7 +139,7 @@ class _Bound:
     def output(self, info: TensorInfo) -> Array:
         """What the last run left in an output."""
         room = self._rooms.get(info.name)
-        memory: Memory | None
+        memory: Memory | HostMemory | None
         if room is None:
             shape, memory = tuple(self._context.get_tensor_shape(info.name)), self._held[info.name]
         else:

@@ -9,7 +9,7 @@ import shutil
 import tarfile
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,7 +76,8 @@ class TvmExecutable:
         self._threads = options.threads or cores()
         tvm = _import(self._threads)
         self._tvm = tvm
-        self._device = tvm.cuda(0) if manifest.target.device == "cuda" else tvm.cpu()
+        self._on_gpu = manifest.target.device == "cuda"
+        self._device = tvm.cuda(0) if self._on_gpu else tvm.cpu()
         self._ranges = _ranges(path.with_name(NOTES))
         try:
             library = tvm.runtime.load_module(str(path))
@@ -94,12 +95,19 @@ class TvmExecutable:
     def benchmark(self, feeds: Mapping[str, Array], runs: int) -> npt.NDArray[np.int64]:
         """Nanoseconds of each run; the collector of garbage waits meanwhile."""
         arguments = self._arguments(feeds)
-        return timed(lambda: self._call(arguments), runs)
+        if not self._on_gpu:
+            return timed(lambda: self._call(arguments), runs)
+
+        def call() -> None:
+            self._call(arguments)
+            self._device.sync()  # a call there only starts kernels
+
+        return timed(call, runs)
 
     def profile(self, feeds: Mapping[str, Array], runs: int = 10) -> tuple[OpTime, ...]:
         """Time per kernel, in the order in which they run; each call of one is a row of its own."""
         arguments = self._arguments(feeds)
-        watch = _Stopwatch()
+        watch = _Stopwatch(self._device.sync if self._on_gpu else _unwatched)
         self._machine.set_instrument(watch)
         try:
             for _ in range(_WARMUP):
@@ -140,8 +148,10 @@ class TvmExecutable:
 class _Stopwatch:
     """An instrument of the virtual machine that times each call of a kernel."""
 
-    def __init__(self) -> None:
+    def __init__(self, finish: Callable[[], object]) -> None:
         self.rows: dict[tuple[str, str], int] = {}
+        self._finish = finish
+        """Waits for what a call started."""
         self._calls: dict[str, int] = {}
         self._start = 0
 
@@ -150,6 +160,7 @@ class _Stopwatch:
         self._calls.clear()
 
     def __call__(self, function: Any, name: str, before: bool, result: Any, *rest: Any) -> None:
+        self._finish()
         now = time.perf_counter_ns()
         if before:
             self._start = time.perf_counter_ns()

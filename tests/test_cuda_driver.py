@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from graphopt.backends import _cuda_driver
-from graphopt.backends._cuda_driver import Event, Memory, Stream
+from graphopt.backends._cuda_driver import Event, HostMemory, Memory, Stream
 from graphopt.errors import GraphoptError
 
 
@@ -81,6 +81,14 @@ def test_the_device(driver: Driver) -> None:
     assert _cuda_driver.architecture() == "sm_89"
     assert _cuda_driver.free_bytes() == driver.room
     assert "cuCtxSetCurrent" in driver.calls
+
+
+def test_memory_of_this_process_is_used_alike() -> None:
+    given, back = np.arange(10, dtype=np.int64), np.empty(10, np.int64)
+    memory = HostMemory(given.nbytes)
+    memory.write(given.ctypes.data, given.nbytes)
+    memory.read(back.ctypes.data, back.nbytes)
+    np.testing.assert_array_equal(given, back)
 
 
 def test_memory_goes_there_and_back_and_is_freed(driver: Driver) -> None:

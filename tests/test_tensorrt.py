@@ -15,7 +15,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from graphopt import artifact, backends, compilation
+from graphopt import artifact, backends, compilation, files
 from graphopt.backends import Array, _tensorrt_build
 from graphopt.errors import GraphoptError, InputError, MissingError
 from graphopt.target import Target
@@ -230,6 +230,27 @@ def test_an_operator_that_it_lacks_is_named(tmp_path: Path) -> None:
     made.graph.output.append(helper.make_tensor_value_info("u", TensorProto.FLOAT, []))
     with pytest.raises(GraphoptError, match="node odd: Det: TensorRT has no such operator"):
         build(made, tmp_path / "a")
+
+
+@pytest.mark.usefixtures("installed")
+def test_attention_without_a_kernel_of_its_own(tmp_path: Path) -> None:
+    """In float32 there is none."""
+    text = """
+    <ir_version: 10, opset_import: ["" : 23]>
+    g (float[2,3,4,8] q, float[2,3,6,8] k, float[2,3,6,8] v) => (float[2,3,4,8] y)
+    { y = Attention(q, k, v) }
+    """
+    assert artifact.read(build(onnx.parser.parse_model(text), tmp_path / "a")).parts == ()
+
+
+@pytest.mark.usefixtures("installed")
+def test_a_type_that_it_lacks_is_named() -> None:
+    text = """
+    <ir_version: 10, opset_import: ["" : 18]>
+    g (uint16[4] x) => (uint16[4] y) { y = Max(x, x) }
+    """
+    found = BACKEND.supports(files.load(onnx.parser.parse_model(text)), Target.parse("cuda"))
+    assert list(found.values()) == ["Max: x is uint16, which TensorRT lacks"]
 
 
 @pytest.mark.usefixtures("installed")
