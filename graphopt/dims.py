@@ -122,7 +122,7 @@ def broadcast(a: DimLike, b: DimLike) -> DimLike:
             raise ValueError(f"{a} and {b} do not broadcast")
         return b if isinstance(a, Dim) else a
     for one, other in ((a, b), (b, a)):
-        if bounds(one)[0] >= 2 or _cut_of(other, one):
+        if bounds(one)[0] >= 2 or is_cut_of(other, one):
             return one
     members = dict.fromkeys((*_members("broadcast", a), *_members("broadcast", b)))
     if len(members) == 1:
@@ -130,9 +130,12 @@ def broadcast(a: DimLike, b: DimLike) -> DimLike:
     return of_atom(Atom("broadcast", tuple(sorted(members, key=str))))
 
 
-def _cut_of(value: Dim, whole: Dim) -> bool:
-    """Whether value is min(whole, k), k >= 2: then it is 1 only where whole is."""
-    atom = value.atom()
+def is_cut_of(value: DimLike, whole: DimLike) -> bool:
+    """Whether value is min(whole, k), k >= 2: then it is 1 only where whole is.
+
+    So two operands of these sizes are equal wherever they broadcast.
+    """
+    atom = value.atom() if isinstance(value, Dim) else None
     if atom is None or atom.op != "min" or whole not in atom.args:
         return False
     return all(a == whole or (isinstance(a, int) and a >= 2) for a in atom.args)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from graphopt import ir
-from graphopt.dims import DimLike
+from graphopt.dims import DimLike, is_cut_of
 from graphopt.passes._layout import composed, is_identity, permutation
 from graphopt.passes._ranges import limits
 from graphopt.passes._rotary import expanded
@@ -245,8 +245,9 @@ def _spread(op: Op, mask: ir.Value, dims: Dims, scores: Scores) -> ir.Value:
     leading = dims[len(dims) - len(shape) : -2]
     if any(have not in (1, want) for have, want in zip(shape[:-2], leading, strict=False)):
         raise Refuse("the mask is not proven to broadcast")
-    tail: Dims = (1,) * (2 - len(shape)) + shape[-2:]
     wanted = dims[-2:]
+    tail: Dims = (1,) * (2 - len(shape)) + shape[-2:]
+    tail = tuple(w if is_cut_of(t, w) else t for t, w in zip(tail, wanted, strict=True))
     if tail[0] not in (1, wanted[0]):
         raise Refuse("the mask is not proven to broadcast")
     if len(shape) >= 2 and tail == wanted:

@@ -95,6 +95,9 @@ def _of_node(op: Op, node: ir.Node, depth: int) -> Range:
         return (-math.inf, 0.0) if kind == "LogSoftmax" else first
     if kind == "Cast":
         return first
+    if kind == "ConstantOfShape":
+        fill = node.attributes.get("value")
+        return (0.0, 0.0) if fill is None else _of_constant(fill.as_tensor())
     if kind == "AveragePool":
         return min(first[0], 0.0), max(first[1], 0.0)
     if kind == "Clip":
