@@ -46,12 +46,17 @@ def write(
         )
 
 
-def main(text: str | None, export: Callable[[Path, int, int, int], None]) -> None:
+def main(
+    text: str | None,
+    export: Callable[[Path, int, int, int], None],
+    layers: int = 24,
+    hidden: int = 64,
+) -> None:
     """The command of a model, told by the first line of a text: `export` writes it."""
     parser = argparse.ArgumentParser(description=(text or "").splitlines()[0])
     parser.add_argument("out", type=Path)
-    parser.add_argument("--layers", type=int, default=24)
-    parser.add_argument("--hidden", type=int, default=64)
+    parser.add_argument("--layers", type=int, default=layers)
+    parser.add_argument("--hidden", type=int, default=hidden)
     parser.add_argument("--opset", type=int, default=17)
     options = parser.parse_args()
     export(options.out, options.layers, options.hidden, options.opset)

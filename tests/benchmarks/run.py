@@ -2,11 +2,13 @@
 
     python -m tests.benchmarks.run [--only SECTION ...] [--json FILE] [--keep FOLDER]
 
-Sections: start (imports and small runs), bert, llama, chain, large, repeat (second runs), latency.
+Sections: start (imports and small runs), bert, llama, streaming, chain, large, repeat (second
+runs), latency.
 Each line has the figure, the bar that it has to stay below, and whether it does; the exit code is
 1 where one does not. CPU seconds are user and system time, of a whole process where it says so. A
-model that is costly to make is kept in FOLDER for the next run. BERT and Llama need torch, here or
-in the interpreter that --torch names; the extra models are found as the tests find them.
+model that is costly to make is kept in FOLDER for the next run. BERT, Llama and the streaming model
+need torch, here or in the interpreter that --torch names; the extra models are found as the tests
+find them.
 """
 
 from __future__ import annotations
@@ -27,12 +29,14 @@ from pathlib import Path
 
 import pytest
 
+from graphopt.timing import Ratio
 from tests._shared import shared
 from tests.benchmarks import chain, large
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 _LLAMA = 814  # 55 % of what onnxsim 0.8.1 leaves
+_STREAMING = 300  # what onnxslim leaves, the best of its peers
 _POLL = 0.01
 _SLOWER = 1.02
 _IMPORT = "from graphopt import load, optimize, save"
@@ -170,6 +174,17 @@ def llama(setting: Setting) -> Iterator[Line]:
     yield Line("Llama, nodes left with opset 23", after, f"of {before}", _LLAMA)
 
 
+def streaming(setting: Setting) -> Iterator[Line]:
+    """A net of many tiny operators, frame by frame, and what a frame costs."""
+    path = _exported(setting, "streaming")
+    if path is None:
+        return
+    _, before, after = alone(path, 1)
+    yield Line("streaming, nodes left", after, f"of {before}", _STREAMING)
+    ratio = _ratio(path, setting, None)
+    yield Line("streaming, latency", ratio.value, "", 0.85, _certain(ratio))
+
+
 def _exported(setting: Setting, name: str) -> Path | None:
     """A model that torch writes; None, and why, where it is not there."""
     path = setting.folder / f"{name}.onnx"
@@ -250,37 +265,47 @@ def repeat(setting: Setting) -> Iterator[Line]:
 
 def latency(setting: Setting) -> Iterator[Line]:
     """Results against originals under ONNX Runtime's full optimization, interleaved."""
-    import graphopt as package
-    from graphopt.feeds import load_feeds
-    from graphopt.timing import Plan
-
     ratios: dict[str, float] = {}
     surely: list[str] = []
-    out = setting.folder / "fast.onnx"
     for path in models(setting):
-        small = package.optimize(path, verify="off", target=setting.target)
-        package.save(small, out, overwrite=True)
         data = path.with_name("inputs.npz")
-        feeds = load_feeds(data, package.load(path)) if data.exists() else None
-        pair = {"original": path, "optimized": out}
-        measured = package.measure(pair, feeds, plan=Plan(seconds=1.0), process=False)
-        ratio = measured.models[1].ratio
-        assert ratio is not None
+        ratio = _ratio(path, setting, data if data.exists() else None)
         ratios[_title(path)] = ratio.value
         if ratio.low > _SLOWER:
             surely.append(_title(path))
-        certain = f"95 % between {ratio.low:.3f} and {ratio.high:.3f}"
-        yield Line(f"latency of {_title(path)}", ratio.value, note=certain)
+        yield Line(f"latency of {_title(path)}", ratio.value, note=_certain(ratio))
     slower = [name for name, value in ratios.items() if value > _SLOWER]
     yield Line("latency, geometric mean", statistics.geometric_mean(ratios.values()), "", 1.0)
     yield Line(f"results beyond {_SLOWER}", len(slower), note=", ".join(slower))
     yield Line("the same with 95 % confidence", len(surely), "", 0, ", ".join(surely))
 
 
+def _ratio(path: Path, setting: Setting, data: Path | None) -> Ratio:
+    """Time of what is left of a model over its own."""
+    import graphopt as package
+    from graphopt.feeds import load_feeds
+    from graphopt.timing import Plan
+
+    out = setting.folder / "fast.onnx"
+    small = package.optimize(path, verify="off", target=setting.target)
+    package.save(small, out, overwrite=True)
+    feeds = None if data is None else load_feeds(data, package.load(path))
+    pair = {"original": path, "optimized": out}
+    measured = package.measure(pair, feeds, plan=Plan(seconds=1.0), process=False)
+    ratio = measured.models[1].ratio
+    assert ratio is not None
+    return ratio
+
+
+def _certain(ratio: Ratio) -> str:
+    return f"95 % between {ratio.low:.3f} and {ratio.high:.3f}"
+
+
 SECTIONS: dict[str, Callable[[Setting], Iterator[Line]]] = {
     "start": start,
     "bert": bert,
     "llama": llama,
+    "streaming": streaming,
     "chain": growth,
     "large": beyond,
     "repeat": repeat,
