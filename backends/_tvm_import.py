@@ -169,11 +169,12 @@ class _Importer:
         if node.op_type not in _TAKES_SHAPES:
             inputs[:] = [None if v is None else self._as_tensor(v) for v in inputs]
         own = OPERATORS.get((node.domain, node.op_type))
-        if own is not None:
-            result = own(Call(self._bb, list(inputs), node, self._sizes))
-        elif node.domain or node.op_type not in _known():
-            raise NotImplementedError(f"TVM's importer has no {node.domain or ''}{node.op_type}")
-        else:
+        result = None if own is None else own(Call(self._bb, list(inputs), node, self._sizes))
+        if result is None:
+            if node.domain or node.op_type not in _known():
+                raise NotImplementedError(
+                    f"TVM's importer has no {node.domain or ''}{node.op_type}"
+                )
             opset = self._tvm.opset
             result = self._tvm._convert_operator(node.op_type, inputs, attributes, opset)
         self._bind(node, list(proto.output), result)

@@ -8,15 +8,17 @@ from typing import Any
 
 import numpy as np
 
-from graphopt.backends import _tvm_convolutions, _tvm_recurrent
+from graphopt.backends import _tvm_convolutions, _tvm_recurrent, _tvm_trees
 from graphopt.backends._tvm_call import Call, is_constant
 from graphopt.backends._tvm_indices import number
+from graphopt.backends._tvm_shapes import ENDLESS
 
 relax: Any = importlib.import_module("tvm.relax")
 _op: Any = relax.op
 
 
 Converter = Callable[[Call], Any]
+"""None in place of a result is for the importer's own converter."""
 
 
 def _reshape(call: Call) -> Any:
@@ -168,6 +170,39 @@ def _gather(call: Call) -> Any:
     return _op.take(data, wrapped, axis, mode="clip")
 
 
+def _slice(call: Call) -> Any:
+    """By constants, along the axes that it cuts; None, for the importer's, where others are given.
+
+    The importer cuts along all, and where a size is free nothing is known of it after that.
+    """
+    x = call.inputs[0]
+    given = [call.get(index) for index in range(1, 5)]
+    if not isinstance(x.ty, relax.TensorType) or x.ty.shape is None or given[0] is None:
+        return None
+    if not all(value is None or is_constant(value) for value in given):
+        return None
+    starts, ends, axes, steps = (
+        None if value is None else [int(n) for n in value.value.numpy().ravel()] for value in given
+    )
+    starts, ends = starts or [], ends or []
+    axes = list(range(len(starts))) if axes is None else [axis % x.ty.ndim for axis in axes]
+    steps = [1] * len(starts) if steps is None else steps
+    cuts = [
+        cut
+        for cut in zip(axes, starts, ends, steps, strict=True)
+        if not _is_whole(number(x.ty.shape[cut[0]]), *cut[1:])
+    ]
+    if not cuts:
+        return x
+    if any(step < 1 for *_, step in cuts):
+        return None
+    return _op.strided_slice(x, *([int(n) for n in part] for part in zip(*cuts, strict=True)))
+
+
+def _is_whole(size: int | None, start: int, end: int, step: int) -> bool:
+    return step == 1 and start == 0 and end >= (ENDLESS if size is None else size)
+
+
 OPERATORS: dict[tuple[str, str], Converter] = {
     ("", "Reshape"): _reshape,
     ("", "Flatten"): _reshape,
@@ -185,11 +220,16 @@ OPERATORS: dict[tuple[str, str], Converter] = {
     ("", "Sum"): _chain(_op.add),
     ("", "DequantizeLinear"): _dequantize,
     ("", "Gather"): _gather,
+    ("", "Slice"): _slice,
     ("", "LSTM"): _tvm_recurrent.convert,
     ("", "GRU"): _tvm_recurrent.convert,
     ("", "RNN"): _tvm_recurrent.convert,
     ("", "ImageScaler"): _image_scaler,
     ("", "Crop"): _crop,
     ("", "Affine"): _affine,
+    ("ai.onnx.ml", "TreeEnsembleRegressor"): _tvm_trees.regressor,
+    ("ai.onnx.ml", "TreeEnsembleClassifier"): _tvm_trees.classifier,
+    ("ai.onnx.ml", "Scaler"): _tvm_trees.scaler,
+    ("ai.onnx.ml", "ArrayFeatureExtractor"): _tvm_trees.extract,
 }
 """By domain and operator; these come before the importer's own."""

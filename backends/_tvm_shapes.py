@@ -14,6 +14,9 @@ from graphopt.shapes import Shapes
 relax: Any = importlib.import_module("tvm.relax")
 tirx: Any = importlib.import_module("tvm.tirx")
 
+ENDLESS = 10**9
+"""Beyond the size of any axis: exporters write such numbers for its end."""
+
 
 class Sizes:
     """Shapes and shape tensors of the values of one model.
@@ -92,8 +95,11 @@ class Sizes:
         if atom.op in ("symbol", "fresh", "value"):
             return self._variables.get(atom.name)
         operation = _OPERATIONS.get(atom.op)
-        sizes = [self._one(size) for size in atom.args if not isinstance(size, str)]
-        if operation is None or any(size is None for size in sizes):
+        arguments = [size for size in atom.args if not isinstance(size, str)]
+        if atom.op == "min":  # of an axis and where exporters end it
+            arguments = [size for size in arguments if (as_int(size) or 0) < ENDLESS]
+        sizes = [self._one(size) for size in arguments]
+        if operation is None or not sizes or any(size is None for size in sizes):
             return None
         result = sizes[0]
         for size in sizes[1:]:

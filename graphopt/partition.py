@@ -18,6 +18,7 @@ _HEAVY = frozenset(
     (
         *("Attention", "Conv", "ConvTranspose", "ConvInteger", "Einsum", "Gemm", "GRU", "LSTM"),
         *("MatMul", "MatMulInteger", "QLinearConv", "QLinearMatMul", "RNN"),
+        *("TreeEnsemble", "TreeEnsembleClassifier", "TreeEnsembleRegressor"),
     )
 )
 _FEWEST = 3
