@@ -90,6 +90,7 @@ def compile(
     aim = Target.parse(target)
     if backend == "auto" or tune:
         from graphopt import selection
+        from graphopt.passes import PIPELINES
 
         again = functools.partial(
             compile,
@@ -101,14 +102,17 @@ def compile(
             memory_limit=memory_limit,
         )
         asked: dict[str, Any] = {"level": level, "passes": passes, "verify": verify}
-        as_it_is: dict[str, Any] = {"level": 0, "verify": "off"}
+        standard = PIPELINES[level] if passes is None and 0 <= level < len(PIPELINES) else passes
+        ways: dict[selection.Way, dict[str, Any]] = {
+            "asked": asked,
+            "as it is": {"level": 0, "verify": "off"},
+            "standard": {**asked, "passes": standard},
+        }
         best, search = selection.fastest(
             files.load(model),
             aim,
             Path(out),
-            lambda place, name, some, lower: again(
-                place, backend=name, options=some, **(asked if lower is None else as_it_is)
-            ),
+            lambda place, name, some, way: again(place, backend=name, options=some, **ways[way]),
             names=None if backend in (None, "auto") else [backend],
             options=options or {},
             feeds=feeds,

@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from graphopt import artifact, backends
 from graphopt.backends import Array, Backend
@@ -28,15 +28,17 @@ from graphopt.worker import Worker
 if TYPE_CHECKING:
     from graphopt import ir
 
-Compile = Callable[[Path, str, Mapping[str, Any], int | None], Path]
-"""Compiles into a folder: folder, backend, options, level (None: as the caller asked)."""
+Way = Literal["asked", "as it is", "standard"]
+"""How a model is prepared: as asked, not at all, or without the backend's own operators."""
+Compile = Callable[[Path, str, Mapping[str, Any], Way], Path]
+"""Compiles into a folder, with a backend, options of it, and in a way."""
 
 _GAIN = 0.99
 """A choice has to be better by so much to be taken over one that is there already."""
 _CHOICES: Mapping[str, Sequence[Any]] = {
     "spinning": (True, False),
     "arena": (True, False),
-    "graph_level": ("all", "extended", "basic"),
+    "graph_level": ("all", "layout", "extended", "basic"),
 }
 """Of ONNX Runtime's options, beside threads, what is worth trying."""
 _SECONDS, _RUNS = 1.0, 20
@@ -200,11 +202,16 @@ def _candidates(
     if backend.name == FALLBACK:
         search.add(
             f"{backend.name}, the model as it is",
-            lambda place: compile_with(place, backend.name, own, 0),
+            lambda place: compile_with(place, backend.name, own, "as it is"),
         )
+        if minutes:
+            search.add(
+                f"{backend.name}, standard operators only",
+                lambda place: compile_with(place, backend.name, own, "standard"),
+            )
     elif minutes and "tune" in known:
         own.setdefault("tune", max(1, round(minutes)))
-    search.add(backend.name, lambda place: compile_with(place, backend.name, own, None))
+    search.add(backend.name, lambda place: compile_with(place, backend.name, own, "asked"))
 
 
 def _tuned(search: Search, best: Candidate, fixed: set[str], minutes: float) -> Candidate:

@@ -235,6 +235,7 @@ def test_diff_inspect_passes_targets_and_doctor(small: Path) -> None:
         ("passes",),
         ("passes", "fuse-gelu"),
         ("targets",),
+        ("targets", "arm64"),
         ("doctor",),
     ):
         result = run(*arguments)

@@ -95,6 +95,7 @@ def test_tuning_measures_options_that_are_left_open(tmp_path: Path) -> None:
     )
     found = artifact.read(out)
     assert any("arena=False" in name for name in found.measured)
+    assert "onnxruntime, standard operators only" in found.measured
     assert not any("threads=" in name for name in found.measured)
     assert found.options["threads"] == 1
 

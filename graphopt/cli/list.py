@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import click
@@ -74,19 +75,21 @@ def _describe(name: str) -> dict[str, Any]:
 
 
 @click.command()
+@click.argument("name", required=False)
 @json_option
-def targets(json_to: str | None) -> None:
-    """List what models can be compiled for, and what is missing.
+def targets(name: str | None, json_to: str | None) -> None:
+    """List what a model can be optimized and compiled for, or tell what is missing for one of them.
 
     \b
     graphopt targets
+    graphopt targets arm64
     """
     from graphopt import backends
     from graphopt.target import Target
 
     rows: list[dict[str, Any]] = []
-    for name in Target.names():
-        target = Target.parse(name)
+    for each in [name] if name else Target.names():
+        target = Target.parse(each)
         row: dict[str, Any] = {**target.to_dict(), "backends": {}}
         for backend_name in backends.names():
             backend = backends.get(backend_name)
@@ -96,14 +99,38 @@ def targets(json_to: str | None) -> None:
             }
         rows.append(row)
     if json_to:
-        write_json(rows, json_to)
-    if json_to != "-":
-        out = console()
-        for row in rows:
-            out.print(" ".join([f"{row['name']:18}", row["arch"] or "any machine", *row["isa"]]))
-            for backend_name, verdict in row["backends"].items():
-                for verb, answer in verdict.items():
-                    out.print(f"{'':18} {verb} with {backend_name}: {answer}")
+        write_json(rows[0] if name else rows, json_to)
+    if json_to == "-":
+        return
+    if name:
+        _show_target(rows[0])
+    else:
+        _show_targets(rows)
+
+
+def _show_targets(rows: Sequence[Mapping[str, Any]]) -> None:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for title in ("target", "machine", *rows[0]["backends"]):
+        table.add_column(title)
+    for row in rows:
+        words = [
+            "runs" if verdict["run"] == "yes" else "compiles" if verdict["compile"] == "yes" else ""
+            for verdict in row["backends"].values()
+        ]
+        table.add_row(row["name"], row["arch"] or "any", *words)
+    console().print(table)
+    console().print("`graphopt targets NAME` tells what is missing for one")
+
+
+def _show_target(row: Mapping[str, Any]) -> None:
+    out = console()
+    out.print(" ".join([f"{row['name']:18}", row["arch"] or "any machine", *row["isa"]]))
+    for backend_name, verdict in row["backends"].items():
+        for verb, answer in verdict.items():
+            out.print(f"{verb} with {backend_name}: {answer}")
 
 
 @click.command()
