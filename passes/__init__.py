@@ -50,6 +50,7 @@ _FUSE = (
     "merge-branches",
     "fuse-channel-shuffle",
     "fuse-pad",
+    "fuse-unfold",
     "fuse-space-to-depth",
     "fuse-matmul-add",
     "fuse-matmul-scale",
