@@ -136,6 +136,7 @@ _RAW_OUTPUTS = ("bfloat16", "float8", "int4", "int2", "float4")
 
 RUN_SECONDS = 10.0
 """How long a run may take unless told otherwise: models from anywhere may loop for years."""
+_SLOWEST = 20e6  # bytes of weights that a run reads from a disk in a second, at least
 
 
 @contextlib.contextmanager
@@ -235,6 +236,9 @@ class Runner:
                 self._session, self._fed = _session(model, threads, optimize)
         except Exception as error:
             raise GraphoptError(f"ONNX Runtime cannot load the model: {one_line(error)}") from error
+        arrays = (v for v in self._fed.values() if isinstance(v, np.ndarray))
+        fed = sum(cast(Array, array).nbytes for array in arrays)
+        self._seconds = RUN_SECONDS + fed / _SLOWEST
         names: list[str] = [i.name for i in self._session.get_inputs()]
         self.inputs = [name for name in names if name not in self._fed]
         self.outputs: list[str] = [o.name for o in self._session.get_outputs()]
@@ -244,14 +248,16 @@ class Runner:
 
         Returns the graph's outputs by name: arrays, lists of them, lists of dicts for maps, or
         None for an optional without a value. Raises InputError for names that the model does not
-        have, TimeLimitError beyond `RUN_SECONDS`, GraphoptError where the run fails.
+        have, TimeLimitError beyond `RUN_SECONDS` (and the time to read weights that are too large
+        to copy), GraphoptError where the run fails.
         """
         unknown = sorted(set(feeds) - set(self.inputs))
         if unknown:
             raise InputError(f"the model has no input {unknown[0]!r}: it has {self.inputs}")
         try:
             values = {name: to_ort(value) for name, value in feeds.items()}
-            results = run_session(self._session, self.outputs, {**values, **self._fed})
+            given = {**values, **self._fed}
+            results = run_session(self._session, self.outputs, given, seconds=self._seconds)
         except TimeLimitError:
             raise
         except Exception as error:

@@ -6,8 +6,9 @@ Numerics: lossy.
 Needs: QuantizeLinear and DequantizeLinear with constant parameters.
 
 Scales stay where they are legal. Activations in the wrong type get the same range in the right one;
-one scale takes the place of several; the bounds of a Relu or Clip become those of the range;
-biases become int32; results that are left in floats get the range that the next quantization has.
+one scale takes the place of several; the bounds of a Relu or Clip become those of the range, and
+where a range that ended at zero was one, a Relu takes its place; weights get the target's type;
+biases become int32; what a target wants in floats is put out in floats.
 """
 
 from __future__ import annotations
@@ -19,14 +20,29 @@ import numpy as np
 
 from graphopt import ir
 from graphopt.context import Context
-from graphopt.driver import remove
+from graphopt.driver import remove, replace_value
 from graphopt.pass_manager import Pass
-from graphopt.quantizer.checking import Pair, absorbed_range, pair_of, scales_of
+from graphopt.quantizer.checking import (
+    Pair,
+    absorbed_range,
+    pair_of,
+    reads_quantized,
+    scales_of,
+)
 from graphopt.quantizer.constants import drop_unused
 from graphopt.quantizer.grids import Grid
+from graphopt.quantizer.insertion import bounds, weight_axis, weight_range
 from graphopt.quantizer.placement import Table, table_for
 
 _BOUNDING = frozenset({"Relu", "Clip"})
+_NOT_NEGATIVE = frozenset({"Relu", "Sigmoid", "HardSigmoid", "Softmax", "Softplus", "Exp", "Abs"})
+_PASSING = frozenset(
+    (
+        *("QuantizeLinear", "DequantizeLinear", "MaxPool", "AveragePool", "GlobalAveragePool"),
+        *("Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Identity", "Slice"),
+    )
+)
+"""Operators whose results are not negative where their operands are not."""
 
 
 @dataclass(frozen=True)
@@ -39,17 +55,26 @@ class RepairQdq(Pass):
     """A table by name; the target's by default."""
 
     def run(self, context: Context) -> None:
-        """Repair activations, then biases, which depend on them."""
+        """Repair weights and activations, then biases, which depend on them."""
         table = table_for(context.target, self.placement)
-        for node in list(context.model.graph):
-            if node.op_type == "QuantizeLinear" and not node.domain and node.graph is not None:
-                _store_weight(context, node)
-        for node in list(context.model.graph):
-            if node.op_type == "QuantizeLinear" and not node.domain and node.graph is not None:
-                _repair_activation(context, node, table)
-        for node in list(context.model.graph):
-            if node.op_type in table.linear and not node.domain:
-                _repair_bias(context, node, table)
+        for node in _quantizing(context):
+            _store_weight(context, node)
+        for node in _quantizing(context):
+            _repair_activation(context, node, table)
+        for node in _linear(context, table):
+            _repair_weight(context, node, table)
+            _repair_bias(context, node, table)
+        if not table.outputs:
+            for node in _linear(context, table):
+                _free_result(context, node)
+
+
+def _quantizing(context: Context) -> list[ir.Node]:
+    return [n for n in context.model.graph if n.op_type == "QuantizeLinear" and not n.domain]
+
+
+def _linear(context: Context, table: Table) -> list[ir.Node]:
+    return [n for n in context.model.graph if n.op_type in table.linear and not n.domain]
 
 
 def _store_weight(context: Context, node: ir.Node) -> None:
@@ -89,12 +114,87 @@ def _repair_activation(context: Context, node: ir.Node, table: Table) -> None:
         _skip_bound(context, node, bound, reach)
         return
     scale, zero = grid.parameters(*inside)
+    if grid.symmetric:
+        _bound(context, node, reach)
     if wrong_type or bound is not None:
         _set(context, [node, *users], grid, scale, zero)
         context.changed("another range", [node], [node])
     lowest, highest = grid.limits
     new = ((lowest - float(zero)) * float(scale), (highest - float(zero)) * float(scale))
     _skip_bound(context, node, bound, new)
+
+
+def _bound(context: Context, node: ir.Node, reach: tuple[float, float]) -> None:
+    """A Relu before a QuantizeLinear whose range, which ends at zero, bounds what it gets."""
+    source = node.inputs[0]
+    if reach[0] < 0 or source is None or _not_negative(source):
+        return
+    relu = ir.Node("", "Relu", [source])
+    relu.outputs[0].name = context.unique(f"{source.name}_bounded")
+    relu.name = context.unique_node(f"{source.name}_bounded")
+    relu.meta[ir.SOURCES] = ir.sources(node)
+    context.model.graph.insert_before(node, relu)
+    context.shapes.update(relu, context.model.graph)
+    node.replace_input_with(0, relu.outputs[0])
+    context.changed("bound of its own", [node], [relu, node])
+
+
+def _not_negative(value: ir.Value | None) -> bool:
+    """Whether a value is known to be at least zero."""
+    node = None if value is None else value.producer()
+    if node is None or node.domain:
+        return False
+    if node.op_type == "Clip":
+        limits = bounds(node)
+        return limits is not None and limits[0] >= 0
+    return node.op_type in _NOT_NEGATIVE or (
+        node.op_type in _PASSING and _not_negative(node.inputs[0])
+    )
+
+
+def _free_result(context: Context, node: ir.Node) -> None:
+    """Let a result go on in floats where nothing quantized takes it."""
+    for use in tuple(node.outputs[0].uses()):
+        user = use.node
+        quantize = user if user.op_type != "Relu" else _only_user(user)
+        if quantize is None or quantize.op_type != "QuantizeLinear":
+            continue
+        if reads_quantized(quantize.outputs[0]):
+            continue
+        source = quantize.inputs[0]
+        assert source is not None
+        for dequantize in [u.node for u in tuple(quantize.outputs[0].uses())]:
+            if dequantize.op_type == "DequantizeLinear":
+                context.changed("float result", [quantize, dequantize], [node])
+                replace_value(context, dequantize.outputs[0], source)
+                remove(context, dequantize)
+        if not ir.use_count(quantize.outputs[0]) and not quantize.outputs[0].is_graph_output():
+            remove(context, quantize)
+
+
+def _only_user(node: ir.Node) -> ir.Node | None:
+    users = [use.node for use in node.outputs[0].uses()]
+    return users[0] if len(users) == 1 and not node.outputs[0].is_graph_output() else None
+
+
+def _repair_weight(context: Context, node: ir.Node, table: Table) -> None:
+    """A weight in the table's type, symmetric, with a scale for each output channel."""
+    value, grid = node.inputs[1], table.weight
+    pair = pair_of(value)
+    if value is None or pair is None or (pair.dtype == grid.dtype and not pair.zero.any()):
+        return
+    array = _floats(value)
+    if array is None or grid.floating:
+        return
+    axis = weight_axis(node) % array.ndim
+    scale, zero = grid.parameters(*weight_range(array, axis if table.per_channel else None))
+    shape = [-1 if a == axis and scale.ndim else 1 for a in range(array.ndim)]
+    tensor = grid.quantize(array, scale.reshape(shape), zero.reshape(shape))
+    attributes = {"axis": axis} if scale.ndim else {}
+    made = _dequantized(context, node, value, tensor, scale, grid, attributes)
+    node.replace_input_with(1, made)
+    context.changed("another weight type", [node], [node])
+    _drop(context, value)
 
 
 def _skip_bound(
@@ -161,26 +261,41 @@ def _repair_bias(context: Context, node: ir.Node, table: Table) -> None:
     wanted = np.broadcast_to(wanted, values.shape) if wanted.ndim else wanted
     whole = np.clip(np.rint(values / wanted), -(2**31) + 1, 2**31 - 1).astype(np.int32)
     grid = Grid(ir.DataType.INT32, symmetric=True)
-    name = bias.name or "bias"
-    inputs = [
-        context.initializer(graph, ir.tensor(whole), f"{name}_quantized"),
-        context.initializer(graph, ir.tensor(wanted.astype(np.float32)), f"{name}_scale"),
-        context.initializer(graph, grid.zero_point(np.zeros(wanted.shape)), f"{name}_zero_point"),
-    ]
     attributes = {"axis": 0} if wanted.ndim else {}
+    narrow = wanted.astype(np.float32)
+    made = _dequantized(context, node, bias, ir.tensor(whole), narrow, grid, attributes)
+    node.replace_input_with(2, made)
+    context.changed("int32 bias", [node], [node])
+    _drop(context, bias)
+
+
+def _dequantized(
+    context: Context,
+    node: ir.Node,
+    old: ir.Value,
+    tensor: ir.TensorProtocol,
+    scale: ir.Array,
+    grid: Grid,
+    attributes: dict[str, int],
+) -> ir.Value:
+    """A constant as integers behind a DequantizeLinear that stands before a node."""
+    graph, name = context.model.graph, old.name or "constant"
+    inputs = [
+        context.initializer(graph, tensor, f"{name}_quantized"),
+        context.initializer(graph, ir.tensor(np.asarray(scale)), f"{name}_scale"),
+        context.initializer(graph, grid.zero_point(np.zeros(scale.shape)), f"{name}_zero_point"),
+    ]
     attrs = [ir.convenience.convert_attribute(k, v) for k, v in attributes.items()]
     made = ir.Node("", "DequantizeLinear", inputs, attrs)
     made.outputs[0].name = context.unique(f"{name}_dequantized")
     made.name = context.unique_node(f"{name}_dequantized")
     graph.insert_before(node, made)
     context.shapes.update(made, graph)
-    node.replace_input_with(2, made.outputs[0])
-    context.changed("int32 bias", [node], [node])
-    _drop(context, bias)
+    return made.outputs[0]
 
 
 def _floats(value: ir.Value) -> ir.Array | None:
-    """A bias as floats, whether it is stored so or in integers."""
+    """A weight or bias as floats, whether it is stored so or in integers."""
     array = ir.array(value)
     if array is not None:
         return array.astype(np.float64)
@@ -188,8 +303,11 @@ def _floats(value: ir.Value) -> ir.Array | None:
     integers = None if node is None else ir.array(node.inputs[0])
     if integers is None or pair is None:
         return None
-    whole = integers.astype(np.float64) - pair.zero.astype(np.float64)
-    found: ir.Array = whole * pair.scale.astype(np.float64)
+    shape = [1] * integers.ndim
+    if not pair.per_tensor:
+        shape[pair.axis] = -1
+    whole = integers.astype(np.float64) - pair.zero.astype(np.float64).reshape(shape)
+    found: ir.Array = whole * pair.scale.astype(np.float64).reshape(shape)
     return found
 
 

@@ -14,7 +14,14 @@ from graphopt.quantizer.grids import Grid
 from graphopt.quantizer.insertion import bounds
 from graphopt.quantizer.placement import Table, is_dequantized
 
-__all__ = ["Pair", "Violation", "check_quantized", "pair_of", "scales_of"]
+__all__ = [
+    "Pair",
+    "Violation",
+    "check_quantized",
+    "pair_of",
+    "reads_quantized",
+    "scales_of",
+]
 
 Array = npt.NDArray[Any]
 
@@ -165,7 +172,7 @@ def _weighted(node: ir.Node, table: Table) -> Iterator[Violation]:
     yield from _bias(node, weight, quantized, table)
     if table.outputs and node.op_type not in table.float_results and not _put_out(node):
         yield Violation("float-result", label, "its result is not quantized")
-    if not table.outputs and _put_out(node) and not _read_quantized(node.outputs[0]):
+    if not table.outputs and _put_out(node) and not reads_quantized(node.outputs[0]):
         reason = "its result is quantized, and no quantized operator takes it"
         yield Violation("quantized-result", label, reason)
 
@@ -197,14 +204,14 @@ def _put_out(node: ir.Node) -> bool:
     return bool(uses) and all(use.node.op_type == "QuantizeLinear" for use in uses)
 
 
-def _read_quantized(value: ir.Value) -> bool:
+def reads_quantized(value: ir.Value) -> bool:
     """Whether an operator that computes in integers takes a value behind its conversions."""
     conversions = _BOUNDING | {"QuantizeLinear", "DequantizeLinear"}
     for use in value.uses():
         if use.node.op_type in _WEIGHTED or use.node.op_type == "Add":
             return True
         passes_on = use.node.op_type in conversions
-        if passes_on and any(map(_read_quantized, use.node.outputs)):
+        if passes_on and any(map(reads_quantized, use.node.outputs)):
             return True
     return False
 

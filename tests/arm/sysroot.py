@@ -48,14 +48,18 @@ LINKER = "aarch64-linux-gnu-gcc"
 """What TVM links with; a script around the `ziglang` wheel, where there is no cross compiler."""
 
 
-def python(folder: Path = FOLDER) -> list[str]:
-    """The command that runs Python for ARM; FileNotFoundError where nothing was set up."""
+def python(folder: Path = FOLDER, cpu: str = "max") -> list[str]:
+    """The command that runs Python for ARM; FileNotFoundError where nothing was set up.
+
+    `cpu` is the one that is emulated; the default has every extension, SME too, for which ONNX
+    Runtime has kernels of its own.
+    """
     root = folder / "root"
     if not (folder / "ready.json").is_file():
         raise FileNotFoundError(f"no ARM system in {folder}: python tests/arm/sysroot.py")
     return [
         *(shutil.which("qemu-aarch64-static") or str(folder / "qemu-aarch64-static"),),
-        *("-cpu", "max", "-L", str(root)),
+        *("-cpu", cpu, "-L", str(root)),
         *("-E", f"PYTHONHOME={root}/usr"),
         *("-E", f"PYTHONPATH={Path(__file__).resolve().parents[2]}:{root}/site"),
         *("-E", f"LD_LIBRARY_PATH={root}/usr/lib/aarch64-linux-gnu:{root}/lib/aarch64-linux-gnu"),
