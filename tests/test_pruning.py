@@ -174,9 +174,12 @@ def test_rounds(data: Path) -> None:
 
 
 def test_passes(data: Path) -> None:
-    """Pruning and recovery in one pipeline with fusion; each is measured."""
+    """Pruning and recovery in one pipeline with fusion and quantization; each is measured."""
     report = Report()
-    text = "fold-shapes,prune-channels{ratio=0.5},recover{samples=200,epochs=1},fuse-conv-affine"
+    text = (
+        "fold-shapes,prune-channels{ratio=0.5},recover{samples=200,epochs=1},"
+        "fuse-conv-batchnorm,quantize-static"
+    )
     model = graphopt.optimize(CNN, passes=text, data=str(data), report=report)
     assert [loss.name for loss in report.losses][:2] == ["prune-channels", "recover"]
     first, whole = report.losses[0].sqnr_db, report.losses[-1].sqnr_db
@@ -185,6 +188,7 @@ def test_passes(data: Path) -> None:
     assert whole is not None
     assert whole > first
     assert accuracy(model) > 0.8
+    assert any(node.op_type == "QuantizeLinear" for node in model.graph)
 
 
 def test_recovery_needs_data() -> None:
@@ -379,6 +383,9 @@ def test_command(data: Path, tmp_path: Path) -> None:
         assert word in done.output
     assert json.loads(figures.read_text())["after"]["parameters"] < 30_000_000
     assert accuracy(files.load(out)) > 0.8
+    for least, code in (("0.7", 0), ("1.0", 1)):  # what is expected of it can be a gate
+        check = ("verify", CNN, out, "--data", data, "--min-agreement", least)
+        assert CliRunner().invoke(main, list(map(str, check))).exit_code == code
 
 
 def test_plot(data: Path, tmp_path: Path) -> None:
