@@ -46,7 +46,12 @@ MEASURED = (
     Measured("SkipSimplifiedLayerNormalization", 1.2, 1.8, "the same"),
 )
 """ONNX Runtime 1.32, one thread, x86 (Zen 5, AVX-512), medians of interleaved runs of models of one
-block. ARM was not measured. BiasSoftmax has no kernel on CPUs."""
+block. ARM was not measured.
+
+Two are never made. BiasSoftmax has no kernel on CPUs: a session with one is refused. QLinearMatMul
+and its like ONNX Runtime makes at load itself, of the QDQ nodes that stay; their sums, scaled at
+once, round ties otherwise than the float operators do (a sum of exactly 102.5 steps becomes 103,
+where these give 102), so that a result with them would not verify against the original."""
 
 _NEUTRAL = 1.1
 """Up to here a ratio is noise: such operators spare a later fusion and a node."""

@@ -5,7 +5,7 @@ HardSwish.
 
 Why: exporters without the operator write it as three to six kernels over the same tensor.
 Numerics: rounding.
-Needs: opset 14 for HardSwish, 18 for Mish; float32 for HardSigmoid and HardSwish.
+Needs: opset 14 for HardSwish, 18 for Mish; float32 or float16 for HardSigmoid and HardSwish.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import numpy as np
 
 from graphopt import ir
+from graphopt._match import rtol
 from graphopt.passes._algebra import Reader
 from graphopt.passes.fuse_matmul_add import broadcasts_into
 from graphopt.rewriting import Attribute, Const, Op, Refuse, rewrite
@@ -46,6 +47,11 @@ def _(op: Op, x: ir.Value) -> ir.Value:
 @fuse_sigmoid.spelling
 def _(op: Op, x: ir.Value) -> ir.Value:
     return op.Mul(op.Add(op.Tanh(op.Mul(x, 0.5)), 1.0), 0.5)
+
+
+@fuse_sigmoid.spelling
+def _(op: Op, x: ir.Value) -> ir.Value:
+    return op.Mul(op.Add(op.Tanh(op.Div(x, 2.0)), 1.0), 0.5)
 
 
 @fuse_sigmoid.spelling
@@ -245,6 +251,11 @@ def _(op: Op, x: ir.Value, slope: Const) -> ir.Value:
     return op.Add(op.Relu(x), op.Mul(op.Clip(x, None, 0.0), slope))
 
 
+@fuse_leaky_where.spelling
+def _(op: Op, x: ir.Value, slope: Const) -> ir.Value:
+    return op.Add(op.Relu(x), op.Mul(op.Clip(x, max=0.0), slope))
+
+
 @fuse_leaky_where.replace
 def _(op: Op, x: ir.Value, slope: Const) -> ir.Value | None:
     return leaky(op, x, slope)
@@ -270,7 +281,7 @@ def fuse_leaky_mean(op: Op, x: ir.Value, straight: Const, folded: Const) -> ir.V
 @fuse_leaky_mean.replace
 def _(op: Op, x: ir.Value, straight: Const, folded: Const) -> ir.Value | None:
     a, b = op.scalar(straight), op.scalar(folded)
-    if a is None or b is None or abs(a + b - 1) > 1e-6:
+    if a is None or b is None or abs(a + b - 1) > rtol(op.dtype(x)):
         return None
     return leaky(op, x, op.initializer(np.asarray(a - b, np.float32), "slope"))
 
@@ -358,7 +369,8 @@ def fuse_hard_swish(op: Op, x: ir.Value, alpha: Attribute, beta: Attribute) -> i
 
 @fuse_hard_swish.replace
 def _(op: Op, x: ir.Value, alpha: Attribute, beta: Attribute) -> ir.Value | None:
-    if abs(alpha * 6 - 1) > 1e-5 or abs(beta - 0.5) > 1e-6:
+    close = rtol(op.dtype(x))
+    if abs(alpha * 6 - 1) > close or abs(beta * 2 - 1) > close:
         return None
     if op.opset < 14:
         raise Refuse("needs opset 14")
@@ -383,11 +395,11 @@ def fuse_hard_sigmoid(op: Op, node: ir.Node) -> ir.Value | None:
         multiplied = len(tensors) == 2
         if multiplied and tensors[1 - first] is not x:
             continue
-        if not reader.near(top * scale, 1.0, None) or len(reader.nodes) < 2:
+        if not reader.near(top * scale, 1.0, op.dtype(x)) or len(reader.nodes) < 2:
             continue
         reader.require_unneeded()
-        if op.dtype(x) != ir.DataType.FLOAT:
-            raise Refuse("needs float32")
+        if op.dtype(x) not in _RELU[:2]:
+            raise Refuse("needs float32 or float16")
         gate = op.HardSigmoid(x, alpha=slope * scale, beta=offset * scale)
         return op.Mul(x, gate) if multiplied else gate
     return None

@@ -49,9 +49,9 @@ def fuse_lpnorm(op: Op, node: ir.Node) -> ir.Value | None:
 
 def _unbounded(op: Op, reader: Reader, norm: ir.Value | None) -> ir.Value | None:
     """A norm without the tiny number that it is kept above."""
-    clip = reader.take(norm, "Clip", "Max")
-    if clip is None:
-        return norm
+    clip = reader.take(norm, "Clip", "Max", "Relu")
+    if clip is None or clip.op_type == "Relu":
+        return norm if clip is None else clip.inputs[0]
     low: float | None = None
     inner = clip.inputs[0]
     if clip.op_type == "Max" and len(clip.inputs) == 2:
