@@ -21,8 +21,9 @@ import pytest
 from onnx import TensorProto, helper
 
 from graphopt import files, ir
-from graphopt.errors import InputError
+from graphopt.errors import InputError, TimeLimitError
 from graphopt.files.external import FileTensor
+from tests._models import parse
 from tests._shared import shared
 
 AnyArray = np.ndarray[Any, Any]
@@ -321,6 +322,23 @@ def test_corpus_is_saved_the_same_twice(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.slow
+def test_a_time_limit_in_the_middle_stays_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """onnx-ir tells of whatever strikes while it reads as an error of its own."""
+    files.save(parse("g (float[2] x) => (float[2] y) { y = Relu (x) }"), tmp_path / "m.onnx")
+
+    def expire(*_: object) -> None:
+        try:
+            raise TimeLimitError("time is up")
+        except TimeLimitError as error:
+            raise ir.serde.SerdeError("a node") from error
+
+    monkeypatch.setattr(ir.serde, "deserialize_model", expire)
+    with pytest.raises(TimeLimitError, match="time is up"):
+        files.load(tmp_path / "m.onnx")
+
+
 def test_node_tests_load() -> None:
     with warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore")

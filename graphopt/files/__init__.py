@@ -21,7 +21,7 @@ from google.protobuf.message import DecodeError
 from onnx import ValueInfoProto
 
 from graphopt import atomic, ir
-from graphopt.errors import Flaw, InputError
+from graphopt.errors import Flaw, GraphoptError, InputError
 from graphopt.files import container, wire, writing
 from graphopt.files.checks import quote, show
 from graphopt.files.external import FileTensor, Folder
@@ -170,6 +170,8 @@ def _deserialize(
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
+        if isinstance(cause, GraphoptError):  # a time limit that struck in the middle
+            raise cause from None
         raise InputError(f"{name}: {' '.join(str(cause).split())[:300]}") from None
     for value in model.graph.initializers.values():
         assert value.name is not None
