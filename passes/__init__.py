@@ -24,6 +24,7 @@ _FUSE = (
     "unroll-loop",
     "hoist-invariants",
     "fuse-recurrent",
+    "merge-recurrent",
     "fold-constants",
     "fold-shapes",
     "eliminate-identity",
