@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -12,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from graphopt import files, ir, taps
+from graphopt.accuracy import sampled_top1
 from graphopt.errors import GraphoptError, InputError, MissingError
 from graphopt.files import container
 from graphopt.optimization import optimize
@@ -53,6 +56,8 @@ class Scheme:
     or, as rows of embeddings do, none is computed whole."""
     loss: Loss | None = None
     """Results beside those of the model as it was."""
+    accuracy: float | None = None
+    """Share of samples whose label is the best-scored class; None without labels of classes."""
     load_ms: float = 0.0
     """Median time that ONNX Runtime takes to open the model, milliseconds."""
     reason: str = ""
@@ -134,7 +139,11 @@ def try_scheme(
     if rolled_back or unchanged:
         why = rolled_back[0] if rolled_back else "no weight here is worth it"
         return Scheme(name, report.pipeline, reason=why), None
-    return _measured(name, source, made, report), made
+    accuracy: float | None = None
+    if samples is not None and samples.labels is not None:
+        with contextlib.suppress(InputError):  # labels of another kind
+            accuracy = sampled_top1(made, samples)
+    return dataclasses.replace(_measured(name, source, made, report), accuracy=accuracy), made
 
 
 def smallest(found: Sequence[Scheme], sqnr_db: float) -> Scheme:

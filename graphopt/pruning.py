@@ -9,15 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
-
 from graphopt import files, ir
-from graphopt.accuracy import top1
+from graphopt.accuracy import sampled_top1
 from graphopt.errors import GateError, GraphoptError, InputError
 from graphopt.losses import measure_loss
 from graphopt.measurement import measure
 from graphopt.optimization import optimize
-from graphopt.pruner.batching import batched
 from graphopt.pruner.distillation import train
 from graphopt.pruner.estimating import Size
 from graphopt.pruner.fitting import Fit
@@ -36,7 +33,6 @@ from graphopt.pruner.recovery import recover as refit
 from graphopt.pruner.selection import Unreachable
 from graphopt.pruner.sensitivity import Curves
 from graphopt.report import Loss
-from graphopt.runner import Runner
 from graphopt.samples import Samples, SamplesLike, open_samples
 from graphopt.target import Target
 from graphopt.timing import Plan
@@ -354,12 +350,11 @@ class _Job:
         """The outputs beside the original's, and the accuracy where there are labels."""
         report, samples = self.report, self.samples
         report.loss = measure_loss("prune", self.original, result, samples)
-        labels = None if samples is None else samples.labels
-        if samples is None or labels is None:
+        if samples is None or samples.labels is None:
             return
         if self.accuracy is None:
-            self.accuracy = _accuracy(self.original, samples, labels)
-        report.accuracy = self.accuracy, _accuracy(result, samples, labels)
+            self.accuracy = sampled_top1(self.original, samples)
+        report.accuracy = self.accuracy, sampled_top1(result, samples)
 
     def _time(self, result: ir.Model) -> None:
         """Latency before and after, interleaved."""
@@ -388,15 +383,3 @@ class _Job:
             report.notes.append(
                 f"the result is not faster: {report.latency_ratio:.0%} of the original's latency"
             )
-
-
-def _accuracy(model: ir.Model, samples: Samples, labels: ir.Array) -> float:
-    """The share of samples whose label is the best-scored class."""
-    runner = Runner(model, optimize=True)
-    parts: dict[str, list[ir.Array]] = {}
-    for feeds in batched(model, samples, _BATCH):
-        for name, value in runner.run(feeds).items():
-            if isinstance(value, np.ndarray):
-                parts.setdefault(name, []).append(cast("ir.Array", value))
-    outputs = {name: np.concatenate(values) for name, values in parts.items() if values[0].ndim}
-    return top1(outputs, labels)

@@ -59,8 +59,9 @@ def test_the_function() -> None:
 
 
 def test_the_command(tmp_path: Path) -> None:
-    table = call(MODEL)
+    table = call(MODEL, "--data", MODEL.parent / "digits_test.npz")
     assert table.exit_code == 0 and "palette-4" in table.output
+    assert "accuracy" in table.output and "99.3 %" in table.output
     out, told = tmp_path / "small.onnx", tmp_path / "told.json"
     assert call(MODEL, "--scheme", "palette-4", "-o", out, "--json", told).exit_code == 0
     assert out.stat().st_size < MODEL.stat().st_size / 3

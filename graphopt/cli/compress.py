@@ -137,6 +137,9 @@ def _table(found: list[Scheme]) -> object:
     table.add_column("scheme")
     for name in ("file", "packed", "weights SNR", "SQNR", "agreement", "load"):
         table.add_column(name, justify="right")
+    labelled = any(scheme.accuracy is not None for scheme in found)
+    if labelled:
+        table.add_column("accuracy", justify="right")
     for scheme in found:
         if scheme.reason:
             continue
@@ -148,10 +151,15 @@ def _table(found: list[Scheme]) -> object:
             "needs graphopt[zstd]" if scheme.packed_bytes is None else size(scheme.packed_bytes),
             _decibels(scheme.weight_snr_db) if compared else "",
             _decibels(loss.sqnr_db if loss else None),
-            "" if loss is None or loss.agreement is None else f"{100 * loss.agreement:.1f} %",
+            _percent(None if loss is None else loss.agreement),
             f"{scheme.load_ms:.1f} ms",
+            *([_percent(scheme.accuracy)] if labelled else []),
         )
     return table
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.1f} %"
 
 
 def _decibels(figure: float | None) -> str:
