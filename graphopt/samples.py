@@ -146,8 +146,9 @@ def open_samples(
         samples = _of_text(str(source), model, limit, options or Images())
     elif isinstance(source, Mapping):
         given = cast("Mapping[str, Any]", source)
-        stacks = {name: _sources.Held(np.asarray(array)) for name, array in given.items()}
-        samples = _of_stacks(stacks, model, "the arrays given")
+        where = "the arrays given"
+        stacks = {name: _sources.Held(_array(array, where)) for name, array in given.items()}
+        samples = _of_stacks(stacks, model, where)
     elif isinstance(source, np.ndarray):
         stack = _sources.Held(cast(Array, source))
         samples = _of_stacks({_single("an array", model): stack}, model, "the array given")
@@ -359,16 +360,31 @@ def _row(item: Any, model: ir.Model, where: str) -> dict[str, Array]:
     names = [v.name or "" for v in required_inputs(model)]
     if isinstance(item, Mapping):
         given = cast("Mapping[str, Any]", item)
-        return {str(name): np.asarray(value) for name, value in given.items()}
+        return {str(name): _array(value, where) for name, value in given.items()}
     values = cast("Sequence[Any]", item if isinstance(item, list | tuple) else [item])
     if not len(names) <= len(values) <= len(names) + 1:
         raise InputError(f"{where}: {len(values)} arrays for the inputs {names}")
-    return {name: np.asarray(value) for name, value in zip(names, values, strict=False)}
+    return {name: _array(value, where) for name, value in zip(names, values, strict=False)}
+
+
+def _array(value: Any, where: str) -> Array:
+    """Anything as an array: torch's tensors on any device too, bfloat16 as float32."""
+    if hasattr(value, "detach"):
+        value = value.detach().cpu()
+        value = value.float() if str(value.dtype) == "torch.bfloat16" else value
+    try:
+        return np.asarray(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{where}: {type(value).__name__} is no array: {error}") from error
 
 
 def _fitted(row: dict[str, Array], model: ir.Model) -> Iterator[Row]:
-    """A row as the model takes it: a batch that is larger than the model's is cut."""
+    """A row as the model takes it: a batch is added, or cut where it is larger than the model's."""
     shapes = {v.name or "": v.shape for v in model.graph.inputs}
+    for name, array in row.items():
+        shape = shapes.get(name)
+        if shape is not None and 0 < array.ndim == len(shape) - 1:
+            row[name] = array[None]
     sizes: set[tuple[int, int]] = set()
     for name, array in row.items():
         shape = shapes.get(name)

@@ -192,3 +192,39 @@ def test_taps() -> None:
     assert groups(model, ["x", "a", "y"], first, memory_limit=1) == [["x"], ["a"], ["y"]]
     with pytest.raises(InputError, match="no 'nothing'"):
         next(tap(model, ["nothing"], samples))
+
+
+class Lazy:
+    """Like a torch tensor that has a gradient."""
+
+    def __init__(self, array: Any, dtype: str) -> None:
+        self.array, self.dtype = array, dtype
+
+    def detach(self) -> Lazy:
+        """Without the gradient."""
+        return self
+
+    def cpu(self) -> Lazy:
+        """On this machine."""
+        return self
+
+    def float(self) -> Any:
+        """As float32."""
+        return np.asarray(self.array)
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
+        if self.dtype == "torch.bfloat16":
+            raise TypeError("unsupported ScalarType BFloat16")
+        return np.asarray(self.array)
+
+
+def test_samples_without_a_batch_and_tensors(tmp_path: Path) -> None:
+    assert np.array_equal(rows(open_samples(list(X), free())), X[:, None])
+    for dtype in ("torch.float32", "torch.bfloat16"):
+        made = [Lazy(row[None], dtype) for row in X]
+        assert np.array_equal(rows(open_samples(made, free())), X[:, None])
+    for index, row in enumerate(X):
+        np.save(tmp_path / f"{index}.npy", row)
+    assert np.array_equal(rows(open_samples(tmp_path, free())), X[:, None])
+    with pytest.raises(InputError, match="list: list is no array"):
+        list(open_samples([{"x": [[1.0], [1.0, 2.0]]}], free()))
