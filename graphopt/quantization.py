@@ -22,7 +22,7 @@ from graphopt.passes.quantize_dynamic import QuantizeDynamic
 from graphopt.passes.quantize_static import QuantizeStatic
 from graphopt.passes.quantize_weights import QuantizeWeights
 from graphopt.quantizer.budget import Budget
-from graphopt.quantizer.measuring import measure, why_slow
+from graphopt.quantizer.measuring import measure, weight_bytes, why_slow
 from graphopt.quantizer.recurrent import lstms
 from graphopt.quantizer.report import Quantization
 from graphopt.quantizer.scoring import Metric
@@ -36,6 +36,8 @@ Method = Literal["auto", "static", "dynamic", "weights"]
 Fallback = Literal["", "int16", "float16", "float"]
 
 _MEASURE_SECONDS = 0.6
+_LARGE = 1 << 30  # bytes of weights: beyond it none are copied
+_HEAVY = ("Conv", "ConvTranspose", "MatMul", "Gemm", "LSTM", "GRU", "RNN")
 _ASKED: dict[type, Method] = {QuantizeDynamic: "dynamic", QuantizeWeights: "weights"}
 
 
@@ -136,10 +138,14 @@ def _made(work: Work, budget: Budget, *, figures: bool) -> tuple[ir.Model, ir.Mo
     """The floats that were quantized, and the result; None, with the reason in the report."""
     report = work.report
     ways = {"static": work.static, "dynamic": work.dynamic, "weights": work.weights}
-    smoothed = [] if report.method == "weights" else work.smooth()
+    smoothed: list[str] = []
+    if report.method != "weights" and weight_bytes(work.context.model) > _LARGE:
+        report.notes.append("more than 1 GB of weights: outliers of activations are not moved")
+    elif report.method != "weights":
+        smoothed = work.smooth()
     found = ways[report.method]()
     if found is None:
-        report.refused = "nothing in it can be quantized on this target"
+        report.refused = _why_nothing(work.context.model)
         return work.context.model, None
     report.steps = [*smoothed, *report.steps]
     ladder, result = found
@@ -153,6 +159,15 @@ def _made(work: Work, budget: Budget, *, figures: bool) -> tuple[ir.Model, ir.Mo
     if figures:
         work.figures(ladder, chosen or result)
     return ladder.floats, chosen
+
+
+def _why_nothing(model: ir.Model) -> str:
+    """Why there is nothing to quantize."""
+    main = sum(node.op_type in _HEAVY for node in model.graph)
+    inner = sum(node.op_type in _HEAVY for node in ir.all_nodes(model)) - main
+    if inner:
+        return f"{inner} of its operators are in bodies of If or Loop, which stay as they are"
+    return "nothing in it can be quantized on this target"
 
 
 def _choose(context: Context, samples: Samples, target: Target, method: Method) -> tuple[str, str]:
@@ -169,7 +184,7 @@ def _choose(context: Context, samples: Samples, target: Target, method: Method) 
         if node in recurrent:
             kind = "recurrence"
         weights = any(ir.constant(v) is not None for v in node.inputs[1:2])
-        if node.op_type in ("Conv", "ConvTranspose", "MatMul", "Gemm", "LSTM") and weights:
+        if node.op_type in _HEAVY and weights:
             work[kind] += node_cost(node, context.shapes, sizes).flops
     if work["recurrence"] > work["conv"] + work["product"]:
         return "dynamic", "recurrences are most of the work"
