@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 import graphopt
 from graphopt import files, ir
+from graphopt.cli import main
 from graphopt.context import Context
 from graphopt.errors import InputError
 from graphopt.gram import weight_matrix
@@ -25,6 +28,7 @@ from graphopt.quantizer.rounding import (
 from graphopt.quantizer.storage import matmul_nbits, pack
 from graphopt.quantizer.weights import average_bits, choose, spend
 from graphopt.runner import Runner
+from tests._architectures import Net
 from tests._models import network
 from tests._text import proto
 
@@ -202,3 +206,22 @@ def test_parts_are_rounded_as_the_whole(method: str, monkeypatch: pytest.MonkeyP
     parts = graphopt.optimize(network(32), passes=text, verify="off")
     tensors = [[t.tobytes() for t in ir.constants(model)] for model in (whole, parts)]
     assert tensors[0] == tensors[1]
+
+
+def test_the_command_spends_an_average_of_bits(tmp_path: Path) -> None:
+    """Some layers get 8 bits; together they stay within the average, scales included."""
+    net = Net()
+    x = net.unit(net.unit(net.unit("x", 3, 16, 3), 16, 32, 3), 32, 32, 3)
+    model = files.load(net.model(net.head(x, 32), 1, 3, 12, 12))
+    files.save(model, tmp_path / "m.onnx")
+    rng = np.random.default_rng(0)
+    np.savez(tmp_path / "d.npz", x=rng.standard_normal((8, 1, 3, 12, 12)).astype(np.float32))
+    out = tmp_path / "w.onnx"
+    base = ["quantize", str(tmp_path / "m.onnx"), "--data", str(tmp_path / "d.npz"), "--no-cache"]
+    chosen = [*base, "--average", "6.5", "--seconds", "0", "-q", "-o", str(out)]
+    result = CliRunner().invoke(main, [*chosen, "--method", "weights"])
+    assert result.exit_code == 0, result.output
+    kinds = {t.dtype for t in ir.constants(files.load(out)) if t.size > 100}
+    assert kinds >= {ir.DataType.UINT4, ir.DataType.UINT8}
+    result = CliRunner().invoke(main, [*chosen, "--overwrite"])
+    assert result.exit_code == 2 and "--average is not for --method auto" in result.output

@@ -52,6 +52,12 @@ _WORST = 8  # layers that are shown
 @click.option(
     "--rounding", help="Of weights: nearest or gptq; rtn, mse, hqq, adaround … of few bits."
 )
+@click.option(
+    "--average",
+    type=click.FloatRange(2, 8),
+    metavar="BITS",
+    help="That a weight may take: layers get 8 where that helps most. For --method weights.",
+)
 @click.option("--placement", help="A table of placements by name instead of the target's.")
 @click.option("--keep", multiple=True, metavar="NODE", help="Leave in floats (repeatable).")
 @click.option(
@@ -110,6 +116,7 @@ def quantize(model: Path, **options: Any) -> None:
     graphopt quantize model.onnx --data photos/ --mean 127.5 --std 127.5 -o int8.onnx
     graphopt quantize model.onnx --data feeds.py:feeds --target arm64 --max-drop 0.01 -o int8.onnx
     graphopt quantize model.onnx --data samples.npz --method weights --weights uint4 -o small.onnx
+    graphopt quantize model.onnx --data samples.npz --method weights --average 4.6 -o small.onnx
     graphopt quantize model.onnx --data samples.npz -o int8.onnx --report int8.html
     """
     from graphopt import files, quantization
@@ -166,19 +173,20 @@ def _pass(options: dict[str, Any]) -> Any:
     from graphopt.pass_manager import load_pass
 
     method, keep = options["method"], {"keep": tuple(options["keep"])}
-    names = ("ranges", "activations", "weights", "placement", "rounding")
-    chosen = {name: options[name] for name in names if options[name] is not None}
+    static = ("ranges", "activations", "weights", "placement", "rounding")
+    chosen = {name: options[name] for name in (*static, "average") if options[name] is not None}
     if method in ("auto", "static"):
+        _refuse(chosen, set(static), method)
         return load_pass("quantize-static", {**chosen, **keep})
     if method == "dynamic":
         _refuse(chosen, {"rounding"}, method)
         return load_pass("quantize-dynamic", {**chosen, **keep})
-    _refuse(chosen, {"weights", "rounding"}, method)
+    _refuse(chosen, {"weights", "rounding", "average"}, method)
     kind = re.fullmatch(r"(u?)int([248])", options["weights"] or "uint4")
     if kind is None:
         raise InputError(f"weights are stored as int2, uint2 … uint8, not {options['weights']!r}")
     how = {"method": options["rounding"] or "", "symmetric": not kind[1], "bits": int(kind[2])}
-    return load_pass("quantize-weights", {**how, **keep})
+    return load_pass("quantize-weights", {**how, **keep, "average": options["average"] or 0.0})
 
 
 def _refuse(chosen: dict[str, Any], known: set[str], method: str) -> None:
