@@ -8,8 +8,6 @@ Needs: ranks of the operands that are moved.
 
 from __future__ import annotations
 
-from typing import Any
-
 from graphopt import ir
 from graphopt.passes._chains import chain_above, replayed
 from graphopt.passes._layout import (
@@ -217,32 +215,24 @@ def _permuted(op: Op, value: ir.Value, uses: int) -> tuple[list[ir.Node], ir.Val
 
 
 @rewrite.on(*sorted(REDUCTIONS), "ArgMax", "ArgMin")
-def drop_reduced_transpose(op: Op, node: ir.Node) -> ir.Value | None:
-    """Reduce a tensor before it is permuted, where the axes that stay are in order all the same."""
+def reduce_before_transpose(op: Op, node: ir.Node) -> ir.Value | None:
+    """Reduce a tensor before it is permuted: what is left to permute is smaller, or in order."""
     value = node.inputs[0]
     producer = None if value is None else value.producer()
     if value is None or producer is None or not _is_transpose(producer) or op.uses(value) > 1:
         return None
-    perm = permutation(op, producer)
-    if perm is None or op.attr(node, "keepdims", 1):
+    perm, source = permutation(op, producer), producer.inputs[0]
+    if perm is None or source is None:
         return None
     single = node.op_type.startswith("Arg")
     axes = [op.attr(node, "axis", 0) % len(perm)] if single else reduced_axes(op, node, len(perm))
     if not axes:
         return None
+    reduced = moved(op, node, inverted(perm), [source, *node.inputs[1:]])
+    if op.attr(node, "keepdims", 1):
+        return op.Transpose(reduced, perm=perm)
     stay = [perm[axis] for axis in range(len(perm)) if axis not in axes]
-    if stay != sorted(stay):
-        return None
-    sources = sorted(perm[axis] for axis in axes)
-    attributes: dict[str, Any] = dict(node.attributes)
-    inputs: list[Any] = [producer.inputs[0], *node.inputs[1:]]
-    if single:
-        attributes["axis"] = sources[0]
-    elif "axes" in attributes:
-        attributes["axes"] = sources
-    elif len(inputs) > 1 and inputs[1] is not None:
-        inputs[1] = sources
-    return op.build(node.op_type, inputs, attributes)[0]
+    return transposed(op, reduced, [sorted(stay).index(axis) for axis in stay])
 
 
 @rewrite.on("MatMul")
@@ -268,13 +258,17 @@ def swap_product(op: Op, node: ir.Node) -> ir.Value | None:
 
 @rewrite.on("Split")
 def split_before_transpose(op: Op, node: ir.Node) -> list[ir.Value | None] | None:
-    """Split a tensor before it is permuted, where all parts are permuted again anyway."""
+    """Split a tensor before it is permuted, where parts are permuted again anyway."""
     value = node.inputs[0]
     producer = None if value is None else value.producer()
     if value is None or producer is None or not _is_transpose(producer) or op.uses(value) > 1:
         return None
     perm, source = permutation(op, producer), producer.inputs[0]
-    if perm is None or source is None or not all(_permuted_later(op, v) for v in node.outputs):
+    if perm is None or source is None:
+        return None
+    later = [_permuted_later(op, part) for part in node.outputs]
+    left = sum(second is None or not is_identity(composed(perm, second)) for second in later)
+    if left > sum(second is not None for second in later):
         return None
     axis = int(op.attr(node, "axis", 0)) % len(perm)
     sizes = [shape[axis] for v in node.outputs if (shape := op.shape(v)) is not None]
@@ -284,19 +278,20 @@ def split_before_transpose(op: Op, node: ir.Node) -> list[ir.Value | None] | Non
     return [op.Transpose(part, perm=perm) for part in split(op, source, perm[axis], lengths)]
 
 
-def _permuted_later(op: Op, value: ir.Value) -> bool:
-    """Whether element-wise operators, and then a Transpose, are all that takes a value."""
+def _permuted_later(op: Op, value: ir.Value) -> Perm | None:
+    """How a value is permuted, where nothing but element-wise operators takes it before."""
     for _ in range(_REGION):
         users = value.consumers()
         if len(users) != 1 or op.uses(value) != 1:
-            return False
+            return None
         user = users[0]
-        if _moves(op, user) is not None:
-            return True
+        perm = _moves(op, user)
+        if perm is not None:
+            return perm
         if user.domain or user.op_type not in UNARY:
-            return False
+            return None
         value = user.outputs[0]
-    return False
+    return None
 
 
 @rewrite.on("Transpose", benefit=-1)
