@@ -27,7 +27,12 @@ _PASSING = frozenset(
     }
 )
 """Operators whose result holds nothing but numbers of, or averages over, their first operand."""
-_WHOLE = {ir.DataType.FLOAT: 2.0**127, ir.DataType.DOUBLE: 2.0**1023, ir.DataType.FLOAT16: 65504.0}
+_WHOLE = {
+    ir.DataType.FLOAT: 2.0**127,
+    ir.DataType.BFLOAT16: 2.0**127,
+    ir.DataType.DOUBLE: 2.0**1023,
+    ir.DataType.FLOAT16: 65504.0,
+}
 _SQUARED = 2.0**60
 _DEPTH = 8
 

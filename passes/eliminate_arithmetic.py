@@ -87,6 +87,14 @@ class EliminateArithmetic(RewritePass):
                 raise Refuse("it may be 0")
             return _filled(op, node, 1)
 
+        @rewrite.on("Pow")
+        def zeroth_power(op: Op, node: ir.Node) -> ir.Value | None:
+            """x to the power of 0 is 1, for every x."""
+            x, exponent = node.inputs
+            if x is None or ir.constant(x) is not None or op.scalar(exponent) != 0:
+                return None
+            return _filled(op, node, 1)
+
         @rewrite.on("Softmax")
         def only_share(op: Op, node: ir.Node) -> ir.Value | None:
             """Along an axis of size 1, each share is the whole."""
@@ -101,7 +109,8 @@ class EliminateArithmetic(RewritePass):
             _require(op, x, trusting)
             return _filled(op, node, 1)
 
-        return same_operands, times_zero, inverse_functions, same_quotient, only_share
+        basic = (same_operands, times_zero, inverse_functions, same_quotient)
+        return *basic, zeroth_power, only_share
 
 
 def _invertible(op: Op, outer: str, source: ir.Value) -> bool:

@@ -14,7 +14,12 @@ import numpy as np
 from graphopt import ir
 from graphopt.rewriting import Op, Refuse, rewrite
 
-_SMALLEST_NORMAL = {ir.DataType.FLOAT: 2.0**-126, ir.DataType.DOUBLE: 2.0**-1022}
+_SMALLEST_NORMAL = {
+    ir.DataType.FLOAT16: 2.0**-14,
+    ir.DataType.BFLOAT16: 2.0**-126,
+    ir.DataType.FLOAT: 2.0**-126,
+    ir.DataType.DOUBLE: 2.0**-1022,
+}
 _STEP_FUNCTIONS = frozenset(
     {
         *("Floor", "Ceil", "Round", "Sign", "Mod", "Equal", "Less", "LessOrEqual", "Greater"),
@@ -39,13 +44,17 @@ def eliminate_division(op: Op, node: ir.Node) -> ir.Value | None:
         raise Refuse("runtimes fuse the scale of a matrix product")
     if any(user.op_type == "Erf" for user in node.outputs[0].consumers()):
         raise Refuse("runtimes fuse it as a part of GELU")
-    if not np.all(np.isfinite(constant)) or np.any(constant == 0):
+    divisors = constant.astype(np.float64)
+    if not np.all(np.isfinite(divisors)) or np.any(divisors == 0):
         raise Refuse("the divisor has no finite reciprocal")
     with np.errstate(all="ignore"):
-        inverse = (1 / constant.astype(np.float64)).astype(constant.dtype)
-    if not np.all(np.isfinite(inverse)) or np.any(np.abs(inverse) < smallest):
+        inverse = (1 / divisors).astype(constant.dtype)
+    numbers = inverse.astype(np.float64)
+    if not np.all(np.isfinite(numbers)) or np.any(np.abs(numbers) < smallest):
         raise Refuse("the reciprocal is out of range")
-    exact = bool(np.all(np.frexp(constant)[0] ** 2 == 0.25))
+    exact = bool(np.all(np.frexp(divisors)[0] ** 2 == 0.25))
+    if not exact and dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16):
+        raise Refuse("in half precision the reciprocal rounds more than the quotient")
     if not exact and _decides(op, node.outputs[0], _STEPS):
         raise Refuse("the quotient is rounded or compared")
     return op.Mul(x, op.initializer(inverse, "reciprocal"))

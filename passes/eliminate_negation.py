@@ -54,7 +54,7 @@ def negated_factor(op: Op, node: ir.Node) -> ir.Value | None:
         return op.build(node.op_type, sources)[0]
     for index, source in enumerate(sources):
         array = op.const((first, second)[1 - index])
-        if source is None or array is None or array.dtype.kind != "f":
+        if source is None or array is None or not _is_float(op, source):
             continue
         inputs: list[ir.Value] = [source, op.initializer(np.negative(array.astype(array.dtype)))]
         return op.build(node.op_type, inputs if index == 0 else inputs[::-1])[0]
@@ -74,11 +74,16 @@ def negated_difference(op: Op, node: ir.Node) -> ir.Value | None:
             return op.Sub(second, first)
         for index, operand in enumerate((first, second)):
             array = op.const(operand)
-            if array is not None and array.dtype.kind == "f" and not _taken_up(node):
+            if array is not None and _is_float(op, value) and not _taken_up(node):
                 inputs: list[ir.Value | None] = [first, second]
                 inputs[index] = op.initializer(np.negative(array))
                 return op.build(kind, inputs)[0]
     return None
+
+
+def _is_float(op: Op, value: ir.Value) -> bool:
+    dtype = op.dtype(value)
+    return dtype is not None and dtype.is_floating_point()
 
 
 def _taken_up(node: ir.Node) -> bool:
@@ -139,8 +144,9 @@ def comparison_or_equal(op: Op, node: ir.Node) -> ir.Value | None:
         for kind in ("Less", "Greater"):
             if first is None or _inner(op, first, kind) is None:
                 continue
-            strict = first.producer()
-            if strict is not None and {*strict.inputs} == {*equal.inputs}:
+            strict, left = first.producer(), equal.inputs[0]
+            known = left is not None and op.dtype(left) in (*_FLOATS, *_COMPARED)
+            if strict is not None and known and {*strict.inputs} == {*equal.inputs}:
                 return op.build(f"{kind}OrEqual", strict.inputs)[0]
     return None
 
@@ -160,7 +166,8 @@ def simple_power(op: Op, node: ir.Node) -> ir.Value | None:
     """The square is a product, the power -1 a Reciprocal, the power 1/2 a Sqrt."""
     x, power = node.inputs
     exponent, dtype = op.scalar(power), None if x is None else op.dtype(x)
-    if x is None or dtype not in _FLOATS or op.shape(x) != op.shape(node.outputs[0]):
+    short = dtype == ir.DataType.BFLOAT16 and op.opset >= 13
+    if x is None or not (short or dtype in _FLOATS) or op.shape(x) != op.shape(node.outputs[0]):
         return None
     if exponent not in (2, -1, 0.5) or ir.constant(x) is not None:
         return None

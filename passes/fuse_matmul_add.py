@@ -17,6 +17,12 @@ from graphopt.rewriting import Op, Refuse, rewrite
 _GEMM_TYPES = (ir.DataType.FLOAT16, ir.DataType.FLOAT, ir.DataType.DOUBLE)
 
 
+def _multiplies(op: Op, value: ir.Value) -> bool:
+    """Whether Gemm takes tensors of a value's type."""
+    dtype = op.dtype(value)
+    return dtype in _GEMM_TYPES or (dtype == ir.DataType.BFLOAT16 and op.opset >= 13)
+
+
 @rewrite.on("Add", benefit=2)
 def fuse_matmul_add(op: Op, node: ir.Node) -> ir.Value | None:
     """MatMul, or a Gemm without an addend of its own, and Add are a Gemm."""
@@ -28,7 +34,7 @@ def fuse_matmul_add(op: Op, node: ir.Node) -> ir.Value | None:
         if product.op_type not in ("MatMul", "Gemm"):
             continue
         shape = op.shape(value)
-        if shape is None or len(shape) != 2 or op.dtype(value) not in _GEMM_TYPES:
+        if shape is None or len(shape) != 2 or not _multiplies(op, value):
             continue
         if any(v is None or op.rank(v) != 2 for v in product.inputs[:2]):
             continue
@@ -84,7 +90,7 @@ def fuse_product_transpose(op: Op, node: ir.Node) -> ir.Value | None:
         return None
     if any(v is None or op.rank(v) != 2 for v in product.inputs[:2]):
         return None
-    if op.dtype(value) not in _GEMM_TYPES or len(product.inputs) > 2:
+    if not _multiplies(op, value) or len(product.inputs) > 2:
         return None
     turned = [1 - op.attr(product, name, 0) for name in ("transB", "transA")]
     attributes = {
@@ -106,7 +112,7 @@ def fuse_transpose_matmul(op: Op, node: ir.Node) -> ir.Value | None:
         producer = None if value is None else value.producer()
         if value is None or producer is None or op.uses(value) != 1:
             continue
-        if producer.op_type != "Transpose" or producer.domain or op.dtype(value) not in _GEMM_TYPES:
+        if producer.op_type != "Transpose" or producer.domain or not _multiplies(op, value):
             continue
         if permutation(op, producer) != [1, 0]:
             continue

@@ -18,7 +18,7 @@ from graphopt import ir
 from graphopt.passes._linear import Floats, batchnorm_factors, floats, narrowed
 from graphopt.rewriting import Op, rewrite
 
-_TYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE)
+_TYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
 _MOST = 8  # operands of a Sum
 
 
@@ -65,13 +65,18 @@ def merge_branches(op: Op, node: ir.Node) -> ir.Value | None:
 
 @rewrite.on("Add", benefit=4)
 def merge_products(op: Op, node: ir.Node) -> ir.Value | None:
-    """x A + x B is x (A + B), and x A + x is x (A + I)."""
+    """x A + x B is x (A + B), x A + x is x (A + I), and x A + y A is (x + y) A."""
     first, second = node.inputs
     if first is None or second is None or first is second:
         return None
     left, right = _product(op, first), _product(op, second)
     if left is None and right is None:
         return None
+    if left is not None and right is not None and np.array_equal(left[1], right[1]):
+        shape = op.shape(left[0])
+        if left[0] is not right[0] and shape is not None and shape == op.shape(right[0]):
+            maker = first.producer()
+            return None if maker is None else op.MatMul(op.Add(left[0], right[0]), maker.inputs[1])
     x, weights = left or right or (None, None)
     if x is None or weights is None or op.dtype(x) not in _TYPES or op.rank(x) in (None, 1):
         return None

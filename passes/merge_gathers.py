@@ -14,7 +14,7 @@ import numpy as np
 
 from graphopt import ir
 from graphopt.passes._layout import BROADCASTING, UNARY
-from graphopt.passes._slices import Span, sliced, spans, split
+from graphopt.passes._slices import END, Span, sliced, spans, split
 from graphopt.passes._views import axes_arguments
 from graphopt.rewriting import Op, rewrite
 
@@ -58,6 +58,28 @@ def gather_only_element(op: Op, node: ir.Node) -> ir.Value | None:
         return None
     more, attributes = axes_arguments(op, [found[0]])
     return op.Squeeze(value, *more, **attributes)
+
+
+@rewrite.on("Squeeze")
+def slice_squeezed(op: Op, node: ir.Node) -> ir.Value | None:
+    """A Slice of one element that then loses its axis is a Gather of it."""
+    value = node.inputs[0]
+    part = None if value is None else value.producer()
+    taken = None if part is None else spans(op, part)
+    if value is None or part is None or taken is None or len(taken) != 1 or op.uses(value) != 1:
+        return None
+    (axis, span), *_ = taken.items()
+    before, after, source = op.shape(value), op.shape(node.outputs[0]), part.inputs[0]
+    if before is None or after is None or source is None or op.values(source) is not None:
+        return None
+    if before[axis] != 1 or after != (*before[:axis], *before[axis + 1 :]):
+        return None
+    last = span.start == -1 and span.end >= END // 2
+    if span.step != 1 or not (last or span.end == span.start + 1) or span.end == 0:
+        return None
+    if span.start < 0 and op.opset < 11:
+        return None
+    return op.Gather(source, op.initializer(np.asarray(span.start, np.int64)), axis=axis)
 
 
 @rewrite.on("Gather", "Slice", benefit=2)
