@@ -37,7 +37,7 @@ class Recover(Pass):
     epochs: int = -1
     """Then train all weights on the unpruned model's results, so often through the data; -1: as
     often as a minute or two allows."""
-    rate: float = 1e-2
+    rate: float = 5e-3
     """Of that training, relative to the weights."""
 
     def run(self, context: Context) -> None:

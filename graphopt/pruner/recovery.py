@@ -51,7 +51,7 @@ class Recovery:
     epochs: int = -1
     """Then train all weights on the unpruned model's results, so often through the data; -1: as
     often as a minute or two allows."""
-    rate: float = 1e-2
+    rate: float = 5e-3
     """Of that training, relative to the weights."""
 
     def __post_init__(self) -> None:
