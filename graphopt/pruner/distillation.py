@@ -258,7 +258,8 @@ def _weighing(teacher: _Teacher, data: _Data) -> tuple[dict[str, float], bool]:
     for feeds in data.judged:
         values = teacher(feeds)
         for name, array in values.items():
-            sums = np.array([array.size, array.sum(dtype=np.float64), np.square(array).sum()])
+            squares = np.square(array, dtype=np.float64).sum()
+            sums = np.array([array.size, array.sum(dtype=np.float64), squares])
             found.setdefault(name, []).append(sums)
         other = mirrored(feeds)
         if other is not None:
