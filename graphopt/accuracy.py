@@ -12,7 +12,7 @@ from graphopt import ir
 from graphopt.backends import Array, Executable, Output
 from graphopt.errors import InputError
 from graphopt.pruner.batching import batched
-from graphopt.runner import Runner
+from graphopt.runner import BATCH_SECONDS, Runner
 from graphopt.samples import Samples
 
 Metric = Callable[[Mapping[str, Output], Array], float]
@@ -43,7 +43,7 @@ def _share(found: Array, labels: Array) -> float:
 
 def sampled_top1(model: ir.Model, samples: Samples) -> float:
     """`top1` of a model on samples with labels, by ONNX Runtime on the CPU."""
-    runner = Runner(model, optimize=True)
+    runner = Runner(model, optimize=True, seconds=BATCH_SECONDS)
     parts: dict[str, list[Array]] = {}
     for feeds in batched(model, samples, _PREDICT_BATCH):
         for name, value in runner.run(feeds).items():

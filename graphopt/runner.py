@@ -23,7 +23,9 @@ from graphopt.errors import GraphoptError, InputError, TimeLimitError
 from graphopt.ir import Array
 
 __all__ = [
+    "BATCH_SECONDS",
     "NUMPY_TYPES",
+    "RUN_SECONDS",
     "Runner",
     "from_ort",
     "memory_guard",
@@ -136,6 +138,8 @@ _RAW_OUTPUTS = ("bfloat16", "float8", "int4", "int2", "float4")
 
 RUN_SECONDS = 10.0
 """How long a run may take unless told otherwise: models from anywhere may loop for years."""
+BATCH_SECONDS = 600.0
+"""As much for a batch of samples, of a model that is known to run."""
 _SLOWEST = 20e6  # bytes of weights that a run reads from a disk in a second, at least
 
 
@@ -221,12 +225,20 @@ class Runner:
     """A model loaded into ONNX Runtime on the CPU.
 
     `model` is an IR model, of any size, or the path of a file. `threads` counts threads within an
-    operator. ONNX Runtime's graph optimizations are off unless `optimize` is set. Weights that are
+    operator. ONNX Runtime's graph optimizations are off unless `optimize` is set. A run may take
+    `seconds`, and the time to read weights that are too large to copy. Weights that are
     memory-mapped are read from where they are: at most one copy of them is made, none beyond 1 GB.
     Raises GraphoptError, with one line, for a model that ONNX Runtime cannot load.
     """
 
-    def __init__(self, model: ir.Model | Path, *, threads: int = 1, optimize: bool = False) -> None:
+    def __init__(
+        self,
+        model: ir.Model | Path,
+        *,
+        threads: int = 1,
+        optimize: bool = False,
+        seconds: float = RUN_SECONDS,
+    ) -> None:
         self._fed: dict[str, object] = {}
         self._session: Any
         try:
@@ -238,7 +250,7 @@ class Runner:
             raise GraphoptError(f"ONNX Runtime cannot load the model: {one_line(error)}") from error
         arrays = (v for v in self._fed.values() if isinstance(v, np.ndarray))
         fed = sum(cast(Array, array).nbytes for array in arrays)
-        self._seconds = RUN_SECONDS + fed / _SLOWEST
+        self._seconds = seconds + fed / _SLOWEST
         names: list[str] = [i.name for i in self._session.get_inputs()]
         self.inputs = [name for name in names if name not in self._fed]
         self.outputs: list[str] = [o.name for o in self._session.get_outputs()]
@@ -248,8 +260,7 @@ class Runner:
 
         Returns the graph's outputs by name: arrays, lists of them, lists of dicts for maps, or
         None for an optional without a value. Raises InputError for names that the model does not
-        have, TimeLimitError beyond `RUN_SECONDS` (and the time to read weights that are too large
-        to copy), GraphoptError where the run fails.
+        have, TimeLimitError beyond the runner's limit, GraphoptError where the run fails.
         """
         unknown = sorted(set(feeds) - set(self.inputs))
         if unknown:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from graphopt import files, ir
 from graphopt.errors import InputError
-from graphopt.runner import Runner
+from graphopt.runner import RUN_SECONDS, Runner
 
 __all__ = ["MEMORY_LIMIT", "groups", "sizes", "tap", "tapped"]
 
@@ -30,11 +30,13 @@ def tap(
     samples: Iterable[Feeds],
     *,
     threads: int = 1,
+    seconds: float = RUN_SECONDS,
 ) -> Iterator[dict[str, Array]]:
     """For each of the samples a dict of the values asked for, by name, in their order.
 
     Values are tensors of the main graph: inputs, constants, results of nodes. The model is not
-    changed. Where all of them do not fit into memory at once, tap them by `groups`.
+    changed. Where all of them do not fit into memory at once, tap them by `groups`. A run may take
+    `seconds`.
 
     Raises:
         InputError: no such value in the main graph.
@@ -44,7 +46,7 @@ def tap(
     if {v.name for v in model.graph.inputs}.issuperset(names):
         yield from ({name: feeds[name] for name in names} for feeds in samples)
         return
-    runner = Runner(tapped(model, names), threads=threads, optimize=True)
+    runner = Runner(tapped(model, names), threads=threads, optimize=True, seconds=seconds)
     wanted = set(runner.inputs)
     for feeds in samples:
         results = runner.run({name: feed for name, feed in feeds.items() if name in wanted})

@@ -24,7 +24,7 @@ from graphopt.pruner.estimating import operations
 from graphopt.pruner.gradients import Tape
 from graphopt.pruner.records import Record
 from graphopt.pruner.recovery import Recovery
-from graphopt.runner import Runner
+from graphopt.runner import BATCH_SECONDS, Runner
 from graphopt.samples import Samples
 from graphopt.taps import tapped
 
@@ -175,7 +175,8 @@ class _Teacher:
         self.outputs = [value.name or "" for value in model.graph.outputs]
         marks = [name for name in _marks(model, record) if name not in self.outputs]
         self._kept = {name: record.kept.get(name, {}) for name in marks}
-        self._runner = Runner(tapped(record.teacher, [*self.outputs, *marks]), optimize=True)
+        shown = tapped(record.teacher, [*self.outputs, *marks])
+        self._runner = Runner(shown, optimize=True, seconds=BATCH_SECONDS)
 
     def __call__(self, feeds: Feeds) -> dict[str, Array]:
         """The values by name, of channels that are left."""

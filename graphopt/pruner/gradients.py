@@ -16,7 +16,7 @@ import numpy.typing as npt
 from graphopt import files, ir
 from graphopt.errors import InputError
 from graphopt.gram import padding
-from graphopt.runner import Runner
+from graphopt.runner import BATCH_SECONDS, Runner
 
 __all__ = ["Tape", "with_inputs"]
 
@@ -55,7 +55,7 @@ class Tape:
         )
         shown = {value.name for value in graph.outputs}
         graph.outputs.extend(known[name] for name in wanted if name not in shown)
-        self._runner = Runner(copy)
+        self._runner = Runner(copy, seconds=BATCH_SECONDS)
 
     def forward(self, feeds: Values, parameters: Values) -> dict[str, Array]:
         """All values by name."""

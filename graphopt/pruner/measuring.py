@@ -17,6 +17,7 @@ from graphopt.pruner.batching import batched
 from graphopt.pruner.criteria import by_weights
 from graphopt.pruner.groups import Family, Groups
 from graphopt.pruner.selection import Scores
+from graphopt.runner import BATCH_SECONDS
 from graphopt.samples import Samples
 from graphopt.taps import tap
 
@@ -71,7 +72,9 @@ def _inputs(
 ) -> Iterator[tuple[ir.Node, Reals]]:
     """The input of each node on each batch of samples."""
     names = [value.name or "" for node in nodes if (value := node.inputs[0]) is not None]
-    for found in tap(groups.model, names, batched(groups.model, samples, _BATCH)):
+    for found in tap(
+        groups.model, names, batched(groups.model, samples, _BATCH), seconds=BATCH_SECONDS
+    ):
         for node, name in zip(nodes, names, strict=True):
             yield node, found[name].astype(np.float32, copy=False)
 

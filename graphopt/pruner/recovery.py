@@ -22,6 +22,7 @@ from graphopt.gram import LINEAR, column_blocks
 from graphopt.pruner.batching import batched
 from graphopt.pruner.fitting import Fit, Sums, biased, can_fit, fit
 from graphopt.pruner.records import Record
+from graphopt.runner import BATCH_SECONDS
 from graphopt.samples import Samples
 from graphopt.taps import tap
 
@@ -147,8 +148,10 @@ def _collect(
     asked = [source] if other is None else [source, other]
     sums = Sums()
     rng = np.random.default_rng(0)
-    mine = tap(model, asked, batched(model, data, options.batch))
-    theirs = tap(record.teacher, [aim], batched(record.teacher, data, options.batch))
+    mine = tap(model, asked, batched(model, data, options.batch), seconds=BATCH_SECONDS)
+    theirs = tap(
+        record.teacher, [aim], batched(record.teacher, data, options.batch), seconds=BATCH_SECONDS
+    )
     for own, given in zip(mine, theirs, strict=True):
         target = given[aim]
         for axis, positions in kept.items():
@@ -233,7 +236,7 @@ def _restate(model: ir.Model, node: ir.Node, data: Samples, options: Recovery) -
     if len(mean.uses()) > 1 or len(variance.uses()) > 1:
         return  # of another layer too, since what is equal was merged
     total, squares, count = np.zeros(1), np.zeros(1), 0
-    for own in tap(model, [source], batched(model, data, options.batch)):
+    for own in tap(model, [source], batched(model, data, options.batch), seconds=BATCH_SECONDS):
         x = own[source.name or ""].astype(np.float64)
         axes = (0, *range(2, x.ndim))
         total, squares = total + x.sum(axes), squares + np.square(x).sum(axes)

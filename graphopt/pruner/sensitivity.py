@@ -23,7 +23,7 @@ from graphopt.pruner.groups import Groups
 from graphopt.pruner.measuring import columns_left, family_grams
 from graphopt.pruner.selection import Scores, Selection, least
 from graphopt.pruner.slopes import distance
-from graphopt.runner import Runner
+from graphopt.runner import BATCH_SECONDS, Runner
 from graphopt.samples import Samples
 
 __all__ = ["SHARES", "Curves", "path", "scan"]
@@ -92,7 +92,7 @@ def scan(
 
 def _outputs(model: ir.Model, data: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
     """The model's outputs, batch by batch."""
-    runner = Runner(model, optimize=True)
+    runner = Runner(model, optimize=True, seconds=BATCH_SECONDS)
     for feeds in batched(model, data, _BATCH):
         yield runner.run(feeds)
 
