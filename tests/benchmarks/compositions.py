@@ -39,6 +39,7 @@ from graphopt.shapes import Shapes
 from graphopt.target import Target
 from tests.benchmarks._cells import recurrent
 from tests.benchmarks._idioms import CHANNELS, IMAGES, ROWS, SIDE, WIDTH, Sketch
+from tests.benchmarks._spellings import SPELT_IMAGES, SPELT_ROWS
 
 onnx: Any = importlib.import_module("onnx")
 helper = onnx.helper
@@ -83,7 +84,7 @@ def compose(seed: int) -> Subject | None:
     dtype = rng.choices([np.float32, np.float16, np.float64], [0.86, 0.09, 0.05])[0]
     sketch = Sketch(rng, opset, dtype, rng.choice([0.0, 0.0, 0.05, 0.15]))
     rows = rng.random() < 0.65
-    snippets = (*ROWS, recurrent) if rows else IMAGES
+    snippets = (*ROWS, *SPELT_ROWS, recurrent) if rows else (*IMAGES, *SPELT_IMAGES)
     dims = ["n", "s", WIDTH] if rows else ["n", CHANNELS, SIDE, SIDE]
     if rng.random() < 0.4:
         dims = [{"n": 2, "s": 3}.get(dim, dim) if isinstance(dim, str) else dim for dim in dims]
