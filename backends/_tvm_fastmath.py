@@ -31,6 +31,9 @@ _ERF_Q_LOW = (-7.37332916720468e-03, -1.42647390514189e-02)
 _ERF_P_LAST = (-1.60960333262415e-02,)
 
 
+_FLOATS = ("float32", "float16")
+
+
 def exp(x: Any) -> Any:
     """e to the x: 2 to a whole number, by the exponent's bits, times a polynomial."""
     low, high = _EXP_RANGE
@@ -86,10 +89,10 @@ _TANH = (0.0218694885, -0.0539682540, 0.1333333333, -0.3333333333, 1.0)
 
 
 def softmax(builder: Any, call: Any) -> Any:
-    """Along the last axis, each row by itself; float32 only."""
+    """Along the last axis, each row by itself; in float32."""
     (x,) = call.args
     rank = int(x.ty.ndim)
-    if int(call.attrs.axis) not in (-1, rank - 1) or str(x.ty.dtype) != "float32" or rank < 1:
+    if int(call.attrs.axis) not in (-1, rank - 1) or str(x.ty.dtype) not in _FLOATS or rank < 1:
         return default("relax.nn.softmax")(builder, call)
     return builder.call_te(_softmax, x, primfunc_name_hint="softmax")
 
@@ -111,17 +114,21 @@ def _softmax(x: Any) -> Any:
     *outer, size = x.shape
     a, b = te.reduce_axis((0, size), "a"), te.reduce_axis((0, size), "b")
 
+    def at(*index: Any) -> Any:
+        return x(*index).astype("float32")
+
     def highest(*index: Any) -> Any:
-        return te.max(x(*index, a), axis=a)
+        return te.max(at(*index, a), axis=a)
 
     def power(*index: Any) -> Any:
-        return exp(x(*index) - top(*index[:-1]))
+        return exp(at(*index) - top(*index[:-1]))
 
     def sum_up(*index: Any) -> Any:
         return te.sum(powers(*index, b), axis=b)
 
     def share(*index: Any) -> Any:
-        return powers(*index) * (_f(1.0) / total(*index[:-1]))  # one division for a row
+        inverse = _f(1.0) / total(*index[:-1])  # one division for a row
+        return (powers(*index) * inverse).astype(x.dtype)
 
     top = te.compute(outer, highest, name="top")
     powers = te.compute(x.shape, power, name="powers")
@@ -130,15 +137,15 @@ def _softmax(x: Any) -> Any:
 
 
 def _each(name: str, function: Callable[[Any], Any]) -> Callable[[Any, Any], Any]:
-    """A legalization that applies a function to every element of a float32 tensor."""
+    """A legalization that applies a function to every element, computing in float32."""
 
     def legalize(builder: Any, call: Any) -> Any:
-        if str(call.ty.dtype) != "float32":
+        if str(call.ty.dtype) not in _FLOATS:
             return default(f"relax.{name}")(builder, call)
 
         def compute(x: Any) -> Any:
             def element(*index: Any) -> Any:
-                return function(x(*index))
+                return function(x(*index).astype("float32")).astype(x.dtype)
 
             return te.compute(x.shape, element, name=name)
 

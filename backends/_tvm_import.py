@@ -121,6 +121,8 @@ class _Importer:
         self._tvm._parse_graph_input(graph)
         params: list[Any] = []
         for value in self._model.graph.inputs:
+            if value.type is not None and not isinstance(value.type, ir.TensorType):
+                raise GraphoptError(f"tvm: input {value.name!r} is no tensor")
             parameter = self._nodes[value.name or ""]
             if isinstance(parameter, relax.Var):
                 params.append(parameter)
@@ -162,6 +164,7 @@ class _Importer:
         if known and all(value is not None for value in known):
             self._bind(node, list(proto.output), relax.Tuple(known))
             return
+        self._require_types(node)
         inputs = _frontend.onnx_input()
         inputs.extend(None if not name else self._nodes[name] for name in proto.input)
         attributes = self._tvm._parse_attr(proto.attribute)
@@ -178,6 +181,15 @@ class _Importer:
             opset = self._tvm.opset
             result = self._tvm._convert_operator(node.op_type, inputs, attributes, opset)
         self._bind(node, list(proto.output), result)
+
+    def _require_types(self, node: ir.Node) -> None:
+        """TVM rounds the numbers of few bits in ways of its own."""
+        for value in (*node.inputs, *node.outputs):
+            if value is None or value.const_value is not None:
+                continue
+            dtype = self._sizes.dtype(value)
+            if dtype is not None and dtype.name.startswith(_FEW_BITS):
+                raise NotImplementedError(f"numbers of type {dtype.name.lower()}")
 
     def _bind(self, node: ir.Node, names: list[str], result: Any) -> None:
         if isinstance(result, relax.Expr) and not isinstance(result, relax.Tuple):
@@ -247,6 +259,7 @@ class _Importer:
             )
 
 
+_FEW_BITS = ("FLOAT8", "FLOAT4", "INT4", "UINT4", "INT2", "UINT2")
 _TAKES_SHAPES = frozenset(
     {"Reshape", "Resize", "ConstantOfShape", "Gather", "Slice", "Shape", "Expand", "Concat"}
     | {"Equal", "Where", "Cast", "CastLike", "Squeeze"}

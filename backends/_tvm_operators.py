@@ -203,6 +203,34 @@ def _is_whole(size: int | None, start: int, end: int, step: int) -> bool:
     return step == 1 and start == 0 and end >= (ENDLESS if size is None else size)
 
 
+def _first_only(call: Call) -> None:
+    """The importer's converter, which makes up the other outputs."""
+    if any(value.name for value in call.node.outputs[1:]):
+        raise NotImplementedError("outputs besides the first")
+
+
+def _mod(call: Call) -> None:
+    """The importer's converter, which is wrong for infinities and the sign of zero."""
+    if str(call.inputs[0].ty.dtype).startswith("float"):
+        raise NotImplementedError("remainders of floats")
+
+
+def _resize(call: Call) -> None:
+    """The importer's converter, which computes with the sizes in place of the scales."""
+    for name, plain in (("antialias", 0), ("exclude_outside", 0)):
+        if call.attribute(name, plain) != plain:
+            raise NotImplementedError(name)
+    x, scales = call.inputs[0], call.get(2)
+    if call.get(3) is not None or scales is None:
+        return
+    if not is_constant(scales):
+        raise NotImplementedError("scales that are computed")
+    for size, scale in zip(x.ty.shape.values, scales.value.numpy().ravel().tolist(), strict=False):
+        known = number(size)
+        if (scale if known is None else known * scale) % 1:
+            raise NotImplementedError("scales that give no whole sizes")
+
+
 OPERATORS: dict[tuple[str, str], Converter] = {
     ("", "Reshape"): _reshape,
     ("", "Flatten"): _reshape,
@@ -221,6 +249,9 @@ OPERATORS: dict[tuple[str, str], Converter] = {
     ("", "DequantizeLinear"): _dequantize,
     ("", "Gather"): _gather,
     ("", "Slice"): _slice,
+    ("", "LayerNormalization"): _first_only,
+    ("", "Mod"): _mod,
+    ("", "Resize"): _resize,
     ("", "LSTM"): _tvm_recurrent.convert,
     ("", "GRU"): _tvm_recurrent.convert,
     ("", "RNN"): _tvm_recurrent.convert,

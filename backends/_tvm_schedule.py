@@ -81,6 +81,9 @@ def _stages(schedule: Any, machine: Machine) -> tuple[Any, str]:
     blocks = loops.children(schedule)
     loops.inline_all(schedule, blocks[:-1])
     for block in loops.children(schedule):
+        if not schedule.get_loops(block):  # TVM cannot factor a sum that such a block reads
+            schedule.add_unit_loop(block)
+    for block in loops.children(schedule):
         if loops.is_reduction(schedule, block):
             loops.reduce(schedule, block, machine)
         else:

@@ -39,6 +39,10 @@ class Sizes:
             if len(known) == 1 and str(known[0].name) == str(size):
                 self._variables.setdefault(known[0].name, expression)
 
+    def dtype(self, value: ir.Value) -> ir.DataType | None:
+        """The type of a value's elements."""
+        return self._shapes.dtype(value)
+
     def shape(self, value: ir.Value) -> list[Any] | None:
         """The sizes, if each can be said in terms of the inputs' sizes."""
         shape = self._shapes.shape(value)

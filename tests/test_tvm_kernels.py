@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from graphopt import compilation
+from graphopt import backends, compilation
 from graphopt.backends import Array
 from tests._models import parse
 from tests.test_tvm import CPU, agree, needs_tvm, random, with_weights
@@ -78,3 +78,55 @@ def test_division_by_constants(tmp_path: Path) -> None:
 def test_rows_of_an_odd_length(tmp_path: Path) -> None:
     model = parse("g (float[4,37] x) => (float y) { y = Softmax <axis = -1> (x) }")
     agree(model, {"x": random(4, 37)}, tmp_path / "a", "stages", tolerance=1e-6)
+
+
+@needs_tvm
+@pytest.mark.parametrize(
+    ("body", "shape", "kernel"),
+    [
+        ("y = MatMul (x, w)", (17, 48), (48, 40)),
+        ("c = Conv <pads = [1, 1, 1, 1]> (x, w) y = Relu (c)", (1, 16, 9, 11), (24, 16, 3, 3)),
+        (
+            "c = Conv <group = 16, pads = [1, 1, 1, 1]> (x, w) y = Sigmoid (c)",
+            (1, 16, 9, 8),
+            (16, 1, 3, 3),
+        ),
+        ("m = Mul (x, w) y = Softmax <axis = -1> (m)", (5, 64), (64,)),
+        ("m = Mul (x, w) y = Erf (m)", (5, 33), (33,)),
+        ("m = Mul (x, w) y = ReduceMean <keepdims = 0> (m)", (6, 128), (128,)),
+    ],
+)
+def test_half_precision(
+    tmp_path: Path, body: str, shape: tuple[int, ...], kernel: tuple[int, ...]
+) -> None:
+    text = f"g (float16{list(shape)} x, float16[] w) => (float16 y) {{ {body} }}"
+    scale = float(np.sqrt(np.prod(kernel[1:]))) if len(kernel) > 1 else 1.0
+    weights = (random(*kernel) / scale).astype(np.float16)
+    agree(
+        with_weights(text, w=weights),
+        {"x": random(*shape, dtype=np.float16)},
+        tmp_path / "a",
+        tolerance=2e-2,
+    )
+
+
+@needs_tvm
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        ("[a] c = Cast <to = 17> (x) y = Cast <to = 1> (c)", "numbers of type float8e4m3fn"),
+        ("[a] y, m = LayerNormalization <axis = -1> (x, w)", "outputs besides the first"),
+    ],
+)
+def test_what_the_importer_gets_wrong(body: str, reason: str) -> None:
+    outputs = "float y, float m" if " m " in body else "float y"
+    model = with_weights(f"g (float[4,8] x, float[] w) => ({outputs}) {{ {body} }}", w=random(8))
+    assert backends.get("tvm").supports(model, CPU)["a"] == reason
+
+
+@needs_tvm
+@pytest.mark.parametrize("reduction", ["ReduceMean", "ReduceMax", "ReduceSum", "ReduceL2"])
+@pytest.mark.parametrize("shape", [(6, 128), (7,), (3, 5, 33)])
+def test_reductions_to_a_number(tmp_path: Path, reduction: str, shape: tuple[int, ...]) -> None:
+    text = f"g (float{list(shape)} x) => (float y) {{ y = {reduction} <keepdims = 0> (x) }}"
+    agree(parse(text, opset=18), {"x": random(*shape)}, tmp_path / "a", tolerance=1e-5)
