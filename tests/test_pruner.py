@@ -107,7 +107,7 @@ def test_corpus(folder: object) -> None:
     """Every model of the corpus: masked is pruned, and something is pruned."""
     path = CORPUS / str(getattr(folder, "name", ""))
     if path.name in SLOW:
-        pytest.skip("takes minutes on two cores")
+        pytest.skip("takes minutes: python -m tests.benchmarks.pruning --only masked")
     clean = parse_pipeline(",".join(PIPELINES[1]))
     model = PassManager(clean).run(Context(files.load(path / "model.onnx")))
     if path.name in NOTHING:
