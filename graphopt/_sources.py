@@ -191,6 +191,17 @@ def user_function(text: str) -> Callable[[], Any]:
     return function_found
 
 
+def array(value: Any, where: str) -> Array:
+    """Anything as an array: torch's tensors on any device too, bfloat16 as float32."""
+    if hasattr(value, "detach"):
+        value = value.detach().cpu()
+        value = value.float() if str(value.dtype) == "torch.bfloat16" else value
+    try:
+        return np.asarray(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{where}: {type(value).__name__} is no array: {error}") from error
+
+
 def _text(array: Array) -> Array:
     """Text as Python strings, which ONNX Runtime takes."""
     return array.astype(object) if array.dtype.kind in "US" else array

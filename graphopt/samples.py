@@ -102,6 +102,23 @@ class Samples:
             random=self.random,
         )
 
+    def part(self, index: int, count: int) -> Samples:
+        """Every so many-th of them from `index` on: one of `count` parts that make up all.
+
+        What processes or machines see of their parts is added up by `Sketches.merge`.
+        """
+        if not 0 <= index < count:
+            raise InputError(f"there is no part {index} of {count}: they are counted from 0")
+        known = None if self._count is None else len(range(index, self._count, count))
+        return Samples(
+            lambda: itertools.islice(self._rows(), index, None, count),
+            self._model,
+            where=f"{self.where}, part {index} of {count}",
+            labels=None if self.labels is None else self.labels[index::count],
+            count=known,
+            random=self.random,
+        )
+
 
 class Reader(Protocol):
     """ONNX Runtime's CalibrationDataReader."""
@@ -147,7 +164,9 @@ def open_samples(
     elif isinstance(source, Mapping):
         given = cast("Mapping[str, Any]", source)
         where = "the arrays given"
-        stacks = {name: _sources.Held(_array(array, where)) for name, array in given.items()}
+        stacks = {
+            name: _sources.Held(_sources.array(array, where)) for name, array in given.items()
+        }
         samples = _of_stacks(stacks, model, where)
     elif isinstance(source, np.ndarray):
         stack = _sources.Held(cast(Array, source))
@@ -360,22 +379,11 @@ def _row(item: Any, model: ir.Model, where: str) -> dict[str, Array]:
     names = [v.name or "" for v in required_inputs(model)]
     if isinstance(item, Mapping):
         given = cast("Mapping[str, Any]", item)
-        return {str(name): _array(value, where) for name, value in given.items()}
+        return {str(name): _sources.array(value, where) for name, value in given.items()}
     values = cast("Sequence[Any]", item if isinstance(item, list | tuple) else [item])
     if not len(names) <= len(values) <= len(names) + 1:
         raise InputError(f"{where}: {len(values)} arrays for the inputs {names}")
-    return {name: _array(value, where) for name, value in zip(names, values, strict=False)}
-
-
-def _array(value: Any, where: str) -> Array:
-    """Anything as an array: torch's tensors on any device too, bfloat16 as float32."""
-    if hasattr(value, "detach"):
-        value = value.detach().cpu()
-        value = value.float() if str(value.dtype) == "torch.bfloat16" else value
-    try:
-        return np.asarray(value)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"{where}: {type(value).__name__} is no array: {error}") from error
+    return {name: _sources.array(value, where) for name, value in zip(names, values, strict=False)}
 
 
 def _fitted(row: dict[str, Array], model: ir.Model) -> Iterator[Row]:

@@ -103,10 +103,10 @@ def test_calibration_in_groups_and_from_the_cache(tmp_path: Path) -> None:
     samples = open_samples(images(), model)
     whole = calibrate(model, names, samples)
     parts = calibrate(model, names, samples, memory_limit=1 << 14, cache=tmp_path)
-    half = open_samples({"x": images()["x"][:12]}, model)
-    other = open_samples({"x": images()["x"][12:]}, model)
-    merged = calibrate(model, names, half)
-    merged.merge(calibrate(model, names, other))
+    merged = Sketches()
+    for index in range(3):
+        calibrate(model, names, samples.part(index, 3)).save(tmp_path / f"part{index}")
+        merged.merge(Sketches.load(tmp_path / f"part{index}"))
     again = calibrate(model, names, samples, memory_limit=1 << 14, cache=tmp_path)
     assert whole.samples == parts.samples == merged.samples == again.samples == 24
     for name in names:

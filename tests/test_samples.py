@@ -228,3 +228,13 @@ def test_samples_without_a_batch_and_tensors(tmp_path: Path) -> None:
     assert np.array_equal(rows(open_samples(tmp_path, free())), X[:, None])
     with pytest.raises(InputError, match="list: list is no array"):
         list(open_samples([{"x": [[1.0], [1.0, 2.0]]}], free()))
+
+
+def test_parts_make_up_the_whole() -> None:
+    whole = open_samples({"x": X, "labels": np.arange(6)}, free())
+    parts = [whole.part(index, 4) for index in range(4)]
+    assert [len(part) for part in parts] == [2, 2, 1, 1]
+    assert np.array_equal(rows(parts[1]), X[1::4, None])
+    assert parts[1].labels is not None and parts[1].labels.tolist() == [1, 5]
+    with pytest.raises(InputError, match="no part 4 of 4"):
+        whole.part(4, 4)

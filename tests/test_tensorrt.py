@@ -18,7 +18,11 @@ from onnx import TensorProto, helper, numpy_helper
 from graphopt import artifact, backends, compilation, files
 from graphopt.backends import Array, _tensorrt_build
 from graphopt.errors import GraphoptError, InputError, MissingError
+from graphopt.quantization import Quantization, quantize
+from graphopt.quantizer.checking import check_quantized
+from graphopt.quantizer.placement import TABLES
 from graphopt.target import Target
+from tests._models import images, network
 
 BACKEND = backends.get("tensorrt")
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_120")
@@ -277,3 +281,15 @@ def test_an_engine_without_its_gpu(tmp_path: Path) -> None:
     folder = build(half(), tmp_path / "a", "cuda:sm_75")
     with pytest.raises(MissingError, match=r"cannot run here: .*(NVIDIA|the GPU here is)"):
         compilation.load(folder)
+
+
+@pytest.mark.usefixtures("installed")
+def test_what_is_quantized_for_a_gpu_builds_whole(tmp_path: Path) -> None:
+    report = Quantization()
+    model = network()
+    made = quantize(model, images(4), target="cuda:sm_89", force=True, report=report)
+    assert report.placement == "tensorrt" and not check_quantized(made, TABLES["tensorrt"])
+    assert "QuantizeLinear" in {node.op_type for node in made.graph}
+    found = artifact.read(build(made, tmp_path / "a"))
+    assert [part.backend for part in found.parts or ()] in ([], ["tensorrt"])
+    assert not found.fallback

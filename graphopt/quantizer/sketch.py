@@ -65,13 +65,14 @@ class Sketch:
             raise InputError(f"the values of {name!r} are not all finite")
         self._cover(low, high)
         flat = np.ascontiguousarray(array).reshape(-1)
-        scale, offset = np.float32(2.0**-self.exponent), np.float32(-self.start)
+        scale = np.float32(2.0**-self.exponent)
         for begin in range(0, flat.size, _CHUNK):
             chunk = flat[begin : begin + _CHUNK].astype(np.float32, copy=False)
-            place = chunk * scale
+            place = chunk * scale  # exact: so parts that are merged give what the whole gives
             if self.start:
-                place += offset
+                np.floor(place, out=place)
             index = place.astype(np.int64)
+            index -= self.start
             np.minimum(index, BINS - 1, out=index)
             self.counts += np.bincount(index, minlength=BINS)
             self.zeros += chunk.size - int(np.count_nonzero(chunk))
