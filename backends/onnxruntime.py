@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import json
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -50,15 +48,10 @@ _LEVELS = {
 }
 _ORT_BYTES = 1 << 31  # flatbuffers count in signed 32 bits
 _FATAL = 4  # log severity: everything less is in the exception too, or no concern of the user's
-_EXTENDED = {
-    # numpy knows these only through ml_dtypes, ONNX Runtime only by TensorProto's numbers
-    "bfloat16": 16,
-    "float8_e4m3fn": 17,
-    "float8_e4m3fnuz": 18,
-    "float8_e5m2": 19,
-    "float8_e5m2fnuz": 20,
+_PLAIN = frozenset({"bool", "string", "float16", "float32", "float64", "?"}) | {
+    f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)
 }
-_TENSOR_TYPES = {f"tensor({name.replace('_', '')})": name for name in _EXTENDED}
+"""What ONNX Runtime and numpy exchange as arrays; `?` is left to the runtime."""
 _PROFILE_WARMUP = 5
 
 
@@ -254,7 +247,8 @@ class OnnxRuntimeExecutable:
         quiet = _ort().RunOptions()
         quiet.log_severity_level = _FATAL
         errors = _errors()
-        if not any(info.dtype in _EXTENDED for info in (*self.inputs, *self.outputs)):
+        dtypes = {info.dtype for info in (*self.inputs, *self.outputs)}
+        if all(dtype in _PLAIN or "(" in dtype for dtype in dtypes):
 
             def call() -> list[Output]:
                 try:
@@ -264,15 +258,17 @@ class OnnxRuntimeExecutable:
                 return results
 
             return call
+        from graphopt.backends._onnxruntime_values import from_ort_value, to_ort_value
+
         names = [info.name for info in self.outputs]
-        values = {name: _ort_value(feed) for name, feed in plain.items()}
+        values = {name: to_ort_value(feed) for name, feed in plain.items()}
 
         def call_extended() -> list[Output]:
             try:
                 results = session.run_with_ort_values(names, values, quiet)
             except errors as error:
                 raise _failure(error) from None
-            return [_from_ort_value(result) for result in results]
+            return [from_ort_value(result) for result in results]
 
         return call_extended
 
@@ -371,27 +367,6 @@ def _plain(feed: Any) -> Any:
         return feed
     array: Array = np.asarray(cast("Array", feed), order="C")
     return array.astype(object) if array.dtype.kind in "UST" else array
-
-
-def _ort_value(feed: Any) -> Any:
-    kind = _ort().OrtValue
-    number = _EXTENDED.get(feed.dtype.name)
-    if number is None:
-        return kind.ortvalue_from_numpy(feed)
-    return kind.ortvalue_from_numpy_with_onnx_type(feed, number)
-
-
-def _from_ort_value(value: Any) -> Output:
-    """An array out of an OrtValue, also of a dtype for which `OrtValue.numpy` has no answer."""
-    name = _TENSOR_TYPES.get(value.data_type())
-    if name is None:
-        result: Output = value.numpy()
-        return result
-    dtype: np.dtype[Any] = np.dtype(getattr(importlib.import_module("ml_dtypes"), name))
-    shape = tuple(value.shape())
-    size = math.prod(shape) * dtype.itemsize
-    raw = ctypes.string_at(value.data_ptr(), size) if size else b""
-    return np.frombuffer(raw, dtype).reshape(shape).copy()
 
 
 def _op_times(events: list[dict[str, Any]], runs: int) -> tuple[OpTime, ...]:

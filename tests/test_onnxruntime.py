@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import onnx
 import pytest
-from onnx import parser
+from onnx import TensorProto, helper, parser
 
 from graphopt import artifact, backends, compilation
 from graphopt.backends import Array
@@ -199,6 +199,33 @@ def test_an_artifact_of_another_cpu(tmp_path: Path) -> None:
         pytest.skip("this is an ARM machine")
     with pytest.raises(MissingError, match="it is for aarch64 and this machine is"):
         compilation.load(folder)
+
+
+@pytest.mark.parametrize("name", ["int4", "uint4", "int2", "uint2"])
+@pytest.mark.parametrize("size", [0, 1, 7])
+def test_elements_of_less_than_a_byte(tmp_path: Path, name: str, size: int) -> None:
+    low, high = (0, 2 ** int(name[-1])) if name[0] == "u" else (-2, 2)
+    kind = np.dtype(getattr(ml_dtypes, name))
+    numbers = np.arange(size) % (high - low) + low
+    x: Array = numbers.astype(np.int8).astype(kind)
+    number = getattr(TensorProto, name.upper())
+    model = helper.make_model(
+        helper.make_graph(
+            [
+                helper.make_node("Cast", ["x"], ["a"], to=TensorProto.FLOAT),
+                helper.make_node("Cast", ["a"], ["y"], to=number),
+            ],
+            "g",
+            [helper.make_tensor_value_info("x", number, [size])],
+            [helper.make_tensor_value_info("y", number, [size])],
+        ),
+        opset_imports=[helper.make_opsetid("", 25)],
+        ir_version=13,
+    )
+    folder = compilation.compile(model, "cpu", tmp_path / "a", backend="ort", level=0)
+    found = np.asarray(compilation.load(folder).run({"x": x})["y"])
+    assert found.dtype == kind
+    assert found.astype(np.int8).tolist() == numbers.tolist()
 
 
 def test_without_onnxruntime(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
