@@ -68,7 +68,8 @@ def pack(array: Array, bits: int) -> Array:
     flat = array.astype(np.int8).view(np.uint8).ravel() & ((1 << bits) - 1)
     padded = np.pad(flat, (0, -flat.size % each)).reshape(-1, each)
     shifted: Array = padded << (bits * np.arange(each, dtype=np.uint8))
-    return np.bitwise_or.reduce(shifted, axis=1)
+    packed: Array = np.bitwise_or.reduce(shifted, axis=1)
+    return packed
 
 
 def unpack(data: Array, bits: int, count: int, *, signed: bool) -> Array:

@@ -147,6 +147,9 @@ class _Server(socketserver.ForkingMixIn, HTTPServer):
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         super().__init__((host, port), _Handler)
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that went away, or an error in its process: the others are not concerned."""
+
 
 class _Handler(BaseHTTPRequestHandler):
     """One connection: files of an artifact, then `load`, then runs."""

@@ -6,6 +6,7 @@ import http.client
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -101,6 +102,15 @@ def test_a_client_that_sends_nonsense(address: str) -> None:
         assert response.status == 422
         assert json.loads(response.read())["error"] == "InputError"
         connection.close()
+
+
+def test_a_client_that_goes_away(address: str, folder: Path) -> None:
+    """The server says nothing of it, see `address`, and serves the next one."""
+    host, port = address.split(":")
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        connection.sendall(b"PUT /files/model.onnx HTTP/1.1\r\nContent-Length: 100\r\n")
+        connection.sendall(f"Authorization: Bearer {TOKEN}\r\n\r\nhalf".encode())
+    assert rpc.Remote(folder, address, TOKEN).run(FEEDS)
 
 
 def test_errors_of_the_server_are_ours(address: str, folder: Path, tmp_path: Path) -> None:
