@@ -66,6 +66,8 @@ class Ladder:
     """What an operator can be instead, from the least to the most exact; the last is `float`."""
     sketches: Mapping[str, Sketch] = field(default_factory=dict[str, Sketch])
     """What calibration saw, by tensor."""
+    correct: bool = False
+    """Whether biases of what is made are corrected."""
 
 
 @dataclass
@@ -187,7 +189,7 @@ class Work:
             if not moved and self.report.tried:
                 return False  # or there would be no search
             self.tell(f"search: {len(moved)} of {len(ladder.nodes)} operators in {rung}")
-            candidate = ladder.make(moved) if moved else result
+            candidate = self._moved(ladder, moved) if moved else result
             found = score(floats, candidate, self.samples, metric=self.metric)
             self.report.tried.append((rung, len(moved), budget.drop(found)))
             return budget.holds(found)
@@ -200,28 +202,33 @@ class Work:
             kept = search(ranked, functools.partial(holds, rung=rung))
             if kept is not None:
                 self.report.kept, self.report.rung = kept, rung
-                return ladder.make(dict.fromkeys(kept, rung))
+                return self._moved(ladder, dict.fromkeys(kept, rung))
         return None
 
-    def corrected(self, floats: ir.Model, result: ir.Model, budget: Budget) -> ir.Model:
-        """The result with corrected biases, where they lower the noise and keep the budget.
+    def corrected(self, ladder: Ladder, result: ir.Model) -> ir.Model:
+        """The result with corrected biases where they lower the noise; then others get them too.
 
         Networks with depthwise convolutions gain a decibel and more. Where channels add up many
         products, means hardly move, and what a few samples say of them is no better.
         """
-        single = CorrectBiases(_CORRECTED)
-        context = self._copy(result)
-        correct_biases(context, floats, self.samples.take(single.samples), progress=self.tell)
-        runner, part = Runner(floats, optimize=True), self.samples.take(_SCORED)
-        before, after = (score(runner, model, part).noise for model in (result, context.model))
+        model = self._correct(ladder, result)
+        runner, part = Runner(ladder.floats, optimize=True), self.samples.take(_SCORED)
+        before, after = (score(runner, each, part).noise for each in (result, model))
         if after > _LESS * before:
             return result
-        if budget.max_drop is not None:
-            found = score(self.context.model, context.model, self.samples, metric=self.metric)
-            if not budget.holds(found):
-                return result
-        self.report.steps.append(str(single))
+        ladder.correct = True
+        self.report.steps.append(str(CorrectBiases(_CORRECTED)))
+        return model
+
+    def _correct(self, ladder: Ladder, model: ir.Model) -> ir.Model:
+        context = self._copy(model)
+        correct_biases(context, ladder.floats, self.samples.take(_CORRECTED), progress=self.tell)
         return context.model
+
+    def _moved(self, ladder: Ladder, rungs: Rungs) -> ir.Model:
+        """What becomes of the float model with some operators on finer rungs."""
+        model = ladder.make(rungs)
+        return self._correct(ladder, model) if ladder.correct else model
 
     def rank(self, ladder: Ladder) -> list[str]:
         """The operators, the one first that does the most harm when it alone is quantized."""

@@ -149,13 +149,13 @@ def _made(work: Work, budget: Budget, *, figures: bool) -> tuple[ir.Model, ir.Mo
         return work.context.model, None
     report.steps = [*smoothed, *report.steps]
     ladder, result = found
+    if report.method == "static":
+        result = work.corrected(ladder, result)
     chosen: ir.Model | None = result
     if budget.max_drop is not None:
         chosen = work.climb(ladder, budget, result)
         if chosen is None:
             report.refused = f"no choice of operators keeps the drop at {budget.max_drop:g}"
-    if chosen is not None and report.method == "static":
-        chosen = work.corrected(ladder.floats, chosen, budget)
     if figures:
         work.figures(ladder, chosen or result)
     return ladder.floats, chosen
