@@ -252,29 +252,6 @@ def test_sizes_that_are_set_decide_what_is_taken(tmp_path: Path) -> None:
 
 
 @needs_tvm
-def test_tuning_goes_on_and_is_never_worse(tmp_path: Path) -> None:
-    model = with_weights("g (float[12,64] x, float[] w) => (float[12,96] y) { y = MatMul (x, w) }",
-                         w=random(64, 96))  # fmt: skip
-    log, seen = tmp_path / "log.json", list[int]()
-    for index in range(2):
-        options = {"tune": 1, "log": str(log), "threads": 1}
-        folder = tmp_path / str(index)
-        folder.mkdir()
-        BACKEND.compile(model, CPU, backends.make_options(BACKEND, options), folder)
-        search = json.loads((folder / "kernels.json").read_text())["search"]
-        seen.append(search["rounds"])
-        assert search["after_ns"] < search["before_ns"] or not search["tiles"]
-        (times,) = json.loads(log.read_text())["times"].values()
-        assert len(times) > 4
-    assert seen[0] > seen[1] == 0
-    log.write_text("{}")
-    with pytest.raises(InputError, match="not a log of tuning"):
-        BACKEND.compile(
-            model, CPU, backends.make_options(BACKEND, {"tune": 1, "log": str(log)}), tmp_path
-        )
-
-
-@needs_tvm
 def test_blocked_weights(tmp_path: Path) -> None:
     model = parse("""
         g (float[2,8] x) => (float[2,4] y)

@@ -1,0 +1,62 @@
+"""Tuning of TVM's kernels: never worse than the rules, and it goes on where it was stopped."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from graphopt import backends, files
+from graphopt.errors import InputError
+from tests.test_tvm import BACKEND, CPU, needs_tvm, random, with_weights
+
+
+@needs_tvm
+def test_tuning_goes_on_and_is_never_worse(tmp_path: Path) -> None:
+    model = with_weights("g (float[12,64] x, float[] w) => (float[12,96] y) { y = MatMul (x, w) }",
+                         w=random(64, 96))  # fmt: skip
+    log, seen = tmp_path / "log.json", list[int]()
+    for index in range(2):
+        options = {"tune": 1, "log": str(log), "threads": 1}
+        folder = tmp_path / str(index)
+        folder.mkdir()
+        BACKEND.compile(model, CPU, backends.make_options(BACKEND, options), folder)
+        search = json.loads((folder / "kernels.json").read_text())["search"]
+        seen.append(search["rounds"])
+        assert search["after_ns"] < search["before_ns"] or not search["tiles"]
+        (times,) = json.loads(log.read_text())["times"].values()
+        assert len(times) > 4
+    assert seen[0] > seen[1] == 0
+    log.write_text("{}")
+    with pytest.raises(InputError, match="not a log of tuning"):
+        BACKEND.compile(
+            model, CPU, backends.make_options(BACKEND, {"tune": 1, "log": str(log)}), tmp_path
+        )
+
+
+@needs_tvm
+def test_tuning_that_was_killed_goes_on(tmp_path: Path) -> None:
+    model = with_weights("g (float[12,64] x, float[] w) => (float[12,96] y) { y = MatMul (x, w) }",
+                         w=random(64, 96))  # fmt: skip
+    files.save(model, tmp_path / "m.onnx")
+    log, options = tmp_path / "log.json", {"tune": 1, "log": str(tmp_path / "log.json")}
+    script = (
+        "from pathlib import Path\nfrom graphopt import backends, files\n"
+        "from graphopt.target import Target\nbackend = backends.get('tvm')\n"
+        f"backend.compile(files.load({str(tmp_path / 'm.onnx')!r}), Target.parse('cpu'),"
+        f" backends.make_options(backend, {options!r}), Path({str(tmp_path)!r}))\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", script]) as process:
+        while not log.exists() and process.poll() is None:
+            time.sleep(0.01)
+        process.kill()
+    (times,) = json.loads(log.read_text())["times"].values()
+    BACKEND.compile(model, CPU, backends.make_options(BACKEND, options), tmp_path)
+    search = json.loads((tmp_path / "kernels.json").read_text())["search"]
+    (all_times,) = json.loads(log.read_text())["times"].values()
+    assert search["rounds"] == len(all_times) - len(times) > 0
+    assert all(all_times[tile] == spent for tile, spent in times.items())
