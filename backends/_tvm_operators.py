@@ -215,6 +215,22 @@ def _mod(call: Call) -> None:
         raise NotImplementedError("remainders of floats")
 
 
+def _is_infinite(call: Call) -> None:
+    """The importer's converter, which takes infinities of both signs."""
+    if not (call.attribute("detect_negative", 1) and call.attribute("detect_positive", 1)):
+        raise NotImplementedError("infinities of one sign")
+
+
+def _shift(call: Call) -> None:
+    """The importer's converter; what a CPU does with too many places is its own affair."""
+    x, places = call.inputs
+    if not is_constant(places):
+        raise NotImplementedError("numbers of places that are computed")
+    array = places.value.numpy()
+    if (array < 0).any() or (array >= 8 * np.dtype(str(x.ty.dtype)).itemsize).any():
+        raise NotImplementedError("a shift by as many places as there are, or more")
+
+
 def _resize(call: Call) -> None:
     """The importer's converter, which computes with the sizes in place of the scales."""
     for name, plain in (("antialias", 0), ("exclude_outside", 0)):
@@ -251,6 +267,8 @@ OPERATORS: dict[tuple[str, str], Converter] = {
     ("", "Slice"): _slice,
     ("", "LayerNormalization"): _first_only,
     ("", "Mod"): _mod,
+    ("", "IsInf"): _is_infinite,
+    ("", "BitShift"): _shift,
     ("", "Resize"): _resize,
     ("", "LSTM"): _tvm_recurrent.convert,
     ("", "GRU"): _tvm_recurrent.convert,
