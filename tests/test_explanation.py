@@ -22,7 +22,7 @@ NET = """net (float[2,4] x) => (float[2,4] y) <float one = {1.0}, float three = 
   [shift] p = Add (e, one)
   [log] l = Log (p)
   [scale] m = Mul (l, three)
-  [tile] y = Neg (m)
+  [tile] y = Sin (m)
 }"""
 
 

@@ -342,7 +342,7 @@ ZOO: dict[str, tuple[Callable[[Layers], Any], Layers, Layers, float]] = {
         lambda n: resnet(n, bottleneck=True, groups=32, base=128),
         (3, 4, 6, 3),
         (1, 1, 1, 1),
-        0.275,
+        0.27,
     ),
     "densenet121": (densenet, (6, 12, 24, 16), (2, 2, 2, 2), 0.29),
     "shufflenet_v2": (shufflenet, (4, 8, 4), (2, 2, 2), 0.50),
