@@ -248,8 +248,7 @@ class Runner:
                 self._session, self._fed = _session(model, threads, optimize)
         except Exception as error:
             raise GraphoptError(f"ONNX Runtime cannot load the model: {one_line(error)}") from error
-        arrays = (v for v in self._fed.values() if isinstance(v, np.ndarray))
-        fed = sum(cast(Array, array).nbytes for array in arrays)
+        fed = sum(cast(Array, v).nbytes for v in self._fed.values() if isinstance(v, np.ndarray))
         self._seconds = seconds + fed / _SLOWEST
         names: list[str] = [i.name for i in self._session.get_inputs()]
         self.inputs = [name for name in names if name not in self._fed]
