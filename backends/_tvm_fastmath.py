@@ -50,7 +50,12 @@ def exp(x: Any) -> Any:
         bits = (whole.astype("int32") + tirx.const(127, "int32")) << tirx.const(23, "int32")
         return series * tirx.reinterpret("float32", bits)
 
-    return _once(tirx.max(tirx.min(x, _f(high)), _f(low)), scaled)
+    def or_zero(x: Any) -> Any:
+        # not the smallest number: a masked row of a softmax would be computed with denormal ones
+        value = _once(tirx.max(tirx.min(x, _f(high)), _f(low)), scaled)
+        return tirx.Select(x < _f(low), _f(0.0), value)
+
+    return _once(x, or_zero)
 
 
 def erf(x: Any) -> Any:
