@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 from graphopt.quantizer.histograms import Histogram
 from graphopt.quantizer.kernels import Kernels
 from graphopt.quantizer.scoring import Layer, Score
+from graphopt.report import finite
 
 
 @dataclass
@@ -58,15 +58,5 @@ class Quantization:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data; infinite figures are null."""
-        data: dict[str, Any] = _plain(dataclasses.asdict(self))
+        data: dict[str, Any] = finite(dataclasses.asdict(self))
         return data
-
-
-def _plain(data: Any) -> Any:
-    if isinstance(data, dict):
-        return {key: _plain(value) for key, value in cast("dict[str, Any]", data).items()}
-    if isinstance(data, list | tuple):
-        return [_plain(value) for value in cast("list[Any]", data)]
-    if isinstance(data, float) and not math.isfinite(data):
-        return None
-    return data
