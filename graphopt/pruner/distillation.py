@@ -52,8 +52,10 @@ _MARKS = 4
 """Values on the way that are compared where the model adds none up."""
 _RATES = (1.0, 0.25, 0.0625)
 """Where training makes the error larger, it is begun anew with a part of the rate."""
-_WORSE, _LOOKS = 4.0, 4
+_WORSE, _LOOKS = 4.0, 8
 """It ends early where a look finds the error so many times larger."""
+_SPARED, _ENOUGH = 8, 64
+"""Of so many samples one is not trained on but judged by, where there are enough of them."""
 _TRAINED = {
     "Add": (0, 1),
     "BatchNormalization": (1, 2),
@@ -77,8 +79,9 @@ def distill(
 ) -> tuple[float, float]:
     """Train a pruned model's weights in place; the mean error before and after.
 
-    The error is the squared difference of each output relative to its variance over the samples.
-    Weights that come out worse are not kept. Memory: the samples, 256 MiB of them at most.
+    The error is the squared difference of each output relative to its variance over the samples,
+    on some that are not trained on where there are 64 or more. The weights that were best by it on
+    the way are kept, which may be those before. Memory: the samples, 256 MiB of them at most.
 
     Raises:
         InputError: an operator whose gradient is not known, or no output of real numbers.
@@ -113,10 +116,10 @@ class _Training:
         self._seed, self._tell = seed, progress
 
     def run(self, epochs: int, rate: float, limit: float) -> tuple[dict[str, Array], float]:
-        """New weights and their error, which is infinite where it went beyond a limit."""
+        """The best weights on the way and their error; it ends where that goes beyond a limit."""
         rng = np.random.default_rng(self._seed)
         weights, adam = dict(self.weights), _Adam(self.weights, rate, epochs * self._data.steps)
-        error = math.inf
+        best, least = weights, math.inf
         for epoch in range(epochs):
             for feeds in self._data.shuffled(rng):
                 changed = _changed(feeds, rng, mirror=self._mirror)
@@ -128,8 +131,10 @@ class _Training:
             if (epoch + 1) % max(epochs // _LOOKS, 1) == 0 or epoch + 1 == epochs:
                 error = self.error(weights)
                 if not error < limit:
-                    return weights, math.inf
-        return weights, error
+                    break
+                if error < least:
+                    best, least = dict(weights), error
+        return best, least
 
     def error(self, weights: Feeds) -> float:
         """The mean squared difference of the outputs, relative to their variance."""
@@ -215,8 +220,12 @@ class _Data:
         some = samples.take(max(_HELD // max(size, 1), 1))
         rows = sorted(some, key=lambda row: [array.shape for array in row.values()])
         self._joined = has_batch_axis(model)
-        self._stacks = list(batched(model, rows, len(rows)))
-        self.judged = list(batched(model, rows[:: -(-len(rows) // _JUDGED)], _BATCH))
+        few = rows[:: -(-len(rows) // _JUDGED)]
+        spared = rows[::_SPARED][:_JUDGED] if len(rows) >= _ENOUGH else []
+        given = [row for place, row in enumerate(rows) if place % _SPARED] if spared else rows
+        self._stacks = list(batched(model, given, len(given)))
+        self.few = list(batched(model, few, _BATCH))
+        self.judged = list(batched(model, spared, _BATCH)) if spared else self.few
         self.steps = sum(len(range(0, _count(stack), _BATCH)) for stack in self._stacks)
 
     def shuffled(self, rng: np.random.Generator) -> Iterator[Feeds]:
@@ -256,7 +265,7 @@ def _weighing(teacher: _Teacher, data: _Data) -> tuple[dict[str, float], bool]:
     """
     found: dict[str, list[Array]] = {}
     moved: list[float] = []
-    for feeds in data.judged:
+    for feeds in data.few:
         values = teacher(feeds)
         for name, array in values.items():
             squares = np.square(array, dtype=np.float64).sum()

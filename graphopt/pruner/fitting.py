@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -18,6 +19,7 @@ Reals = npt.NDArray[np.floating[Any]]
 Floats = npt.NDArray[np.float64]
 
 _CAUTION = 0.1
+_RIDGES = (1.0, 10.0, 1e2, 1e3, 1e4, 1e5)  # that are tried, relative to the least
 
 
 @dataclass
@@ -49,6 +51,11 @@ class Sums:
             else:
                 held.append(part.astype(np.float64))
         self.count += x.shape[1]
+
+    def __add__(self, other: Sums) -> Sums:
+        held = ((self.xtx, other.xtx), (self.xty, other.xty), (self.yty, other.yty))
+        xtx, xty, yty = ([a[0] + b[0]] for a, b in held)
+        return Sums(xtx, xty, yty, self.count + other.count)
 
     @classmethod
     def of_fewer(cls, gram: Gram, whole: Floats, left: npt.NDArray[np.intp]) -> Sums:
@@ -83,17 +90,23 @@ def can_fit(model: ir.Model, node: ir.Node) -> bool:
 
 
 def fit(
-    model: ir.Model, node: ir.Node, sums: Sums, ridge: float, *, only_bias: bool = False
+    model: ir.Model, node: ir.Node, parts: Sequence[Sums], ridge: float, *, only_bias: bool = False
 ) -> Fit:
-    """Solve a layer that `can_fit` by ridge regression, in place where it comes out better."""
+    """Solve a layer that `can_fit` by ridge regression, in place where it comes out better.
+
+    With two parts, sums over different samples, the ridge is at least the one given: the one with
+    which a fit to each part serves the other best (two-fold cross-validation). A layer that no fit
+    serves better than its own weights is left alone.
+    """
     weights, array = node.inputs[1], ir.array(node.inputs[1])
     assert weights is not None and array is not None
     whole = augmented(node, array)
     place = _bias(node, whole[:, :, :-1])[1]
     assert place is not None
-    solved = _solve(sums, whole, ridge, only_bias)
+    sums, held = _merged(parts, whole, ridge, only_bias)
+    solved = whole if held is None else _solve(sums, whole, held, only_bias)
     before, after = _error(sums, whole), _error(sums, solved)
-    if not after <= before:
+    if held is None or not after <= before:
         return Fit(ir.label(node), before, before)
     if not only_bias:
         fitted = weight_tensor(node, solved[:, :, :-1], array.shape).astype(array.dtype)
@@ -109,6 +122,26 @@ def augmented(node: ir.Node, weights: ir.Array) -> Floats:
     return np.concatenate([matrix, _bias(node, matrix)[0][:, :, None]], axis=2)
 
 
+def _merged(
+    parts: Sequence[Sums], whole: Floats, ridge: float, only_bias: bool
+) -> tuple[Sums, float | None]:
+    """All the sums, and the ridge to take; None where the weights are best left alone."""
+    if len(parts) < 2:
+        # Few rows for as many unknowns would be fitted exactly, noise and all.
+        return parts[0], ridge + _CAUTION * (parts[0].xtx[0].shape[-1] - 1) / parts[0].count
+    one, other = parts
+    errors = {
+        ridge * factor: sum(
+            _error(judge, _solve(given, whole, ridge * factor, only_bias))
+            for given, judge in ((one, other), (other, one))
+        )
+        for factor in _RIDGES
+    }
+    best = min(errors, key=lambda held: errors[held])
+    alone = _error(one, whole) + _error(other, whole)
+    return one + other, best if errors[best] < alone else None
+
+
 def _solve(sums: Sums, whole: Floats, ridge: float, only_bias: bool) -> Floats:
     """The change of weights and bias that is best by least squares, weights held by a ridge."""
     xtx, xty = sums.xtx[0] / sums.count, sums.xty[0] / sums.count
@@ -119,8 +152,7 @@ def _solve(sums: Sums, whole: Floats, ridge: float, only_bias: bool) -> Floats:
         change[:, -1] = rest[:, -1]
         return _sum(whole, change)
     diagonal = np.einsum("gii->gi", xtx)[:, :size]
-    # Few rows for as many unknowns would be fitted exactly, noise and all.
-    held = (ridge + _CAUTION * size / sums.count) * diagonal.mean(1) + 1e-12
+    held = ridge * diagonal.mean(1) + 1e-12
     left = xtx.copy()
     np.einsum("gii->gi", left)[:, :size] += held[:, None]
     left[:, size, size] += 1e-9

@@ -123,10 +123,10 @@ def _refit(
 ) -> Fit | None:
     if not can_fit(model, node):
         return None
-    sums = _collect(model, node, aim, record, data, options, order)
-    if sums is None or not sums.count:
+    parts = _collect(model, node, aim, record, data, options, order)
+    if not parts:
         return None
-    return fit(model, node, sums, options.ridge, only_bias=options.method == "bias")
+    return fit(model, node, parts, options.ridge, only_bias=options.method == "bias")
 
 
 def _collect(
@@ -137,8 +137,11 @@ def _collect(
     data: Samples,
     options: Recovery,
     order: dict[ir.Node, int],
-) -> Sums | None:
-    """Run both models up to a node and sum up what its fit needs."""
+) -> list[Sums]:
+    """Run both models up to a node and sum up what its fit needs, every other batch apart.
+
+    Empty where nothing can be summed up; one part where there is one batch.
+    """
     source, other = node.inputs[0], None
     addition = _addition(node, order)
     if addition is not None:
@@ -146,13 +149,13 @@ def _collect(
     kept = record.kept.get(aim, {})
     assert source is not None
     asked = [source] if other is None else [source, other]
-    sums = Sums()
+    parts = (Sums(), Sums())
     rng = np.random.default_rng(0)
     mine = tap(model, asked, batched(model, data, options.batch), seconds=BATCH_SECONDS)
     theirs = tap(
         record.teacher, [aim], batched(record.teacher, data, options.batch), seconds=BATCH_SECONDS
     )
-    for own, given in zip(mine, theirs, strict=True):
+    for number, (own, given) in enumerate(zip(mine, theirs, strict=True)):
         target = given[aim]
         for axis, positions in kept.items():
             target = np.take(target, positions, axis)
@@ -163,17 +166,18 @@ def _collect(
         for block in column_blocks(node, own[source.name or ""]):
             part = rows[:, start : start + block.shape[1]]
             if part.shape[1] != block.shape[1]:
-                return None  # the shapes are not what they seemed
+                return []  # the shapes are not what they seemed
             start += block.shape[1]
             share = options.rows * len(next(iter(own.values()))) / max(rows.shape[1], 1)
             if share < 1:
                 count = max(1, round(share * block.shape[1]))
                 picked = rng.choice(block.shape[1], count, replace=False)
                 block, part = block[:, picked], part[:, picked]
-            sums.add(block, part)
-    if sums.count and not all(np.isfinite(held[0]).all() for held in (sums.xtx, sums.xty)):
+            parts[number % 2].add(block, part)
+    found = [sums for sums in parts if sums.count]
+    if not all(np.isfinite(held[0]).all() for sums in found for held in (sums.xtx, sums.xty)):
         raise InputError(f"{data.where}: values at {ir.label(node)} are not finite")
-    return sums
+    return found
 
 
 def _aim(node: ir.Node, known: Collection[str]) -> str:

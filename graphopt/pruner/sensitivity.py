@@ -114,7 +114,7 @@ def _refitted(groups: Groups, gone: Axis, inputs: Mapping[ir.Node, Gram]) -> ir.
             continue
         whole = augmented(node, weights)
         if whole.shape[:2] == augmented(twin, fewer).shape[:2]:
-            fit(model, twin, Sums.of_fewer(gram, whole, left), _RIDGE)
+            fit(model, twin, [Sums.of_fewer(gram, whole, left)], _RIDGE)
     return model
 
 
