@@ -91,16 +91,7 @@ class Samples:
         """The first of them, no more than there are."""
         if count < 1:
             raise InputError(f"the number of samples is at least 1, not {count}")
-        known = None if self._count is None else min(count, self._count)
-        labels = None if self.labels is None else self.labels[:count]
-        return Samples(
-            lambda: itertools.islice(self._rows(), count),
-            self._model,
-            where=self.where,
-            labels=labels,
-            count=known,
-            random=self.random,
-        )
+        return self._some(slice(count), self._count and min(count, self._count), self.where)
 
     def part(self, index: int, count: int) -> Samples:
         """Every so many-th of them from `index` on: one of `count` parts that make up all.
@@ -110,12 +101,27 @@ class Samples:
         if not 0 <= index < count:
             raise InputError(f"there is no part {index} of {count}: they are counted from 0")
         known = None if self._count is None else len(range(index, self._count, count))
+        where = f"{self.where}, part {index} of {count}"
+        return self._some(slice(index, None, count), known, where)
+
+    def without(self, index: int, count: int) -> Samples:
+        """All but what `part` has, in order and without labels."""
+        part = self.part(index, count)
         return Samples(
-            lambda: itertools.islice(self._rows(), index, None, count),
+            lambda: (row for place, row in enumerate(self._rows()) if place % count != index),
             self._model,
-            where=f"{self.where}, part {index} of {count}",
-            labels=None if self.labels is None else self.labels[index::count],
-            count=known,
+            where=self.where,
+            count=None if self._count is None else self._count - len(part),
+            random=self.random,
+        )
+
+    def _some(self, rows: slice, count: int | None, where: str) -> Samples:
+        return Samples(
+            lambda: itertools.islice(self._rows(), rows.start, rows.stop, rows.step),
+            self._model,
+            where=where,
+            labels=None if self.labels is None else self.labels[rows],
+            count=count,
             random=self.random,
         )
 
@@ -125,7 +131,6 @@ class Reader(Protocol):
 
     def get_next(self) -> Any:
         """The next feeds by input name, or None."""
-        ...
 
 
 SamplesLike = Samples | str | Path | Iterable[Any] | Reader

@@ -236,5 +236,8 @@ def test_parts_make_up_the_whole() -> None:
     assert [len(part) for part in parts] == [2, 2, 1, 1]
     assert np.array_equal(rows(parts[1]), X[1::4, None])
     assert parts[1].labels is not None and parts[1].labels.tolist() == [1, 5]
+    rest = whole.without(1, 4)
+    assert len(rest) == 4
+    assert np.array_equal(rows(rest), X[[0, 2, 3, 4], None])
     with pytest.raises(InputError, match="no part 4 of 4"):
         whole.part(4, 4)

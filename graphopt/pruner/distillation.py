@@ -23,7 +23,7 @@ from graphopt.pruner.batching import batched, has_batch_axis
 from graphopt.pruner.estimating import operations
 from graphopt.pruner.gradients import Tape
 from graphopt.pruner.records import Record
-from graphopt.pruner.recovery import Recovery
+from graphopt.pruner.recovery import Recovery, divided
 from graphopt.runner import BATCH_SECONDS, Runner
 from graphopt.samples import Samples
 from graphopt.taps import tapped
@@ -54,8 +54,6 @@ _RATES = (1.0, 0.25, 0.0625)
 """Where training makes the error larger, it is begun anew with a part of the rate."""
 _WORSE, _LOOKS = 4.0, 8
 """It ends early where a look finds the error so many times larger."""
-_SPARED, _ENOUGH = 8, 64
-"""Of so many samples one is not trained on but judged by, where there are enough of them."""
 _TRAINED = {
     "Add": (0, 1),
     "BatchNormalization": (1, 2),
@@ -217,15 +215,14 @@ class _Data:
 
     def __init__(self, model: ir.Model, samples: Samples) -> None:
         size = sum(array.nbytes for array in next(iter(samples)).values())
-        some = samples.take(max(_HELD // max(size, 1), 1))
+        given, spared = divided(samples)
+        some = given.take(max(_HELD // max(size, 1), 1))
         rows = sorted(some, key=lambda row: [array.shape for array in row.values()])
         self._joined = has_batch_axis(model)
-        few = rows[:: -(-len(rows) // _JUDGED)]
-        spared = rows[::_SPARED][:_JUDGED] if len(rows) >= _ENOUGH else []
-        given = [row for place, row in enumerate(rows) if place % _SPARED] if spared else rows
-        self._stacks = list(batched(model, given, len(given)))
-        self.few = list(batched(model, few, _BATCH))
-        self.judged = list(batched(model, spared, _BATCH)) if spared else self.few
+        self._stacks = list(batched(model, rows, len(rows)))
+        self.few = list(batched(model, rows[:: -(-len(rows) // _JUDGED)], _BATCH))
+        judged = None if spared is None else spared.take(_JUDGED)
+        self.judged = self.few if judged is None else list(batched(model, judged, _BATCH))
         self.steps = sum(len(range(0, _count(stack), _BATCH)) for stack in self._stacks)
 
     def shuffled(self, rng: np.random.Generator) -> Iterator[Feeds]:

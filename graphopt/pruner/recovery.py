@@ -26,10 +26,12 @@ from graphopt.runner import BATCH_SECONDS
 from graphopt.samples import Samples
 from graphopt.taps import tap
 
-__all__ = ["Recovery", "recover"]
+__all__ = ["Recovery", "divided", "recover"]
 
 Reals = npt.NDArray[np.floating[Any]]
 Tell = Callable[[str], None]
+
+_SPARED, _ENOUGH = 8, 64
 
 METHODS = ("reconstruct", "bias", "statistics")
 
@@ -66,6 +68,13 @@ class Recovery:
             raise InputError(f"ridge is greater than 0, not {self.ridge:g}")
 
 
+def divided(samples: Samples) -> tuple[Samples, Samples | None]:
+    """Samples to fit to, and one in eight to judge that by, where there are 64 or more."""
+    if len(samples) < _ENOUGH:
+        return samples, None
+    return samples.without(0, _SPARED), samples.part(0, _SPARED)
+
+
 def recover(
     model: ir.Model,
     record: Record,
@@ -83,6 +92,8 @@ def recover(
     """
     known = {v.name or "" for node in record.teacher.graph for v in node.outputs}
     data = samples.take(options.samples)
+    if options.epochs:  # what training is judged by is not to be known from here
+        data = divided(data)[0]
     affected = _affected(model, record)
     order = {node: index for index, node in enumerate(model.graph)}
     nodes = [node for node in model.graph if node in affected and _aim(node, known) in known]
