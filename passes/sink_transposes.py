@@ -214,16 +214,22 @@ def _permuted(op: Op, value: ir.Value, uses: int) -> tuple[list[ir.Node], ir.Val
     return nodes, source, perm
 
 
-@rewrite.on(*sorted(REDUCTIONS), "ArgMax", "ArgMin")
-def reduce_before_transpose(op: Op, node: ir.Node) -> ir.Value | None:
-    """Reduce a tensor before it is permuted: what is left to permute is smaller, or in order."""
-    value = node.inputs[0]
+def _only_transposed(op: Op, value: ir.Value | None) -> tuple[Perm, ir.Value] | None:
+    """(permutation, source) of what a Transpose makes for one reader only, else None."""
     producer = None if value is None else value.producer()
     if value is None or producer is None or not _is_transpose(producer) or op.uses(value) > 1:
         return None
     perm, source = permutation(op, producer), producer.inputs[0]
-    if perm is None or source is None:
+    return None if perm is None or source is None else (perm, source)
+
+
+@rewrite.on(*sorted(REDUCTIONS), "ArgMax", "ArgMin")
+def reduce_before_transpose(op: Op, node: ir.Node) -> ir.Value | None:
+    """Reduce a tensor before it is permuted: what is left to permute is smaller, or in order."""
+    found = _only_transposed(op, node.inputs[0])
+    if found is None:
         return None
+    perm, source = found
     single = node.op_type.startswith("Arg")
     axes = [op.attr(node, "axis", 0) % len(perm)] if single else reduced_axes(op, node, len(perm))
     if not axes:
@@ -259,13 +265,10 @@ def swap_product(op: Op, node: ir.Node) -> ir.Value | None:
 @rewrite.on("Split")
 def split_before_transpose(op: Op, node: ir.Node) -> list[ir.Value | None] | None:
     """Split a tensor before it is permuted, where parts are permuted again anyway."""
-    value = node.inputs[0]
-    producer = None if value is None else value.producer()
-    if value is None or producer is None or not _is_transpose(producer) or op.uses(value) > 1:
+    found = _only_transposed(op, node.inputs[0])
+    if found is None:
         return None
-    perm, source = permutation(op, producer), producer.inputs[0]
-    if perm is None or source is None:
-        return None
+    perm, source = found
     later = [_permuted_later(op, part) for part in node.outputs]
     left = sum(second is None or not is_identity(composed(perm, second)) for second in later)
     if left > sum(second is not None for second in later):
