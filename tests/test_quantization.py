@@ -187,6 +187,35 @@ def test_placement() -> None:
     assert names == {"x", "r", "k", "m", "f"} and not inputs.made
 
 
+@pytest.mark.parametrize(("value", "together"), [(0.0, True), (-9.0, False)])
+def test_zeros_beside_a_tensor_share_its_scale(value: float, *, together: bool) -> None:
+    made: Any = proto(
+        "net (float[1,4,8,8] x) => (float[1,8,4,4] y) {"
+        "  a = Conv <kernel_shape = [1, 1]> (x, w)"
+        "  b = Conv <kernel_shape = [1, 1], strides = [2, 2]> (a, v)"
+        "  s = MaxPool <kernel_shape = [1, 1], strides = [2, 2]> (a)"
+        "  p = Pad (s, pads, value)  c = Add (b, p)"
+        "  y = Conv <kernel_shape = [1, 1]> (c, u) }"
+    )
+    constants: dict[str, Array] = {
+        "w": normal(16).reshape(4, 4, 1, 1),
+        "v": normal(32, 1).reshape(8, 4, 1, 1),
+        "u": normal(64, 2).reshape(8, 8, 1, 1),
+        "pads": np.array([0, 2, 0, 0, 0, 2, 0, 0]),
+        "value": np.array(value, np.float32),
+    }
+    made.graph.initializer.extend(onnx.numpy_helper.from_array(a, n) for n, a in constants.items())
+    model = files.load(made)
+    report = Quantization()
+    data = {"x": normal(24 * 256, 7).reshape(24, 1, 4, 8, 8)}
+    result = quantize(model, data, force=True, seconds=0, report=report)
+    assert not check_quantized(result, TABLES["ort-x86"])
+    shared = plan(model, Shapes(model), TABLES["ort-x86"]).groups
+    assert any({v.name for v in group} >= {"s", "p"} for group in shared) == together
+    assert report.score is not None and report.score.sqnr_db is not None
+    assert report.score.sqnr_db > 30
+
+
 def test_no_options() -> None:
     report = Quantization()
     model = network()

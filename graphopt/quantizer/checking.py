@@ -12,7 +12,7 @@ import numpy.typing as npt
 from graphopt import ir
 from graphopt.quantizer.grids import Grid
 from graphopt.quantizer.insertion import bounds
-from graphopt.quantizer.placement import Table, is_dequantized
+from graphopt.quantizer.placement import Table, invents_nothing, is_dequantized
 
 __all__ = [
     "Pair",
@@ -115,7 +115,7 @@ def _of_node(node: ir.Node, table: Table) -> Iterator[Violation]:
         yield from _activation(node, table)
     elif node.op_type in _WEIGHTED:
         yield from _weighted(node, table)
-    elif node.op_type in table.moving and table.outputs:
+    elif node.op_type in table.moving and table.outputs and invents_nothing(node):
         yield from _moving(node)
     if node.op_type == "Concat" and not table.outputs:
         yield from _moving(node)

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
+import numpy as np
+
 from graphopt import ir
 from graphopt.errors import InputError
 from graphopt.quantizer.grids import Grid
@@ -23,6 +25,7 @@ _MOVING = frozenset(
     (
         *("MaxPool", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Slice", "Split"),
         *("Gather", "DepthToSpace", "SpaceToDepth", "Identity", "Concat", "Resize", "Expand"),
+        "Pad",
     )
 )
 """Their results are among their operands' values: both have one scale."""
@@ -196,10 +199,10 @@ class _Planner:
         return bool(wrong)
 
     def _moves(self, node: ir.Node) -> bool:
-        if node.op_type == "Resize" and ir.attribute(node, "mode", "nearest") == "cubic":
-            return False
-        return all(self._is_float(v) for v in moved(node)) and any(
-            self._feeds(v) for v in node.outputs
+        return (
+            invents_nothing(node)
+            and all(self._is_float(v) for v in moved(node))
+            and any(self._feeds(v) for v in node.outputs)
         )
 
     def _chains(self, node: ir.Node) -> bool:
@@ -308,6 +311,17 @@ def moved(node: ir.Node) -> list[ir.Value]:
     """The operands whose values an operator moves: not its shapes, indices and sizes."""
     inputs = [v for v in node.inputs if v is not None]
     return inputs if node.op_type == "Concat" else inputs[:1]
+
+
+def invents_nothing(node: ir.Node) -> bool:
+    """Whether an operator that moves values puts none beside them that are beyond their range."""
+    if node.op_type == "Resize":
+        return ir.attribute(node, "mode", "nearest") != "cubic"
+    if node.op_type != "Pad" or ir.attribute(node, "mode", "constant") != "constant":
+        return True
+    given = node.inputs[2] if len(node.inputs) > 2 else None
+    value = ir.array(given) if given is not None else np.asarray(ir.attribute(node, "value", 0.0))
+    return value is not None and not value.any()
 
 
 def is_dequantized(value: ir.Value | None) -> bool:
