@@ -18,6 +18,11 @@ def sizes(value: Any) -> list[Any] | None:
     return [simple(size) for size in shape.values]
 
 
+def extents(tensor: Any) -> list[Any]:
+    """The sizes of a tensor that a kernel computes with, in the kernel's own variables."""
+    return [simple(size) for size in tensor.shape]
+
+
 def number(size: Any) -> int | None:
     """A size as an int, None for a symbolic one."""
     if isinstance(size, int):

@@ -21,6 +21,7 @@ from graphopt.backends._tvm_call import constant
 from graphopt.backends._tvm_indices import (
     ceil,
     divides,
+    extents,
     fits,
     number,
     ravel,
@@ -79,17 +80,17 @@ class Kernels:
         return self.tiles.get(kernel, self.seen[kernel][0])
 
     def _dense(self, builder: Any, left: Any, matrix: Any, a: list[Any], dtype: str) -> Any:
-        rows = product_of(a[:-1])
         columns = int(matrix.shape[1])
         key = f"dense {a} {columns} {dtype}"
         tile = self._tile(key, unit(a[:-1]), columns, dtype)
         packed = relax.const(pack(matrix, tile))
 
-        exact = divides(tile.rows, rows)
-        # TVM proves that a symbolic number of rows is covered where no known size is among them
-        flat = exact or number(rows) is not None or all(number(s) is None for s in a[:-1])
-
         def compute(x: Any, w: Any) -> Any:
+            a = extents(x)
+            rows = product_of(a[:-1])
+            exact = divides(tile.rows, rows)
+            # TVM proves that a symbolic number of rows is covered where no known size is among them
+            flat = exact or number(rows) is not None or all(number(s) is None for s in a[:-1])
             if exact:
                 source: Any = None
             elif flat:
@@ -116,17 +117,17 @@ class Kernels:
     def _stacked(
         self, builder: Any, left: Any, right: Any, a: list[Any], b: list[Any], dtype: str
     ) -> Any:
-        rows, columns = a[-2], b[-1]
         key = f"matmul {a} {b} {dtype}"
-        tile = self._tile(key, number(rows), number(columns) or 64, dtype)
+        tile = self._tile(key, number(a[-2]), number(b[-1]) or 64, dtype)
 
         def compute(x: Any, y: Any) -> Any:
-            stack = a[:-2]
+            *stack, rows, inner = extents(x)
+            columns = extents(y)[-1]
             high = divides(tile.rows, rows)
             wide = divides(tile.columns, columns)
             left_ = x if high else _extended(x, -2, ceil(rows, tile.rows))
             right_ = y if wide else _extended(y, -1, ceil(columns, tile.columns))
-            k = te.reduce_axis((0, a[-1]), "k")
+            k = te.reduce_axis((0, inner), "k")
 
             def summand(*index: Any) -> Any:
                 *outer, row, column = index
@@ -198,7 +199,7 @@ class Kernels:
         groups: int,
         dtype: str,
     ) -> Any:
-        high, wide = window.output(shape[1], shape[2])
+        _, wide = window.output(shape[1], shape[2])
         inner, outer = kernel.shape[2:]
         key = f"conv2d {shape} {kernel.shape} {window} {groups} {dtype}"
         tile = self._tile(key, number(wide), outer // groups, dtype)
@@ -210,6 +211,8 @@ class Kernels:
         per_group = outer // groups // tile.columns if groups > 1 else 0
 
         def compute(x: Any, w: Any) -> Any:
+            shape = extents(x)
+            high, wide = window.output(shape[1], shape[2])
             width = ceil(wide, tile.rows)
             source = window.padded(x, shape, width)
             dy, dx = (
@@ -234,13 +237,15 @@ class Kernels:
     def _depthwise(
         self, builder: Any, data: Any, kernel: Any, window: Window, shape: list[Any], dtype: str
     ) -> Any:
-        high, wide = window.output(shape[1], shape[2])
+        _, wide = window.output(shape[1], shape[2])
         channels = kernel.shape[3]
         lanes = vector(channels, self.registers.lanes(dtype))
         tile = _depthwise_tile(number(wide), channels, lanes, self.registers, window)
         packed = relax.const(pack(kernel[:, :, 0, None, :], tile)[:, :, :, 0])
 
         def compute(x: Any, w: Any) -> Any:
+            shape = extents(x)
+            high, wide = window.output(shape[1], shape[2])
             width = ceil(wide, tile.rows)
             blocks = -(-channels // tile.columns)
             source = window.padded(x, shape, width, blocks * tile.columns)

@@ -182,6 +182,12 @@ def test_functions_over_their_range(tmp_path: Path) -> None:
         ("t = Transpose <perm = [0, 2, 1]> (x) s = MatMul (x, t) y = Softmax <axis = -1> (s)", 24),
         ("y = ReduceMean (x)", 24),
         ("z = Shape (x) r = Expand (x, z) y = Relu (r)", 5),
+        (
+            "i = Constant <value = int64[1] {0}> () q = Gather <axis = 1> (x, i) "
+            "c = Concat <axis = 1> (x, q) t = Transpose <perm = [0, 2, 1]> (c) "
+            "s = MatMul (q, t) p = Softmax <axis = -1> (s) y = MatMul (p, c)",
+            16,
+        ),
     ],
 )
 def test_symbolic_sizes(tmp_path: Path, body: str, size: int) -> None:
