@@ -6,7 +6,8 @@ import importlib
 import math
 from typing import Any
 
-from graphopt.backends._tvm_indices import number, ravel, simple
+from graphopt.backends._tvm_indices import number, ravel, same, simple
+from graphopt.backends._tvm_indices import product as count
 from graphopt.backends._tvm_loops import (
     Machine,
     by_kind,
@@ -27,7 +28,7 @@ _BAND = 8
 
 
 def multiply(schedule: Any, machine: Machine) -> tuple[Any, str]:
-    """Schedule a function with a block `product`; everything after it is computed with its tiles.
+    """Schedule a function with a block `product`; what follows is computed with its tiles.
 
     Returns the function and the kernel's name.
 
@@ -45,17 +46,40 @@ def multiply(schedule: Any, machine: Machine) -> tuple[Any, str]:
             before.append(block)
         else:  # something that only the tail reads
             schedule.compute_inline(block)
+    result = _last_alike(schedule, tail)
     for block in tail[:-1]:
-        schedule.compute_inline(block)
+        if block is not result:
+            schedule.compute_inline(block)
     annotations = schedule.get(product).annotations
     notes = {str(key): int(value) for key, value in annotations.items() if key != "kernel"}
     kernel = str(annotations["kernel"])
     schedule.unannotate(product, "kernel")
-    _Product(schedule, machine, product, tail[-1], before, notes).run()
+    _Product(schedule, machine, product, result, before, notes).run()
+    if result is not tail[-1]:
+        elementwise(schedule, tail[-1], machine)
     function = schedule.mod["main"]
     if not {"depthwise", "stacked"} & set(notes):
         function = prefetch(function, f"{PRODUCT}_update")
     return function, kernel
+
+
+def _last_alike(schedule: Any, tail: list[Any]) -> Any:
+    """The last stage that has as many elements as the product and depends on it.
+
+    What follows spreads it over more, as a gate is over a feature map, and has loops of its own.
+    """
+
+    def size(block: Any) -> Any:
+        return count(list(schedule.get(block).writes[0].source.ty.shape))
+
+    names = {str(schedule.get(block).name_hint): block for block in tail}
+    alike = [tail[0]]
+    for block in alike:
+        for consumer in schedule.get_consumers(block):
+            name = str(schedule.get(consumer).name_hint)
+            if names[name] not in alike and same(size(consumer), size(tail[0])):
+                alike.append(names[name])
+    return max(alike, key=tail.index)
 
 
 class _Product:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,21 @@ def test_sums_are_not_on_the_heap() -> None:
     code = library.inspect_source("ll")
     assert "llvm.prefetch" in code
     assert "TVMBackendAllocWorkspace" not in code
+
+
+@needs_tvm
+def test_a_gate_is_computed_once(tmp_path: Path) -> None:
+    """Not with every position of the map that it is multiplied into, all of them unrolled."""
+    text = """
+        g (float[2,1,1,24] x, float[2,9,9,32] z, float[] w) => (float y) {
+            d = MatMul (x, w) s = Sigmoid (d) y = Mul (z, s)
+        }"""
+    weights = random(24, 32)
+    kernels, _ = lowered(text, w=weights)
+    unrolled = re.findall(r"T\.unroll\(T\.int64\((\d+)\)\)", kernels.script())
+    assert unrolled and max(map(int, unrolled)) <= 4
+    feeds = {"x": random(2, 1, 1, 24), "z": random(2, 9, 9, 32)}
+    agree(with_weights(text, w=weights), feeds, tmp_path / "a", "product")
 
 
 @needs_tvm
