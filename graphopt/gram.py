@@ -67,6 +67,16 @@ class Gram:
         """The average column [groups, k]; zero without rows."""
         return self.total / max(self.count, 1)
 
+    @property
+    def moment(self) -> Floats:
+        """The mean of xxᵀ over the columns x with a 1 appended [groups, k + 1, k + 1]."""
+        size = self.xtx.shape[-1] + 1
+        found = np.empty((len(self.xtx), size, size))
+        found[:, :-1, :-1] = self.xtx
+        found[:, :-1, -1] = found[:, -1, :-1] = self.total
+        found[:, -1, -1] = self.count
+        return found / max(self.count, 1)
+
     def add(self, rows: Reals) -> None:
         """Count columns [groups, rows, k] in."""
         # Products in the data's own type, which is the fast one; sums of blocks in float64.

@@ -13,9 +13,10 @@ from graphopt import files, ir
 from graphopt.accuracy import sampled_top1
 from graphopt.errors import GateError, GraphoptError, InputError
 from graphopt.losses import measure_loss
+from graphopt.lowrank import is_plane, sides
 from graphopt.measurement import measure
 from graphopt.optimization import optimize
-from graphopt.pruner.distillation import train
+from graphopt.pruner.distillation import for_refitting, train
 from graphopt.pruner.estimating import Size
 from graphopt.pruner.fitting import Fit
 from graphopt.pruner.pruning import (
@@ -32,6 +33,7 @@ from graphopt.pruner.recovery import Recovery
 from graphopt.pruner.recovery import recover as refit
 from graphopt.pruner.selection import Unreachable
 from graphopt.pruner.sensitivity import Curves
+from graphopt.pruner.splitting import weight_shape
 from graphopt.report import Loss
 from graphopt.samples import Samples, SamplesLike, open_samples
 from graphopt.target import Target
@@ -55,6 +57,8 @@ class PruneReport:
     after: Size | None = None
     families: dict[str, tuple[int, int]] = field(default_factory=dict[str, tuple[int, int]])
     """Weight that makes the channels → groups before and after."""
+    ranks: dict[str, tuple[int, int]] = field(default_factory=dict[str, tuple[int, int]])
+    """Weight of a layer that became two thinner ones → the rank it could have had, and has."""
     frozen: dict[str, str] = field(default_factory=dict[str, str])
     """Weight and axis → why it stays as it is."""
     unknown: dict[str, int] = field(default_factory=dict[str, int])
@@ -141,7 +145,8 @@ def prune(
             else l2.
         scope: `uniform`; `global`: the least important of all; `sensitivity`: ratios by what each
             family's loss does to the outputs on data. `auto` is sensitivity where a budget is to be
-            met with recovery, else uniform.
+            met with recovery, else uniform. With recovery and a budget of sizes, layers may also
+            become two of a lower rank where that costs less than channels do.
         ratios: ratios of their own for weights: `conv1*=0.3`.
         params, flops, size: in place of a ratio the share to keep of parameters, operations or
             bytes of weights.
@@ -194,6 +199,7 @@ def prune(
         exact=exact,
         seed=seed,
         scan=scan,
+        ranks=_makes_thin(recover) and not latency,
     )
     _check(max_drop, latency, iterations)
     samples = None if data is None else open_samples(data, original)
@@ -203,6 +209,11 @@ def prune(
     how = Recovery() if recover is True else recover or None
     job = _Job(original, options, samples, how, iterations, aim, progress or silent, report)
     return job.run(latency, max_drop, benchmark)
+
+
+def _makes_thin(recover: bool | Recovery) -> bool:
+    """Whether recovery refits layers, so that it can make two thinner ones of one."""
+    return recover.method != "statistics" if isinstance(recover, Recovery) else recover
 
 
 def _check(max_drop: float | None, latency: float, iterations: int) -> None:
@@ -254,7 +265,7 @@ class _Job:
     def _rounds(self, clean: ir.Model, options: Options) -> ir.Model:
         """All rounds of pruning and recovery, noted in the report."""
         report, rounds = self.report, self.iterations
-        report.fits = []
+        report.fits, report.ranks = [], {}
         share = 1 / rounds
         part = dataclasses.replace(
             options,
@@ -273,7 +284,8 @@ class _Job:
             model = done.model
             record = record_of(model)
             if self.recovery is not None and self.samples is not None and record is not None:
-                report.fits = refit(model, record, self.samples, self.recovery, self.tell)
+                data = for_refitting(model, record, self.samples, self.recovery)
+                report.fits = refit(model, record, data, self.recovery, self.tell)
         return model
 
     def _train(self, result: ir.Model) -> None:
@@ -297,6 +309,10 @@ class _Job:
                 name: (count, done.counts.get(name, (0, left))[1])
                 for name, (count, left) in report.families.items()
             }
+        for node, rank in done.ranks.items():
+            shape = weight_shape(node)
+            name = node.inputs[1].name if node.inputs[1] is not None else None
+            report.ranks[name or ""] = min(sides(node, shape, plane=is_plane(node, shape))), rank
         report.frozen = done.groups.frozen
         report.unknown = dict(done.groups.unknown)
         report.masked_error = done.error

@@ -1,20 +1,19 @@
-"""Replace a matrix by the product of two thin ones.
+"""Replace a layer by two thin ones.
 
-Why: at rank r a layer of k inputs and n outputs multiplies r * (k + n) times, not k * n times.
+Why: at rank r a layer of k inputs and n outputs multiplies r * (k + n) times, not k * n times; the
+kernel of a convolution may become one along its columns and one along its rows in the same way.
 Numerics: lossy; the report says how far results moved.
 Needs: nothing; with samples the factors fit the layer's outputs instead of its weights. Layers for
 which no rank saves anything, and convolutions in groups, stay as they are.
 
-The truncated singular value decomposition is the best product of a rank (Eckart and Young, 1936).
-With samples it is that of the weights after the Cholesky factor of XᵀX, which makes it the best for
-the outputs (as in Wang et al., "SVD-LLM", 2024).
+How it is done, and by whom it was first, is told by `graphopt.lowrank`.
 """
 
 from __future__ import annotations
 
 import fnmatch
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
@@ -23,12 +22,11 @@ from graphopt.context import Context
 from graphopt.driver import drop_initializer, remove, replace_value
 from graphopt.errors import InputError
 from graphopt.gram import Gram
+from graphopt.lowrank import Halves, Truncation, can_split, halves, is_plane, sides
 from graphopt.pass_manager import Pass
 from graphopt.passes._grams import by_parts
-from graphopt.pruner.sparsity import Floats
 
-_DAMPING = 1e-4
-_LEAST = 1024  # weights below which a second kernel costs more than is saved
+_WORTH = 0.95
 
 
 @dataclass(frozen=True)
@@ -53,82 +51,59 @@ class FactorizeWeights(Pass):
                 self._factorize(context, node, grams.get(ir.label(node)))
 
     def _applies(self, node: ir.Node) -> bool:
-        weight = node.inputs[1] if node.op_type in ("MatMul", "Gemm", "Conv") else None
-        array = ir.array(weight)
-        return (
-            weight is not None
-            and array is not None
-            and not node.domain
-            and not any(fnmatch.fnmatchcase(ir.label(node), p) for p in self.keep)
-            and array.size >= _LEAST
-            and (array.ndim == 2 if node.op_type != "Conv" else array.ndim > 2)
-            and ir.attribute(node, "group", 1) == 1
-            and not weight.is_graph_input()
-            and ir.use_count(weight) == 1
+        return can_split(node) and not any(
+            fnmatch.fnmatchcase(ir.label(node), p) for p in self.keep
         )
 
     def _factorize(self, context: Context, node: ir.Node, sums: Gram | None) -> None:
-        weight = node.inputs[1]
-        array = ir.array(weight)
+        weight, array = node.inputs[1], ir.array(node.inputs[1])
         assert weight is not None and array is not None
         matrix = gram.weight_matrix(node, array)[0].astype(np.float64)
-        out, k = matrix.shape
-        root = np.eye(k) if sums is None else _root(sums.xtx[0])
-        left, values, right = np.linalg.svd(matrix @ root, full_matrices=False)
-        rank = self._rank(values.astype(np.float64), out, k)
-        if rank * (out + k) >= 0.95 * out * k:
+        whole = np.concatenate([matrix, np.zeros((len(matrix), 1))], axis=1)
+        moment = None if sums is None else sums.moment[0]
+        if moment is not None:
+            moment[-1, :-1] = moment[:-1, -1] = 0  # means count as the rest does: biases stay
+        found: list[tuple[float, int, bool, Truncation]] = []
+        for plane in (False, True) if is_plane(node, array.shape) else (False,):
+            each = sum(sides(node, array.shape, plane=plane))
+            truncation = Truncation(array.shape, whole, moment, plane=plane)
+            rank = self._rank(truncation, array.size, each)
+            if rank * each < _WORTH * array.size:
+                price = truncation.error(rank) if self.ratio else float(rank * each)
+                found.append((price, rank, plane, truncation))
+        if not found:
             context.record.refuse(node, "no rank that keeps enough is smaller")
             return
-        first = np.linalg.solve(root.T, right[:rank].T).T.astype(np.float64)  # [rank, k]
-        second = (left[:, :rank] * values[:rank]).astype(np.float64)  # [out, rank]
-        made = _nodes(context, node, array, first, second)
+        _, rank, plane, truncation = min(found, key=lambda item: item[:3])
+        first, second, _ = truncation.factors(rank)
+        parts = halves(node, array.dtype, first, second, plane=plane)
+        made = _nodes(context, node, parts)
         context.changed("factorize", [node], made)
         replace_value(context, node.outputs[0], made[-1].outputs[0], fresh=True)
         remove(context, node)
         if weight.graph is not None and not weight.uses():
             drop_initializer(context, weight)
 
-    def _rank(self, values: Floats, out: int, k: int) -> int:
+    def _rank(self, truncation: Truncation, size: int, each: int) -> int:
         if self.ratio:
-            return max(1, int(self.ratio * out * k / (out + k)))
-        shares = np.cumsum(values**2) / max(float(np.sum(values**2)), 1e-300)
+            return min(max(1, int(self.ratio * size / each)), len(truncation.values))
+        squares = truncation.values**2
+        shares = np.cumsum(squares) / max(float(np.sum(squares)), 1e-300)
         return int(np.searchsorted(shares, self.energy * (1 - 1e-12))) + 1
 
 
-def _root(xtx: Floats) -> Floats:
-    """A lower factor of XᵀX, regularized: [k, k]."""
-    xtx = xtx.copy()
-    xtx[np.diag_indices(len(xtx))] += _DAMPING * float(np.mean(np.diag(xtx))) + 1e-12
-    return np.linalg.cholesky(xtx).astype(np.float64)
-
-
-def _nodes(
-    context: Context, node: ir.Node, array: ir.Array, first: Floats, second: Floats
-) -> list[ir.Node]:
-    """Two operators of the node's kind: the first takes its place in space, the second its bias."""
+def _nodes(context: Context, node: ir.Node, parts: Halves) -> list[ir.Node]:
+    """The two operators that take a node's place; the second has its bias."""
     graph = node.graph
     assert graph is not None
-    dtype = array.dtype
-    attributes = dict(node.attributes)
-    if node.op_type == "Conv":
-        ones = (1,) * (array.ndim - 2)
-        weights = first.reshape(-1, *array.shape[1:]), second.reshape(*second.shape, *ones)
-        given = [list(attributes.values()), []]
-    else:
-        turned = bool(ir.attribute(node, "transB", 0))
-        weights = (first, second) if turned else (first.T, second.T)
-        kept = {"transA", "transB", "alpha"} if node.op_type == "Gemm" else set[str]()
-        given = [[a for n, a in attributes.items() if n in kept]]
-        given.append([a for n, a in attributes.items() if n in ("transB", "beta")])
     source: ir.Value | None = node.inputs[0]
+    hint = node.inputs[1].name if node.inputs[1] is not None else node.op_type
     made: list[ir.Node] = []
-    for part, tensor in enumerate(weights):
-        data: Any = np.ascontiguousarray(tensor.astype(dtype))
-        hint = node.inputs[1].name if node.inputs[1] is not None else node.op_type
-        value = context.initializer(graph, ir.tensor(data), f"{hint}_{'ab'[part]}")
+    for part, (array, attributes) in enumerate(zip(parts.weights, parts.attributes, strict=True)):
+        value = context.initializer(graph, ir.tensor(array), f"{hint}_{'ab'[part]}")
         bias = node.inputs[2:] if part else ()
         name = context.unique_node(f"{ir.label(node)}_{'ab'[part]}")
-        new = ir.Node("", node.op_type, [source, value, *bias], given[part], name=name)
+        new = ir.Node("", node.op_type, [source, value, *bias], attributes, name=name)
         new.outputs[0].name = context.unique(f"{node.outputs[0].name}_{'ab'[part]}")
         new.meta[ir.SOURCES] = ir.sources(node)
         graph.insert_before(node, new)

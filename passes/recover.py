@@ -14,7 +14,7 @@ from typing import ClassVar
 from graphopt.context import Context
 from graphopt.errors import InputError
 from graphopt.pass_manager import Pass
-from graphopt.pruner.distillation import train
+from graphopt.pruner.distillation import for_refitting, train
 from graphopt.pruner.records import record_of
 from graphopt.pruner.recovery import Recovery
 from graphopt.pruner.recovery import recover as refit
@@ -60,7 +60,8 @@ class Recover(Pass):
             return
         if context.samples is None:
             raise InputError("recover needs data: --data")
-        for fit in refit(context.model, record, context.samples, options):
+        data = for_refitting(context.model, record, context.samples, options)
+        for fit in refit(context.model, record, data, options):
             if fit.after < fit.before:
                 context.changed(
                     "recover", [f"{fit.name}: {fit.before:.3g}"], [f"{fit.name}: {fit.after:.3g}"]

@@ -32,7 +32,7 @@ FLOORS = [
     "errors collector ir dims _polynomial files atomic npz plots places digests __version__",
     "shapes cost sizes runner emulation batch execute numpy_ops numpy_moves feeds input_uses "
     "random_inputs target report closeness artifact child trust cache models samples "
-    "_sources images taps gram",
+    "_sources images taps gram lowrank",
     "context _match rewriting driver pass_manager numbering cutting regions judging verification "
     "losses profiles partition splicing rebatching attachments quantizer pruner",
     "passes",

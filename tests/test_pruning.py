@@ -116,6 +116,28 @@ def test_budgets(scope: str, data: Path, tmp_path: Path) -> None:
             prune(CNN, scope=scope, data=data, scan=str(tmp_path / "scan.json"), benchmark=False)
 
 
+def test_layers_become_two(data: Path) -> None:
+    """A budget with recovery may take ranks; what is left is counted right and accurate."""
+    report = PruneReport()
+    how: dict[str, Any] = {"data": data, "recover": FITTED, "benchmark": False, "report": report}
+    model = prune(CNN, params=0.5, **how)
+    assert report.ranks
+    assert all(rank < full for full, rank in report.ranks.values())
+    assert report.before is not None
+    assert report.after is not None
+    assert report.after.parameters <= 0.5 * report.before.parameters
+    held = [value.const_value for value in model.graph.initializers.values()]
+    size = sum(t.size for t in held if t is not None and t.dtype == ir.DataType.FLOAT)
+    assert size == pytest.approx(report.after.parameters, rel=0.02)
+    assert accuracy(model) > accuracy(files.load(CNN)) - 0.02
+    record = record_of(model)
+    assert record is not None
+    assert not record.ranks
+    left = PruneReport()
+    prune(CNN, params=0.8, **{**how, "report": left}, ignore=["block2*"])
+    assert not any(name.startswith("block2") for name in left.ranks)
+
+
 @pytest.mark.parametrize("criterion", ["activation", "apoz", "hessian", "reconstruction", "taylor"])
 def test_criteria_on_data(criterion: str, data: Path) -> None:
     """All of them choose, from what the data do."""

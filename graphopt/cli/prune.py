@@ -203,6 +203,10 @@ def _tell(out: Console, report: PruneReport, output: Path, *, verbose: bool) -> 
     out.print(f"{groups} groups of coupled channels went, of {len(cut)} families")
     for name, count, left in cut if verbose else ():
         out.print(f"  {name}: {count} -> {left}")
+    if report.ranks:
+        out.print(f"{len(report.ranks)} layers became two thinner ones")
+    for name, (full, rank) in report.ranks.items() if verbose else ():
+        out.print(f"  {name}: rank {full} -> {rank}")
     _tell_frozen(out, report, verbose)
     for note in report.notes:
         out.print(f"note: {note}")

@@ -14,7 +14,7 @@ from graphopt.pruner.rules_linear import is_depthwise, optional
 from graphopt.pruner.rules_move import slices
 from graphopt.pruner.tracing import Axes, Trace, Unknown
 
-__all__ = ["Kept", "adjust", "constant"]
+__all__ = ["Kept", "adjust", "constant", "free"]
 
 Adjustment = Callable[["Kept", ir.Node], None]
 
@@ -93,7 +93,7 @@ class Kept:
             value,
         )
         patch = ir.Node("", "Where", operands)
-        patch.outputs[0].name = _free(node.graph, f"{node.outputs[0].name}__{name}")
+        patch.outputs[0].name = free(node.graph, f"{node.outputs[0].name}__{name}")
         patch.outputs[0].type = ir.TensorType(dtype)
         node.graph.insert_before(node, patch)
         node.replace_input_with(index, patch.outputs[0])
@@ -106,7 +106,7 @@ class Kept:
 def constant(node: ir.Node, array: ir.Array, name: str) -> ir.Value:
     """A new initializer beside a node."""
     assert node.graph is not None
-    title = _free(node.graph, f"{node.outputs[0].name}__{name}")
+    title = free(node.graph, f"{node.outputs[0].name}__{name}")
     value = ir.Value(
         name=title,
         shape=ir.Shape(array.shape),
@@ -117,7 +117,7 @@ def constant(node: ir.Node, array: ir.Array, name: str) -> ir.Value:
     return value
 
 
-def _free(graph: ir.Graph, title: str) -> str:
+def free(graph: ir.Graph, title: str) -> str:
     """A name that no value of the graph has, of an earlier round for one."""
     made = {value.name for node in graph for value in node.outputs}
     while title in made or title in graph.initializers:

@@ -21,14 +21,14 @@ from graphopt.gram import LINEAR
 from graphopt.pruner.augmenting import blended, mirrored, shifted
 from graphopt.pruner.batching import batched, has_batch_axis
 from graphopt.pruner.estimating import operations
-from graphopt.pruner.gradients import Tape
+from graphopt.pruner.gradients import Tape, unknown
 from graphopt.pruner.records import Record
 from graphopt.pruner.recovery import Recovery, divided
 from graphopt.runner import BATCH_SECONDS, Runner
 from graphopt.samples import Samples
 from graphopt.taps import tapped
 
-__all__ = ["distill", "train"]
+__all__ = ["distill", "for_refitting", "train"]
 
 Array = npt.NDArray[Any]
 Feeds = Mapping[str, Array]
@@ -155,20 +155,30 @@ def train(
     Unless the options name a number of epochs, there are as many as a minute or two allows, by a
     count of operations, and none where the model has an operator whose gradient is not known.
     """
-    epochs = options.epochs
-    if epochs < 0:
-        each = 4 * _BATCH * operations(record.teacher, samples)
-        steps = min(EFFORT / max(each, 1), _MOST_STEPS)
-        epochs = int(steps * _BATCH / max(min(len(samples), options.samples), 1))
+    epochs = _planned(model, record, samples, options)
     if not epochs:
         return None
     data = samples.take(options.samples)
-    try:
-        return distill(model, record, data, epochs=epochs, rate=options.rate, progress=progress)
-    except InputError:
-        if options.epochs < 0:
-            return None
-        raise
+    return distill(model, record, data, epochs=epochs, rate=options.rate, progress=progress)
+
+
+def _planned(model: ir.Model, record: Record, samples: Samples, options: Recovery) -> int:
+    """How many epochs `train` takes."""
+    if options.epochs >= 0:
+        return options.epochs
+    names = _parameters(model)
+    reals = any(value.dtype == ir.DataType.FLOAT for value in model.graph.outputs)
+    if not names or not reals or unknown(model, names) is not None:
+        return 0
+    each = 4 * _BATCH * operations(record.teacher, samples)
+    steps = min(EFFORT / max(each, 1), _MOST_STEPS)
+    return int(steps * _BATCH / max(min(len(samples), options.samples), 1))
+
+
+def for_refitting(model: ir.Model, record: Record, samples: Samples, options: Recovery) -> Samples:
+    """The samples without those that training is judged by, where there is any training."""
+    data = samples.take(options.samples)
+    return divided(data)[0] if _planned(model, record, samples, options) else data
 
 
 class _Teacher:

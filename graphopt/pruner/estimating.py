@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from graphopt import ir
@@ -10,6 +11,7 @@ from graphopt.cost import model_cost, node_cost
 from graphopt.pruner.adjusting import Kept
 from graphopt.pruner.atoms import Axis
 from graphopt.pruner.groups import Groups
+from graphopt.pruner.splitting import saving
 from graphopt.samples import Samples, bindings
 from graphopt.shapes import Shapes
 
@@ -39,7 +41,8 @@ class Estimator:
     def __init__(self, groups: Groups) -> None:
         trace = groups.trace
         self._constants: list[tuple[int, int, list[Axis]]] = []
-        self._nodes: list[tuple[float, list[Axis]]] = []
+        self._nodes: dict[ir.Node, tuple[float, list[Axis]]] = {}
+        self._trace = trace
         for value, axes in trace.axes.items():
             tensor = ir.constant(value)
             if tensor is not None:
@@ -55,10 +58,10 @@ class Estimator:
             for axis in axes:
                 if id(axis) not in live:
                     live[id(axis)] = trace.atoms.live(axis)
-            self._nodes.append((flops, [axis for axis in axes if live[id(axis)]]))
+            self._nodes[node] = flops, [axis for axis in axes if live[id(axis)]]
 
-    def __call__(self, kept: Kept) -> Size:
-        """The size of what is left."""
+    def __call__(self, kept: Kept, ranks: Mapping[ir.Node, int] | None = None) -> Size:
+        """The size of what is left, where some layers become two of these ranks."""
         shares: dict[int, float] = {}
 
         def share(axis: Axis) -> float:
@@ -70,7 +73,17 @@ class Estimator:
         pairs = list(zip(self._constants, left, strict=True))
         parameters = sum(count * part for (count, _, _), part in pairs)
         size = sum(count * part for (_, count, _), part in pairs)
-        flops = sum(count * math.prod(map(share, axes)) for count, axes in self._nodes)
+        flops = sum(c * math.prod(map(share, axes)) for c, axes in self._nodes.values())
+        for node, rank in (ranks or {}).items():
+            weights = node.inputs[1]
+            assert weights is not None and weights.const_value is not None
+            shape = [kept.count(axis) for axis in self._trace.axes[weights]]
+            saved = saving(node, shape, rank)
+            if saved is not None:
+                parameters -= saved[0] * math.prod(shape)
+                size -= saved[0] * math.prod(shape) * weights.const_value.dtype.itemsize
+                count, axes = self._nodes[node]
+                flops -= saved[1] * count * math.prod(map(share, axes))
         return Size(round(parameters), round(size), round(flops))
 
 

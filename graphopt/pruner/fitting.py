@@ -13,7 +13,7 @@ from graphopt import ir
 from graphopt.gram import Gram, weight_matrix, weight_tensor
 from graphopt.pruner.adjusting import constant
 
-__all__ = ["Fit", "Sums", "augmented", "biased", "can_fit", "fit"]
+__all__ = ["Fit", "Sums", "augmented", "biased", "can_fit", "fit", "put"]
 
 Reals = npt.NDArray[np.floating[Any]]
 Floats = npt.NDArray[np.float64]
@@ -60,11 +60,8 @@ class Sums:
     @classmethod
     def of_fewer(cls, gram: Gram, whole: Floats, left: npt.NDArray[np.intp]) -> Sums:
         """Of some columns, `left` [groups, fewer], with what `whole` makes of all as targets."""
-        size = gram.xtx.shape[-1] + 1
-        every = np.empty((len(gram.xtx), size, size))
-        every[:, :-1, :-1] = gram.xtx
-        every[:, :-1, -1] = every[:, -1, :-1] = gram.total
-        every[:, -1, -1] = gram.count
+        every = gram.moment * gram.count
+        size = every.shape[-1]
         made = np.matmul(every, whole.transpose(0, 2, 1))
         places = np.concatenate([left, np.full((len(left), 1), size - 1)], axis=1)
         xtx = np.take_along_axis(every, places[:, :, None], 1)
@@ -98,22 +95,27 @@ def fit(
     which a fit to each part serves the other best (two-fold cross-validation). A layer that no fit
     serves better than its own weights is left alone.
     """
-    weights, array = node.inputs[1], ir.array(node.inputs[1])
-    assert weights is not None and array is not None
+    array = ir.array(node.inputs[1])
+    assert array is not None
     whole = augmented(node, array)
-    place = _bias(node, whole[:, :, :-1])[1]
-    assert place is not None
     sums, held = _merged(parts, whole, ridge, only_bias)
     solved = whole if held is None else _solve(sums, whole, held, only_bias)
     before, after = _error(sums, whole), _error(sums, solved)
     if held is None or not after <= before:
         return Fit(ir.label(node), before, before)
-    if not only_bias:
-        fitted = weight_tensor(node, solved[:, :, :-1], array.shape).astype(array.dtype)
-        weights.const_value = ir.tensor(fitted, name=weights.name)
-    bias = solved[:, :, -1].ravel().astype(array.dtype)
-    _set_bias(model, node, place, cast("Reals", bias))
+    put(model, node, solved)
     return Fit(ir.label(node), before, after)
+
+
+def put(model: ir.Model, node: ir.Node, whole: Floats) -> None:
+    """Give a layer that `can_fit` weights and a bias, as `augmented` has them."""
+    weights, array = node.inputs[1], ir.array(node.inputs[1])
+    assert weights is not None and array is not None
+    place = _bias(node, whole[:, :, :-1])[1]
+    assert place is not None
+    tensor = weight_tensor(node, whole[:, :, :-1], array.shape).astype(array.dtype)
+    weights.const_value = ir.tensor(tensor, name=weights.name)
+    _set_bias(model, node, place, cast("Reals", whole[:, :, -1].ravel().astype(array.dtype)))
 
 
 def augmented(node: ir.Node, weights: ir.Array) -> Floats:

@@ -18,7 +18,7 @@ from graphopt.errors import InputError
 from graphopt.gram import padding
 from graphopt.runner import BATCH_SECONDS, Runner
 
-__all__ = ["Tape", "with_inputs"]
+__all__ = ["Tape", "unknown", "with_inputs"]
 
 Array = npt.NDArray[Any]
 Values = Mapping[str, Array]
@@ -35,9 +35,9 @@ class Tape:
 
     def __init__(self, model: ir.Model, names: Sequence[str]) -> None:
         self._nodes = _path(model, set(names))
-        for node in self._nodes:
-            if node.domain not in ("", "ai.onnx") or node.op_type not in _RULES:
-                raise InputError(f"no gradient is known of {node.op_type} ({ir.label(node)})")
+        strange = unknown(model, names)
+        if strange is not None:
+            raise InputError(f"no gradient is known of {strange.op_type} ({ir.label(strange)})")
         self.outputs = [value.name or "" for value in model.graph.outputs]
         self._constants = {
             name: array
@@ -78,6 +78,14 @@ class Tape:
                 earlier = known.get(value.name)
                 known[value.name] = gradient if earlier is None else earlier + gradient
         return {name: known[name] for name in names if name in known}
+
+
+def unknown(model: ir.Model, names: Sequence[str]) -> ir.Node | None:
+    """A node between constants and the outputs whose gradient is not known, where there is one."""
+    for node in _path(model, set(names)):
+        if node.domain not in ("", "ai.onnx") or node.op_type not in _RULES:
+            return node
+    return None
 
 
 def with_inputs(model: ir.Model, names: Sequence[str]) -> ir.Model:

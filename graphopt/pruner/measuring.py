@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from graphopt import ir
-from graphopt.gram import LINEAR, Gram, grams, weight_matrix
+from graphopt.gram import LINEAR, Gram, affordable, grams, weight_matrix
 from graphopt.pruner.adjusting import Kept
 from graphopt.pruner.atoms import Axis
 from graphopt.pruner.batching import batched
@@ -27,6 +27,7 @@ __all__ = [
     "columns_left",
     "completed",
     "family_grams",
+    "layer_grams",
     "readers",
 ]
 
@@ -228,6 +229,18 @@ def family_grams(
         for family in waiting[:count]:
             yield family, {node: found[ir.label(node)] for node in readers([family])}
         waiting = waiting[count:]
+
+
+def layer_grams(
+    model: ir.Model, nodes: Sequence[ir.Node], samples: Samples, tell: Tell
+) -> Iterator[tuple[ir.Node, Gram]]:
+    """Products with constant weights, each with XᵀX of its inputs; see `family_grams`."""
+    waiting = list(nodes)
+    while waiting:
+        part = affordable(waiting, _BYTES) or waiting[:1]
+        found = grams(model, part, samples, rows=_ROWS, progress=tell)
+        yield from ((node, found[ir.label(node)]) for node in part)
+        waiting = [node for node in waiting if node not in part]
 
 
 def _eliminate(family: Family, parts: Sequence[_Part], scores: Scores) -> None:

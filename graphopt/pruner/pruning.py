@@ -23,6 +23,7 @@ from graphopt.pruner.records import RECORD, Record, positions, record_of
 from graphopt.pruner.selection import Scores, Selection, by_pattern, check_ratio, meet, select
 from graphopt.pruner.sensitivity import Curves, path, scan
 from graphopt.pruner.slopes import by_changes, by_gradients
+from graphopt.pruner.splitting import layers, rank_of, saving, weight_shape
 from graphopt.random_inputs import workable_feeds
 from graphopt.runner import Runner
 from graphopt.samples import Samples
@@ -64,6 +65,8 @@ class Options:
     seed: int = 0
     scan: str = ""
     """File that keeps the sensitivity scan."""
+    ranks: bool = False
+    """With scope sensitivity, layers may also become two thinner ones, which recovery does."""
 
     def __post_init__(self) -> None:
         check_ratio(self.ratio)
@@ -94,8 +97,18 @@ class Survey:
     scores: Scores
     estimate: Estimator
     notes: list[str]
+    layers: dict[str, ir.Node]
+    """What can become two thinner layers, by the names that the scan has for them."""
     curves: Curves | None = None
     """Of the sensitivity scan, once it was asked for."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What goes: groups, by their representatives, and ranks of layers that become two."""
+
+    gone: Axis
+    ranks: dict[ir.Node, int] = field(default_factory=dict[ir.Node, int])
 
 
 @dataclass
@@ -111,6 +124,8 @@ class Pruning:
     """Largest difference from the masked original beside the largest magnitude; None where
     statistics run over what was pruned, so that the two are not the same."""
     notes: list[str] = field(default_factory=list[str])
+    ranks: dict[ir.Node, int] = field(default_factory=dict[ir.Node, int])
+    """Layers of the traced model that are to become two, with their ranks."""
 
     @property
     def counts(self) -> dict[str, tuple[int, int]]:
@@ -157,7 +172,10 @@ def survey(
     if not groups.families:
         raise InputError(f"nothing can be pruned: {_why(groups)}")
     tell(f"ranking by {options.criterion}")
-    return Survey(groups, rank(groups, options, samples, tell), Estimator(groups), notes)
+    found: dict[str, ir.Node] = {}
+    if options.ranks and options.scope == "sensitivity" and not options.exact:
+        found = layers(model, options.ignore, options.only)
+    return Survey(groups, rank(groups, options, samples, tell), Estimator(groups), notes, found)
 
 
 def cut(
@@ -170,11 +188,19 @@ def cut(
 ) -> Pruning:
     """Prune what was surveyed, which can be done any number of times; see `prune_once`."""
     groups, estimate = found.groups, found.estimate
-    gone = choose(found, options, samples, tell)
-    kept = groups.kept(gone)
-    before, after = estimate(groups.kept(gone[:0])), estimate(kept)
-    result = Pruning(apply(groups, kept), groups, kept, before, after, notes=list(found.notes))
-    if not gone.size:
+    choice = choose(found, options, samples, tell)
+    kept = groups.kept(choice.gone)
+    before, after = estimate(groups.kept(choice.gone[:0])), estimate(kept, choice.ranks)
+    result = Pruning(
+        apply(groups, kept),
+        groups,
+        kept,
+        before,
+        after,
+        notes=list(found.notes),
+        ranks=choice.ranks,
+    )
+    if not choice.gone.size and not choice.ranks:
         result.notes.append("the ratio is too small for any group: nothing was pruned")
     if check:
         tell("comparing with the masked original")
@@ -214,8 +240,8 @@ def rank(
 
 def choose(
     found: Survey, options: Options, samples: Samples | None, tell: Callable[[str], None]
-) -> Axis:
-    """The groups that go: by ratio, or as few as a budget of parameters and operations allows."""
+) -> Choice:
+    """What goes: by ratio, or as little as a budget of parameters and operations allows."""
     groups, estimate = found.groups, found.estimate
     total = estimate(groups.kept(np.zeros(0, np.int64)))
 
@@ -223,24 +249,22 @@ def choose(
     if options.scope == "sensitivity":
         steps = _steps(found, options, samples, tell)
 
-    def by_ratio(ratio: float) -> Axis:
+    def by_ratio(ratio: float) -> Choice:
         if options.scope == "sensitivity":
             return _by_steps(found, options, steps[: round(ratio * len(steps))])
         ratios: Mapping[str, float] | float = ratio
         if options.ratios:
             ratios = by_pattern(groups, options.ratios, ratio)
-        return select(groups, found.scores, ratios, options.how)
+        return Choice(select(groups, found.scores, ratios, options.how))
 
-    def parameters(gone: Axis) -> float:
-        return estimate(groups.kept(gone)).parameters / max(total.parameters, 1)
+    def left(choice: Choice) -> Size:
+        return estimate(groups.kept(choice.gone), choice.ranks)
 
-    def weights(gone: Axis) -> float:
-        return estimate(groups.kept(gone)).bytes / max(total.bytes, 1)
-
-    def operations(gone: Axis) -> float:
-        return estimate(groups.kept(gone)).flops / max(total.flops, 1)
-
-    asked = [(options.params, parameters), (options.flops, operations), (options.size, weights)]
+    asked: list[tuple[float, Callable[[Choice], float]]] = [
+        (options.params, lambda choice: left(choice).parameters / max(total.parameters, 1)),
+        (options.flops, lambda choice: left(choice).flops / max(total.flops, 1)),
+        (options.size, lambda choice: left(choice).bytes / max(total.bytes, 1)),
+    ]
     budgets = [(limit, size) for limit, size in asked if limit]
     if not budgets:
         return by_ratio(options.ratio)
@@ -248,8 +272,8 @@ def choose(
     taken = steps[: round(ratio * len(steps))]
     for place in range(len(taken) - 1, -1, -1):  # the dearest first: some may not have to go
         fewer = taken[:place] + taken[place + 1 :]
-        gone = _by_steps(found, options, fewer)
-        if all(size(gone) <= limit for limit, size in budgets):
+        less = _by_steps(found, options, fewer)
+        if all(size(less) <= limit for limit, size in budgets):
             taken = fewer
     return _by_steps(found, options, taken) if steps else by_ratio(ratio)
 
@@ -262,20 +286,28 @@ def _steps(
         raise InputError("scope sensitivity needs data: --data")
     groups = found.groups
     if found.curves is None:
-        found.curves = scan(groups, found.scores, samples, options.how, tell, options.scan)
+        found.curves = scan(
+            groups, found.scores, samples, options.how, tell, options.scan, found.layers
+        )
     by = "parameters" if options.params or options.size else "flops"
-    return path(groups, found.curves, found.estimate, options.how, by)
+    return path(groups, found.curves, found.estimate, options.how, by, found.layers)
 
 
-def _by_steps(found: Survey, options: Options, steps: Sequence[tuple[str, float]]) -> Axis:
-    """The groups that have gone after some steps, but for families that have ratios given."""
+def _by_steps(found: Survey, options: Options, steps: Sequence[tuple[str, float]]) -> Choice:
+    """What has gone after some steps, but for families that have ratios given."""
     shares = {family.name: 0.0 for family in found.groups.families}
     for name, share in steps:
-        shares[name] = max(shares[name], share)
+        shares[name] = max(shares.get(name, 0.0), share)
+    ranks: dict[ir.Node, int] = {}
+    for name, node in found.layers.items():
+        shape = weight_shape(node)
+        rank = rank_of(node, shape, shares.pop(name, 0.0))
+        if saving(node, shape, rank) is not None:
+            ranks[node] = rank
     if options.ratios:
         fixed = by_pattern(found.groups, options.ratios, -1.0)
         shares.update({name: share for name, share in fixed.items() if share >= 0})
-    return select(found.groups, found.scores, shares, options.how)
+    return Choice(select(found.groups, found.scores, shares, options.how), ranks)
 
 
 def _verify(pruning: Pruning, samples: Samples | None) -> float | None:
@@ -325,7 +357,8 @@ def remember(pruning: Pruning) -> None:
     earlier = record_of(pruning.groups.model)
     teacher = pruning.groups.model if earlier is None else earlier.teacher
     kept = positions(pruning.groups, pruning.kept, earlier)
-    pruning.model.meta[RECORD] = Record(teacher, kept)
+    ranks = {node.outputs[0].name or "": rank for node, rank in pruning.ranks.items()}
+    pruning.model.meta[RECORD] = Record(teacher, kept, ranks)
 
 
 def parse_ratios(texts: Sequence[str]) -> dict[str, float]:

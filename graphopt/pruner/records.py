@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import cast
 
 from graphopt import ir
@@ -26,6 +26,8 @@ class Record:
 
     teacher: ir.Model
     kept: Positions
+    ranks: dict[str, int] = field(default_factory=dict[str, int])
+    """Layers, by their results' names, that recovery is to make two of these ranks of."""
 
 
 def record_of(model: ir.Model) -> Record | None:

@@ -22,6 +22,7 @@ from graphopt.gram import LINEAR, column_blocks
 from graphopt.pruner.batching import batched
 from graphopt.pruner.fitting import Fit, Sums, biased, can_fit, fit
 from graphopt.pruner.records import Record
+from graphopt.pruner.splitting import split
 from graphopt.runner import BATCH_SECONDS
 from graphopt.samples import Samples
 from graphopt.taps import tap
@@ -92,9 +93,7 @@ def recover(
     """
     known = {v.name or "" for node in record.teacher.graph for v in node.outputs}
     data = samples.take(options.samples)
-    if options.epochs:  # what training is judged by is not to be known from here
-        data = divided(data)[0]
-    affected = _affected(model, record)
+    affected = _affected(model, record, known)
     order = {node: index for index, node in enumerate(model.graph)}
     nodes = [node for node in model.graph if node in affected and _aim(node, known) in known]
     fits: list[Fit] = []
@@ -110,15 +109,19 @@ def recover(
     return fits
 
 
-def _affected(model: ir.Model, record: Record) -> set[ir.Node]:
-    """The nodes that read something else than before: channels pruned, or made of such."""
+def _affected(model: ir.Model, record: Record, known: Collection[str]) -> set[ir.Node]:
+    """The nodes that read something else than before: what was pruned or split, or made of it."""
     changed: set[ir.Value] = set()
     found: set[ir.Node] = set()
     for node in model.graph:
         inputs = [value for value in node.inputs if value is not None]
         if any(value in changed for value in inputs):
             found.add(node)
-        if node in found or any(record.kept.get(value.name or "") for value in inputs):
+        names = {value.name or "" for value in node.outputs}
+        if not names.isdisjoint(record.ranks):
+            found.add(node)
+        pruned = any(record.kept.get(value.name or "") for value in inputs)
+        if node in found or pruned or names.isdisjoint(known):
             changed.update(node.outputs)
     return found
 
@@ -132,12 +135,18 @@ def _refit(
     options: Recovery,
     order: dict[ir.Node, int],
 ) -> Fit | None:
+    """Refit a layer, and make two of it where that is planned."""
     if not can_fit(model, node):
         return None
     parts = _collect(model, node, aim, record, data, options, order)
-    if not parts:
-        return None
-    return fit(model, node, parts, options.ridge, only_bias=options.method == "bias")
+    done = None
+    if parts:
+        done = fit(model, node, parts, options.ridge, only_bias=options.method == "bias")
+    rank = record.ranks.pop(node.outputs[0].name or "", 0)
+    if rank:
+        whole = sum(parts[1:], parts[0]) if parts else None
+        split(model, node, rank, None if whole is None else whole.xtx[0][0] / whole.count)
+    return done
 
 
 def _collect(

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,8 @@ __all__ = ["Scores", "Selection", "Unreachable", "check_ratio", "lamp", "meet", 
 
 Scores = npt.NDArray[np.float64]
 """Importance by atom, given for the representative of each group; the least goes first."""
+
+Chosen = TypeVar("Chosen")
 
 _SEARCH_STEPS = 24
 
@@ -125,7 +128,7 @@ def by_pattern(groups: Groups, patterns: Mapping[str, float], rest: float) -> di
     return found
 
 
-def meet(choose: Callable[[float], Axis], size: Callable[[Axis], float], limit: float) -> float:
+def meet(choose: Callable[[float], Chosen], size: Callable[[Chosen], float], limit: float) -> float:
     """The least ratio that brings the size of what it leaves down to a limit.
 
     Raises:
