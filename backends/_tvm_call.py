@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,8 @@ class Call:
     inputs: list[Any]
     node: ir.Node
     sizes: Sizes
+    values: Mapping[str, Any]
+    """All that was converted before, by name."""
 
     def emit(self, expression: Any) -> Any:
         """Name an expression, so that it is computed once."""
@@ -47,8 +50,19 @@ def is_constant(value: Any) -> bool:
     return isinstance(value, _ir.GenericConst)
 
 
-def constant(builder: Any, value: Any) -> Any:
-    """The array of a tensor that is known while compiling, or of a name for one; else None."""
+def binding(builder: Any, value: Any) -> Any:
+    """What a name stands for; None for a parameter."""
     while isinstance(value, _relax.Var):
         value = builder.lookup_binding(value)
-    return value.value.numpy() if is_constant(value) else None
+    return value
+
+
+def is_call(value: Any, operator: str) -> bool:
+    """Whether an expression calls an operator of Relax."""
+    return isinstance(value, _ir.Call) and str(getattr(value.op, "name", "")) == operator
+
+
+def constant(builder: Any, value: Any) -> Any:
+    """The array of a tensor that is known while compiling, or of a name for one; else None."""
+    found = binding(builder, value)
+    return found.value.numpy() if is_constant(found) else None

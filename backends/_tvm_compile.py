@@ -13,7 +13,7 @@ from graphopt.backends import _tvm_link, _tvm_statements
 from graphopt.backends._tvm_executable import ERRORS, LIBRARY, NOTES, OBJECTS, last_line
 from graphopt.backends._tvm_import import import_model
 from graphopt.backends._tvm_kernels import Kernels
-from graphopt.backends._tvm_legalize import table
+from graphopt.backends._tvm_legalize import first_table, table
 from graphopt.backends._tvm_loops import Machine
 from graphopt.backends._tvm_ranges import index_ranges
 from graphopt.backends._tvm_schedule import Log, schedule_all
@@ -68,9 +68,10 @@ def lower(module: Any, aim: Any, machine: Machine, kernels: Kernels) -> tuple[An
         module = tvm.transform.Sequential(
             [
                 steps.Normalize(),
-                steps.LegalizeOps(customize_legalize_map=table(kernels)),
+                steps.LegalizeOps(customize_legalize_map=first_table(kernels)),
                 steps.CanonicalizeBindings(),
                 steps.DeadCodeElimination(),
+                steps.LegalizeOps(customize_legalize_map=table(kernels)),
                 steps.AnnotateTIROpPattern(),
                 steps.FoldConstant(),
                 steps.FuseOps(),

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from graphopt.backends import _tvm_quantized
 from graphopt.backends._tvm_call import Call, is_constant
 from graphopt.backends._tvm_indices import number
 
@@ -26,6 +27,10 @@ def conv(call: Call) -> Any:
     if axes > 2:
         raise NotImplementedError(f"a convolution over {axes} axes")
     shape = [int(size) for size in weights.ty.shape.values]
+    groups = int(call.attribute("group", 1))
+    integers = _tvm_quantized.product(call, 0, groups)
+    if integers is not None:
+        x, weights = integers.left, integers.right
     strides = list(call.attribute("strides", [1] * axes))
     dilations = list(call.attribute("dilations", [1] * axes))
     pads = _pads(call, x, shape[2:], strides, dilations)
@@ -34,9 +39,12 @@ def conv(call: Call) -> Any:
         x = call.emit(_op.reshape(x, (n, c, 1, w)))
         weights = _reshaped(call, weights, (*shape[:2], 1, shape[2]))
         strides, dilations, pads = [1, *strides], [1, *dilations], [0, pads[0], 0, pads[1]]
+    dtype = None if integers is None else integers.dtype
     result = call.emit(
-        _op.nn.conv2d(x, weights, strides, pads, dilations, groups=int(call.attribute("group", 1)))
+        _op.nn.conv2d(x, weights, strides, pads, dilations, groups=groups, out_dtype=dtype)
     )
+    if integers is not None:
+        result = integers.scaled(call, result, 1)
     if axes == 1:
         n, c, _, w = result.ty.shape.values
         result = call.emit(_op.reshape(result, (n, c, w)))

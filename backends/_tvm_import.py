@@ -172,7 +172,8 @@ class _Importer:
         if node.op_type not in _TAKES_SHAPES:
             inputs[:] = [None if v is None else self._as_tensor(v) for v in inputs]
         own = OPERATORS.get((node.domain, node.op_type))
-        result = None if own is None else own(Call(self._bb, list(inputs), node, self._sizes))
+        call = Call(self._bb, list(inputs), node, self._sizes, self._nodes)
+        result = None if own is None else own(call)
         if result is None:
             if node.domain or node.op_type not in _known():
                 raise NotImplementedError(

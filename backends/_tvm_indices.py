@@ -86,6 +86,11 @@ def divides(step: int, size: Any) -> bool:
     return number(simple(size % step)) == 0
 
 
+def is_plain(rows: Sequence[Any]) -> bool:
+    """Whether TVM proves that rows are covered: all sizes are known, or none is."""
+    return number(product(rows)) is not None or all(number(size) is None for size in rows)
+
+
 def fits(need: Any, have: Any) -> bool:
     """Whether one size is known to be at most another."""
     low, high = number(need), number(have)

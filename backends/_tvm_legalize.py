@@ -14,6 +14,7 @@ import numpy as np
 from graphopt.backends._tvm_call import constant
 from graphopt.backends._tvm_fastmath import FAST
 from graphopt.backends._tvm_indices import number
+from graphopt.backends._tvm_integers import keep
 from graphopt.backends._tvm_kernels import Kernels, default
 
 relax: Any = importlib.import_module("tvm.relax")
@@ -26,6 +27,14 @@ def table(kernels: Kernels) -> dict[str, Legalization]:
     """The legalizations that differ from TVM's, by operator."""
     folds = {name: _folding(name, fold) for name, fold in _FOLDS.items()}
     return {**folds, **FAST, **kernels.table()}
+
+
+def first_table(kernels: Kernels) -> dict[str, Legalization]:
+    """As `table`, with 16-bit integers left to the second time: products look through them."""
+    found = table(kernels)
+    for name in ("relax.astype", "relax.subtract", "relax.permute_dims"):
+        found[name] = keep(found.get(name) or default(name))
+    return found
 
 
 def _folding(name: str, fold: Callable[[Any, Any], Any]) -> Legalization:

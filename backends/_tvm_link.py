@@ -23,6 +23,7 @@ _LEVELS = (
     ("x86-64-v3", {"avx2", "fma", "f16c"}),
     ("x86-64-v2", {"sse4_2"}),
 )
+_X86_ATTRIBUTES = {"avx_vnni": "+avxvnni", "avx512_vnni": "+avx512vnni"}
 _ARM_ATTRIBUTES = {
     "dotprod": "+dotprod",
     "fp16": "+fullfp16",
@@ -76,7 +77,8 @@ def _cpu(target: Target) -> dict[str, Any]:
         return {"mcpu": str(tvm.get_global_func("target.llvm_get_system_cpu")())}
     if target.arch == "x86_64":
         level = next((name for name, needs in _LEVELS if needs <= target.isa), "x86-64")
-        return {"mcpu": level, "mtriple": "x86_64-linux-gnu"}
+        extra = [text for name, text in _X86_ATTRIBUTES.items() if name in target.isa]
+        return {"mcpu": level, "mtriple": "x86_64-linux-gnu", **({"mattr": extra} if extra else {})}
     attributes = [text for name, text in _ARM_ATTRIBUTES.items() if name in target.isa]
     model = target.name.partition(":")[2] or "generic"
     return {"mtriple": "aarch64-linux-gnu", "mcpu": model, "mattr": ["+neon", *attributes]}

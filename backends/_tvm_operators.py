@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from graphopt.backends import _tvm_convolutions, _tvm_recurrent, _tvm_trees
+from graphopt.backends import _tvm_convolutions, _tvm_quantized, _tvm_recurrent, _tvm_trees
 from graphopt.backends._tvm_call import Call, is_constant
 from graphopt.backends._tvm_indices import number
 from graphopt.backends._tvm_shapes import ENDLESS
@@ -106,41 +106,6 @@ def _ranked(scalar: Any, like: Any) -> Any:
     if is_constant(scalar):
         return relax.const(scalar.value.numpy().reshape((1,) * like.ty.ndim))
     return _op.reshape(scalar, (1,) * like.ty.ndim)
-
-
-def _dequantize(call: Call) -> Any:
-    """Constant weights become floats; of others one scale for all or one per index of an axis."""
-    x, scale, zero = call.inputs[0], call.inputs[1], call.get(2)
-    if is_constant(x) and is_constant(scale) and (zero is None or is_constant(zero)):
-        return relax.const(_dequantized(call, x, scale, zero))
-    if call.attribute("block_size", 0) and scale.ty.ndim:
-        raise NotImplementedError("scales by block of what is no constant")
-    dtype = scale.ty.dtype
-    axis = int(call.attribute("axis", 1)) % max(x.ty.ndim, 1)
-    shape = [1] * x.ty.ndim
-    if scale.ty.ndim == 1 and x.ty.ndim:
-        shape[axis] = -1
-    value = _op.astype(x, dtype)
-    if zero is not None:
-        value = _op.subtract(value, _op.reshape(_op.astype(zero, dtype), shape))
-    return _op.multiply(value, _op.reshape(scale, shape))
-
-
-def _dequantized(call: Call, x: Any, scale: Any, zero: Any) -> Any:
-    array, factors = x.value.numpy(), scale.value.numpy()
-    offsets = np.zeros_like(factors) if zero is None else zero.value.numpy().astype(factors.dtype)
-    axis = int(call.attribute("axis", 1)) % max(array.ndim, 1)
-    block = int(call.attribute("block_size", 0))
-    if factors.ndim == array.ndim and block:
-        size = array.shape[axis]
-        every = np.arange(int(size)) // block
-        factors, offsets = (np.take(part, every, axis) for part in (factors, offsets))
-    elif factors.size > 1:
-        shape = [-1 if index == axis else 1 for index in range(array.ndim)]
-        factors, offsets = factors.reshape(shape), offsets.reshape(shape)
-    else:
-        factors, offsets = factors.reshape(()), offsets.reshape(())
-    return np.asarray((array.astype(factors.dtype) - offsets) * factors)
 
 
 def _gather(call: Call) -> Any:
@@ -262,7 +227,10 @@ OPERATORS: dict[tuple[str, str], Converter] = {
     ("", "Max"): _chain(_op.maximum),
     ("", "Min"): _chain(_op.minimum),
     ("", "Sum"): _chain(_op.add),
-    ("", "DequantizeLinear"): _dequantize,
+    ("", "DequantizeLinear"): _tvm_quantized.dequantize,
+    ("", "QuantizeLinear"): _tvm_quantized.quantize,
+    ("", "MatMul"): _tvm_quantized.matmul,
+    ("", "Gemm"): _tvm_quantized.gemm,
     ("", "Gather"): _gather,
     ("", "Slice"): _slice,
     ("", "LayerNormalization"): _first_only,

@@ -51,16 +51,17 @@ def multiply(schedule: Any, machine: Machine) -> tuple[Any, str]:
         if block is not result:
             schedule.compute_inline(block)
     annotations = schedule.get(product).annotations
-    notes = {str(key): int(value) for key, value in annotations.items() if key != "kernel"}
-    kernel = str(annotations["kernel"])
-    schedule.unannotate(product, "kernel")
-    _Product(schedule, machine, product, result, before, notes).run()
+    words = {name: str(annotations[name]) for name in ("kernel", "dot")}
+    notes = {str(key): int(value) for key, value in annotations.items() if key not in words}
+    for name in words:
+        schedule.unannotate(product, name)
+    _Product(schedule, machine, product, result, before, notes, words["dot"]).run()
     if result is not tail[-1]:
         elementwise(schedule, tail[-1], machine)
     function = schedule.mod["main"]
-    if not {"depthwise", "stacked"} & set(notes):
+    if not words["dot"] and not {"depthwise", "stacked"} & set(notes):
         function = prefetch(function, f"{PRODUCT}_update")
-    return function, kernel
+    return function, words["kernel"]
 
 
 def _last_alike(schedule: Any, tail: list[Any]) -> Any:
@@ -83,7 +84,7 @@ def _last_alike(schedule: Any, tail: list[Any]) -> Any:
 
 
 class _Product:
-    """One product: its block, the stage that stores it, what comes before, its tile."""
+    """One product: its block, the stage that stores it, what comes before, its tile, its dot."""
 
     def __init__(
         self,
@@ -93,10 +94,11 @@ class _Product:
         result: Any,
         before: list[Any],
         notes: dict[str, int],
+        dot: str,
     ) -> None:
         self._schedule, self._machine = schedule, machine
         self._product, self._result, self._before = product, result, before
-        self._tile = notes
+        self._tile, self._dot = notes, dot
         self._depthwise = bool(notes.get("depthwise"))
         self._shared: Any = None
 
@@ -114,19 +116,23 @@ class _Product:
             order, bands = self._banded(outer, high, block)
         else:
             order, bands = [*stack, block, *outer[len(stack) :], high], None
-        s.reorder(*order, *sums, rows, vectors, lanes)
+        group = [sums.pop()] if self._dot else []
+        s.reorder(*order, *sums, rows, vectors, lanes, *group)
         s.set_scope(product, 0, "local")
         s.reverse_compute_at(self._result, order[-1], preserve_unit_loops=True)
         self._store(len(order))
         for loop in (rows, vectors):
             s.unroll(loop)
-        s.vectorize(lanes)
+        if not self._dot:
+            s.vectorize(lanes)
         if self._depthwise:
             for loop in sums:
                 s.unroll(loop)
         taken = self._share(order, work, bands)
         start = s.decompose_reduction(product, sums[0])
         self._clear(start, len(order) - taken + 1 if taken else len(order))
+        if self._dot:
+            s.tensorize(lanes, self._dot)
         self._fill(bands)
 
     def _loops(self) -> tuple[list[Any], Any, Any, Any, list[Any]]:

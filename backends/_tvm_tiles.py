@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from graphopt.backends._tvm_dots import Dot, dots
 from graphopt.target import Target
 
 _BITS = {"float64": 64, "float32": 32, "float16": 16, "int32": 32, "int8": 32, "uint8": 32}
@@ -25,17 +26,18 @@ class Registers:
     count: int
     memory_operands: bool
     """Whether a multiplication broadcasts an element from memory by itself."""
+    dots: tuple[Dot, ...]
+    """What multiplies small integers."""
 
     @classmethod
     def of(cls, target: Target) -> Registers:
         """Those of a target's widest instructions."""
+        found = dots(target)
         if "avx512f" in target.isa:
-            return cls(512, 32, True)
+            return cls(512, 32, True, found)
         if "avx2" in target.isa:
-            return cls(256, 16, False)
-        if target.arch == "aarch64":
-            return cls(128, 32, False)
-        return cls(128, 16, False)
+            return cls(256, 16, False, found)
+        return cls(128, 32 if target.arch == "aarch64" else 16, False, found)
 
     def lanes(self, dtype: str) -> int:
         """Elements of a dtype in a register; 1 for dtypes that are not computed in vectors."""
@@ -68,7 +70,9 @@ def vector(columns: int, widest: int) -> int:
     return lanes
 
 
-def ranked(rows: int | None, columns: int, registers: Registers, dtype: str) -> list[Tile]:
+def ranked(
+    rows: int | None, columns: int, registers: Registers, dtype: str, lanes: int = 0
+) -> list[Tile]:
     """Tiles that fit the registers, the one that should waste least first.
 
     Args:
@@ -76,8 +80,9 @@ def ranked(rows: int | None, columns: int, registers: Registers, dtype: str) -> 
         columns: of the product.
         registers: of the CPU.
         dtype: of the sums.
+        lanes: that an instruction has; 0 where any number will do.
     """
-    lanes = vector(columns, registers.lanes(dtype))
+    lanes = lanes or vector(columns, registers.lanes(dtype))
     tiles: list[Tile] = []
     for vectors in range(1, min(8, -(-columns // lanes)) + 1):
         most = max(1, min(30, registers.sums(vectors) // vectors))

@@ -11,23 +11,23 @@ from typing import Any
 import numpy as np
 import pytest
 
-from graphopt import backends, compilation
-from graphopt.backends import Array
+from graphopt import backends, compilation, ir
+from graphopt.target import Target
 from tests._models import parse
 from tests.test_tvm import CPU, agree, needs_tvm, random, with_weights
 
 
-def lowered(text: str, **weights: Array) -> tuple[Any, Any]:
-    """The scheduled kernels of a model, and the target in TVM's terms."""
+def lowered(model: ir.Model, target: Target = CPU) -> tuple[Any, Any, Any]:
+    """The scheduled kernels of a model, the target in TVM's terms, and what became of each."""
     compiler, link, importer, kernels, loops, tiles = (
         importlib.import_module(f"graphopt.backends._tvm_{name}")
         for name in ("compile", "link", "import", "kernels", "loops", "tiles")
     )
-    machine = loops.Machine(tiles.Registers.of(CPU), 1)
-    aim = link.tvm_target(CPU, 1)
-    module = importer.import_model(with_weights(text, **weights), {})
-    found, _ = compiler.lower(module, aim, machine, kernels.Kernels(machine.registers))
-    return found, aim
+    machine = loops.Machine(tiles.Registers.of(target), 1)
+    aim = link.tvm_target(target, 1)
+    module = importer.import_model(model, {})
+    found, log = compiler.lower(module, aim, machine, kernels.Kernels(machine.registers))
+    return found, aim, log
 
 
 @needs_tvm
@@ -49,7 +49,7 @@ def test_softmax_row_by_row(tmp_path: Path, shape: tuple[int, ...]) -> None:
 def test_weights_are_loaded_ahead(rows: int, columns: int, ahead: bool) -> None:
     """Unless there is no next block of them, or nothing to do meanwhile."""
     text = f"g (float[{rows},96] x, float[] w) => (float y) {{ y = MatMul (x, w) }}"
-    kernels, _ = lowered(text, w=random(96, columns))
+    kernels, _, _ = lowered(with_weights(text, w=random(96, columns)))
     assert ("llvm.prefetch" in kernels.script()) == ahead
 
 
@@ -57,7 +57,7 @@ def test_weights_are_loaded_ahead(rows: int, columns: int, ahead: bool) -> None:
 def test_sums_are_not_on_the_heap() -> None:
     """Those of a tile may take more than TVM leaves on the stack by itself."""
     text = "g (float[64,96] x, float[] w) => (float y) { y = MatMul (x, w) }"
-    kernels, aim = lowered(text, w=random(96, 400))
+    kernels, aim, _ = lowered(with_weights(text, w=random(96, 400)))
     compiler = importlib.import_module("graphopt.backends._tvm_compile")
     library = compiler.generate(kernels, aim).mod.imports[0]
     code = library.inspect_source("ll")
