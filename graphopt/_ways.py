@@ -28,6 +28,7 @@ from graphopt.quantizer.bias_correction import correct_biases
 from graphopt.quantizer.budget import Budget, rank, search
 from graphopt.quantizer.calibration import fingerprint
 from graphopt.quantizer.histograms import histograms
+from graphopt.quantizer.measuring import is_large
 from graphopt.quantizer.placement import check_names, plan
 from graphopt.quantizer.ranges import Ranges
 from graphopt.quantizer.recurrent import integer_lstms, lstms
@@ -85,6 +86,11 @@ class Work:
     """The rung that operators go to first; empty for the target's."""
     cache: Path | None
 
+    @functools.cached_property
+    def large(self) -> bool:
+        """Whether the model is: then one way is gone, and no other is compared with it."""
+        return is_large(self.context.model)
+
     def smooth(self) -> list[str]:
         """Move outliers of activations into weights; what was done, as pipeline text.
 
@@ -120,7 +126,8 @@ class Work:
         result, noise = self._ranged(chosen)
         if result is None:
             return None
-        equalized = self._equalized(options) if noise > 10 ** (-_POOR_DB / 10) else None
+        poor = not self.large and noise > 10 ** (-_POOR_DB / 10)
+        equalized = self._equalized(options) if poor else None
         if equalized is not None:
             other, less = self._ranged(equalized)
             if other is not None and less < noise:
@@ -212,6 +219,8 @@ class Work:
         products, means hardly move, and what a few samples say of them is no better. Nor is it
         where fewer answers agree: then what is gained lies where nobody looks.
         """
+        if self.large:
+            return result
         model = self._correct(ladder, result)
         runner, part = Runner(ladder.floats, optimize=True), self.samples.take(_SCORED)
         before, after = (score(runner, each, part) for each in (result, model))
@@ -267,19 +276,24 @@ class Work:
     def _ranged(self, way: Way) -> tuple[ir.Model | None, float]:
         """The result with the least noise on some of the samples, of several ways to set ranges.
 
-        None where there is nothing to quantize.
+        None where there is nothing to quantize. Of a large model there is one way, whose noise is
+        not measured.
         """
         static, options = way.static(self), way.options
         part = self.samples.take(_SCORED)
-        floats = Runner(way.model, optimize=True)
+        floats = None if self.large else Runner(way.model, optimize=True)
         best: ir.Model | None = None
         least = math.inf
-        for ranges in [static.ranges] if options.ranges else _RANGES:
+        for ranges in [static.ranges] if options.ranges or self.large else _RANGES:
             static.ranges = ranges
+            self.tell(f"quantization: {ranges.method}")
             context = self._copy(way.model)
             done = static.insert(context, options.keep, options.wide)
             if not integer_lstms(context, options.keep) and not done:
                 return None, math.inf
+            if floats is None:
+                static.settle()
+                return context.model, math.nan
             self.tell(f"comparison: {ranges.method}")
             noise = score(floats, context.model, part).noise
             if best is None or noise < least:
@@ -296,7 +310,12 @@ class Work:
         return Way(str(single), before.model, options)
 
     def _copy(self, model: ir.Model) -> Context:
-        return Context(files.copy(model), target=self.context.target, samples=self.samples)
+        return Context(
+            files.copy(model),
+            target=self.context.target,
+            samples=self.samples,
+            progress=self.tell,
+        )
 
 
 @dataclass

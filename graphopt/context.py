@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from graphopt import ir
@@ -33,6 +33,7 @@ class Context:
         rewrites_left: int | None = None,
         deadline: float | None = None,
         samples: Samples | None = None,
+        progress: Callable[[str], None] | None = None,
     ) -> None:
         self.model = model
         self.target = target or Target.portable()
@@ -42,6 +43,7 @@ class Context:
         self.samples = samples
         """Data for the passes that calibrate or reconstruct; None where none was given."""
         self.record = PassRecord("")
+        self._progress = progress
         self.refresh()
 
     def refresh(self) -> None:
@@ -49,6 +51,11 @@ class Context:
         self.shapes = Shapes(self.model)
         self._roots = dict(ir.scopes(self.model))
         self._names, self._node_names = _all_names(self.model)
+
+    def tell(self, text: str) -> None:
+        """Say what is being done, in a pass that takes long."""
+        if self._progress is not None:
+            self._progress(text)
 
     @property
     def exhausted(self) -> bool:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import numpy as np
@@ -184,19 +184,47 @@ def accumulate(
         key = _geometry(node, shape)
         named[ir.label(node)] = key
         readers.setdefault(key, (node, shape))
-    sums: dict[tuple[object, ...], Gram] = {}
+    sums: dict[tuple[object, ...], _Sum] = {}
     for phase, sample in enumerate(feeds):
         for key, (node, shape) in readers.items():
             value = node.inputs[0]
             assert value is not None
             x = sample[value.name or ""]
             for block in column_blocks(node, x, shape, rows=rows, phase=phase):
+                if not np.isfinite(block.sum(dtype=np.float64)):
+                    raise InputError(f"{value.name!r} holds values that are not finite")
                 if key not in sums:
-                    sums[key] = Gram.empty(block.shape[0], block.shape[2])
+                    sums[key] = _Sum(Gram.empty(block.shape[0], block.shape[2]))
                 sums[key].add(block)
-            if not np.all(np.isfinite(sums[key].total)):
-                raise InputError(f"{value.name!r} holds values that are not finite")
-    return {name: sums[key] for name, key in named.items() if key in sums}
+    whole = {key: found.close() for key, found in sums.items()}
+    return {name: whole[key] for name, key in named.items() if key in whole}
+
+
+@dataclass
+class _Sum:
+    """A Gram, and columns that are yet to be counted: a few rows cost as much as many."""
+
+    gram: Gram
+    waiting: list[Reals] = field(default_factory=list[Reals])
+    count: int = 0
+
+    def add(self, rows: Reals) -> None:
+        """Count columns in, now or later."""
+        most = rows.shape[2] // 8  # a sixteenth of the memory of XᵀX
+        if self.count + rows.shape[1] > most:
+            self.close()
+        if rows.shape[1] > most:
+            self.gram.add(rows)
+        else:
+            self.waiting.append(rows.copy())
+            self.count += rows.shape[1]
+
+    def close(self) -> Gram:
+        """The sums of all of them."""
+        if self.waiting:
+            self.gram.add(np.concatenate(self.waiting, axis=1))
+            self.waiting, self.count = [], 0
+        return self.gram
 
 
 def grams(

@@ -22,7 +22,7 @@ from graphopt.passes.quantize_dynamic import QuantizeDynamic
 from graphopt.passes.quantize_static import QuantizeStatic
 from graphopt.passes.quantize_weights import QuantizeWeights
 from graphopt.quantizer.budget import Budget
-from graphopt.quantizer.measuring import measure, weight_bytes, why_slow
+from graphopt.quantizer.measuring import measure, why_slow
 from graphopt.quantizer.recurrent import lstms
 from graphopt.quantizer.report import Quantization
 from graphopt.quantizer.scoring import Metric
@@ -36,8 +36,13 @@ Method = Literal["auto", "static", "dynamic", "weights"]
 Fallback = Literal["", "int16", "float16", "float"]
 
 _MEASURE_SECONDS = 0.6
-_LARGE = 1 << 30  # bytes of weights: beyond it none are copied
 _HEAVY = ("Conv", "ConvTranspose", "MatMul", "Gemm", "LSTM", "GRU", "RNN")
+_WITHOUT = {
+    "static": "smooth-activations, equalize-channels, correct-biases and the comparison of ranges",
+    "dynamic": "smooth-activations",
+    "weights": "reconstruction, unless --rounding asks for it",
+}
+"""What a large model goes without."""
 _ASKED: dict[type, Method] = {QuantizeDynamic: "dynamic", QuantizeWeights: "weights"}
 
 
@@ -139,8 +144,8 @@ def _made(work: Work, budget: Budget, *, figures: bool) -> tuple[ir.Model, ir.Mo
     report = work.report
     ways = {"static": work.static, "dynamic": work.dynamic, "weights": work.weights}
     smoothed: list[str] = []
-    if report.method != "weights" and weight_bytes(work.context.model) > _LARGE:
-        report.notes.append("more than 1 GB of weights: outliers of activations are not moved")
+    if work.large:
+        report.notes.append(f"more than 1 GB of weights: without {_WITHOUT[report.method]}")
     elif report.method != "weights":
         smoothed = work.smooth()
     found = ways[report.method]()

@@ -47,6 +47,8 @@ class QuantizeStatic(Pass):
     weights: str = ""
     """A type: int8, uint8, int4, e4m3 …; the table's by default."""
     per_channel: bool = True
+    power_of_two: bool = False
+    """Scales are 2**k, for hardware that shifts: up to one bit is lost."""
     rounding: str = "gptq"
     """Of weights: nearest, or gptq, which makes up for errors within a layer."""
     keep: tuple[str, ...] = ()
@@ -74,6 +76,8 @@ class QuantizeStatic(Pass):
     def table(self, context: Context) -> Table:
         """The target's table with what the options change of it."""
         table = table_for(context.target, self.placement)
+        if "int2" in self.weights:
+            raise InputError("no runtime multiplies by 2 bits: store them so by quantize-weights")
         changed: dict[str, Any] = {
             "activation": _grid(self.activations, table.activation),
             "weight": _grid(self.weights, table.weight),
@@ -81,7 +85,8 @@ class QuantizeStatic(Pass):
         }
         if changed["activation"].floating or changed["weight"].floating:
             changed["integer_bias"] = False
-        return dataclasses.replace(table, **changed)
+        table = dataclasses.replace(table, **changed)
+        return table.powers_of_two() if self.power_of_two else table
 
     def wider(self, context: Context) -> Table:
         """The table of single operators between activations of 16 bits."""
@@ -91,7 +96,7 @@ class QuantizeStatic(Pass):
         nothing: frozenset[str] = frozenset()
         return dataclasses.replace(
             table,
-            activation=Grid(kind, symmetric=signed),
+            activation=dataclasses.replace(table.activation, dtype=kind, reduced=False),
             integer_bias=False,
             outputs=False,
             residual=False,

@@ -27,6 +27,7 @@ from graphopt.gram import weight_matrix
 from graphopt.pass_manager import Pass
 from graphopt.passes.convert_opset import ConvertOpset
 from graphopt.quantizer import storage
+from graphopt.quantizer.measuring import is_large
 from graphopt.quantizer.reconstruction import METHODS, reconstruct, rounded
 from graphopt.quantizer.rounding import Codes, Scheme, nearest
 from graphopt.quantizer.weights import RECURRENT, Chosen, average_bits, choose, spend
@@ -48,7 +49,8 @@ class QuantizeWeights(Pass):
     """Weights of a row of a matrix that share a scale; 0 for the whole row."""
     symmetric: bool = False
     method: str = ""
-    """rtn, mse, hqq, gptq or adaround; by default adaround with samples, else mse."""
+    """rtn, mse, hqq, gptq or adaround; by default adaround with samples, else mse, as also where
+    there is more than 1 GB of weights."""
     average: float = 0.0
     """Bits a weight may take on average, scales included: layers get 8 bits up to it."""
     layers: tuple[str, ...] = ()
@@ -80,7 +82,9 @@ class QuantizeWeights(Pass):
         )
         chosen = choose(context, scheme, bits=bits, keep=self.keep, tables=self.tables)
         if self.average:
-            chosen.linear = spend(context, chosen.linear, self.average, context.samples)
+            chosen.linear = spend(
+                context, chosen.linear, self.average, context.samples, progress=context.tell
+            )
             taken = average_bits(chosen.linear)
             if taken > self.average:
                 raise InputError(
@@ -106,19 +110,27 @@ class QuantizeWeights(Pass):
         self, context: Context, layers: Sequence[tuple[ir.Node, Scheme]], method: str
     ) -> Iterator[tuple[ir.Node, Codes]]:
         """The codes of each layer; without samples one after the other, each stored by itself."""
-        if context.samples is not None and method not in ("rtn", "hqq"):
+        simple = method in ("rtn", "hqq") or (method == "mse" and is_large(context.model))
+        if context.samples is not None and not simple:
             yield from reconstruct(
-                context, layers, method, context.samples, sequential=self.sequential
+                context,
+                layers,
+                method,
+                context.samples,
+                sequential=self.sequential,
+                progress=context.tell,
             ).items()
             return
         for node, scheme in layers:
             context.check_time()
+            context.tell(f"rounding: {ir.label(node)}")
             weights = ir.array(node.inputs[1])
             assert weights is not None
             yield node, _in_parts(weight_matrix(node, weights), scheme, method)
 
     def _method(self, context: Context) -> str:
-        method = self.method or ("adaround" if context.samples is not None else "mse")
+        careful = context.samples is not None and not is_large(context.model)
+        method = self.method or ("adaround" if careful else "mse")
         if method not in METHODS:
             raise InputError(f"weights are rounded by {', '.join(METHODS)}, not by {method!r}")
         if method in ("gptq", "adaround") and context.samples is None:

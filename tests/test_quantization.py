@@ -17,8 +17,10 @@ from click.testing import CliRunner
 
 from graphopt import files, ir
 from graphopt.cli import main
+from graphopt.context import Context
 from graphopt.errors import GateError, InputError
 from graphopt.losses import measure_loss
+from graphopt.passes.quantize_static import QuantizeStatic
 from graphopt.quantization import Quantization, quantize
 from graphopt.quantizer.budget import search
 from graphopt.quantizer.calibration import calibrate
@@ -31,6 +33,7 @@ from graphopt.quantizer.scoring import score
 from graphopt.quantizer.sketch import Sketch, Sketches
 from graphopt.samples import open_samples
 from graphopt.shapes import Shapes
+from graphopt.target import Target
 from tests._architectures import vit
 from tests._models import images, network, normal, parse
 from tests._text import proto
@@ -69,6 +72,10 @@ def test_non_finite_values_are_named() -> None:
     model = parse("g (float[1,4] x) => (float[1,4] y) { a = Log (x)  y = Exp (a) }")
     with pytest.raises(InputError, match="'a' are not all finite"):
         calibrate(model, ["a"], open_samples({"x": np.zeros((3, 4), np.float32)}, model))
+
+
+def test_squares_beyond_float32_are_finite() -> None:
+    assert np.isclose(sketch(np.full(4, 1e30, np.float32)).power, 1e60)
 
 
 def test_one_outlier_does_not_set_the_range() -> None:
@@ -248,7 +255,10 @@ def test_every_placement_passes_its_own_check(placement: str) -> None:
 
 @pytest.mark.parametrize(
     ("activations", "weights", "least"),
-    [("uint16", "int8", 30), ("int16", "int16", 40), ("uint8", "int4", 5), ("e4m3", "e4m3", 15)],
+    [
+        *(("uint16", "int8", 30), ("int16", "int16", 40), ("uint8", "int4", 5)),
+        *(("e4m3", "e4m3", 20), ("e5m2", "e5m2", 14), ("uint8", "e5m2", 20)),
+    ],
 )
 def test_types(activations: str, weights: str, least: float) -> None:
     from graphopt import optimize
@@ -256,9 +266,38 @@ def test_types(activations: str, weights: str, least: float) -> None:
     model = network()
     text = f"quantize-static{{activations={activations},weights={weights}}}"
     result = optimize(model, passes=text, data=images(), verify="off")
-    # Not through ONNX Runtime's optimizer, which fails at a Relu before an 8-bit float.
+    # With ONNX Runtime's optimizations, and without any.
+    assert (score(model, result, open_samples(images(), model)).sqnr_db or 0) > least
     found = measure_loss("types", model, result, open_samples(images(), model)).sqnr_db
     assert found is not None and found > least
+
+
+def test_no_runtime_multiplies_by_two_bits() -> None:
+    with pytest.raises(InputError, match="store them so by quantize-weights"):
+        quantize(network(), images(), options=QuantizeStatic(weights="int2"))
+
+
+@pytest.mark.parametrize("activations", ["", "int16"])
+def test_scales_are_powers_of_two(activations: str) -> None:
+    report = Quantization()
+    options = QuantizeStatic(power_of_two=True, activations=activations)
+    result = quantize(network(), images(), options=options, force=True, seconds=0, report=report)
+    table = options.table(Context(result, target=Target.parse("cpu"))).powers_of_two()
+    assert "power-of-two" not in {v.rule for v in check_quantized(result, table)}
+    assert report.score is not None and (report.score.sqnr_db or 0) > 20
+    plain = quantize(network(), images(), force=True, seconds=0)
+    assert {v.rule for v in check_quantized(plain, TABLES["ort-x86"].powers_of_two())} == {
+        "power-of-two"
+    }
+
+
+def test_a_large_model_goes_one_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("graphopt.quantizer.measuring._LARGE", 0)
+    report = Quantization()
+    quantize(network(), images(), force=True, seconds=0, report=report)
+    assert report.steps == ["quantize-static"]
+    assert any("more than 1 GB" in note for note in report.notes)
+    assert report.score is not None and (report.score.sqnr_db or 0) > 20
 
 
 def test_slower_is_refused() -> None:

@@ -58,6 +58,9 @@ _WORST = 8  # layers that are shown
     metavar="BITS",
     help="That a weight may take: layers get 8 where that helps most. For --method weights.",
 )
+@click.option(
+    "--power-of-two", is_flag=True, help="Scales are 2**k, for hardware that shifts. Static only."
+)
 @click.option("--placement", help="A table of placements by name instead of the target's.")
 @click.option("--keep", multiple=True, metavar="NODE", help="Leave in floats (repeatable).")
 @click.option(
@@ -175,8 +178,10 @@ def _pass(options: dict[str, Any]) -> Any:
     method, keep = options["method"], {"keep": tuple(options["keep"])}
     static = ("ranges", "activations", "weights", "placement", "rounding")
     chosen = {name: options[name] for name in (*static, "average") if options[name] is not None}
+    if options["power_of_two"]:
+        chosen["power_of_two"] = True
     if method in ("auto", "static"):
-        _refuse(chosen, set(static), method)
+        _refuse(chosen, {*static, "power_of_two"}, method)
         return load_pass("quantize-static", {**chosen, **keep})
     if method == "dynamic":
         _refuse(chosen, {"rounding"}, method)
@@ -192,7 +197,7 @@ def _pass(options: dict[str, Any]) -> Any:
 def _refuse(chosen: dict[str, Any], known: set[str], method: str) -> None:
     unused = sorted(set(chosen) - known)
     if unused:
-        raise InputError(f"--{unused[0]} is not for --method {method}")
+        raise InputError(f"--{unused[0].replace('_', '-')} is not for --method {method}")
 
 
 def _cache(options: dict[str, Any]) -> Path | None:
@@ -300,6 +305,7 @@ def _show_layers(out: Console, report: Quantization, verbose: bool) -> None:
 @click.argument("model", type=MODEL)
 @click.option("--target", default="cpu", show_default=True)
 @click.option("--placement", help="A table of placements by name instead of the target's.")
+@click.option("--power-of-two", is_flag=True, help="Scales are to be 2**k.")
 @click.option(
     "--repair", type=click.Path(path_type=Path), metavar="FILE", help="Write it repaired."
 )
@@ -326,6 +332,8 @@ def check(model: Path, **options: Any) -> None:
         check_output(repaired, options["overwrite"])
     loaded = files.load(model)
     table = table_for(Target.parse(options["target"]), options["placement"] or "")
+    if options["power_of_two"]:
+        table = table.powers_of_two()
     found = check_quantized(loaded, table)
     left = found
     if repaired is not None:

@@ -53,6 +53,11 @@ class Pair:
         return self.scale.size == 1
 
     @property
+    def powers_of_two(self) -> bool:
+        """Whether all scales are."""
+        return bool(np.all(np.frexp(self.scale)[0] == 0.5))
+
+    @property
     def limits(self) -> tuple[int, int]:
         """The lowest and highest integer."""
         return Grid(self.dtype).limits
@@ -137,6 +142,7 @@ def _activation(node: ir.Node, table: Table) -> Iterator[Violation]:
         yield Violation("activation-type", label, f"activations are {wanted}, not {given}")
     elif grid.symmetric and pair.zero.any():
         yield Violation("zero-point", label, "activations are symmetric, with the zero point 0")
+    yield from _binary(label, pair, grid)
     bound = None if node.inputs[0] is None else node.inputs[0].producer()
     if bound is None or bound.op_type not in _BOUNDING or not table.outputs:
         return
@@ -169,12 +175,18 @@ def _weighted(node: ir.Node, table: Table) -> Iterator[Violation]:
         yield Violation("weight-zero-point", label, "weights are symmetric")
     elif grid.reduced and _widest(node.inputs[1]) > grid.limits[1] + 1:
         yield Violation("saturation", label, "weights of 8 bits saturate: 7 are to be used")
+    yield from _binary(label, weight, grid)
     yield from _bias(node, weight, quantized, table)
     if table.outputs and node.op_type not in table.float_results and not _put_out(node):
         yield Violation("float-result", label, "its result is not quantized")
     if not table.outputs and _put_out(node) and not reads_quantized(node.outputs[0]):
         reason = "its result is quantized, and no quantized operator takes it"
         yield Violation("quantized-result", label, reason)
+
+
+def _binary(label: str, pair: Pair, grid: Grid) -> Iterator[Violation]:
+    if grid.power_of_two and not pair.powers_of_two:
+        yield Violation("power-of-two", label, "its scale is no power of two")
 
 
 def _bias(node: ir.Node, weight: Pair, x: Pair, table: Table) -> Iterator[Violation]:

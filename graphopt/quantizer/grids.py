@@ -25,8 +25,10 @@ _LIMITS = {
     ir.DataType.UINT16: (0, 65535),
     ir.DataType.INT32: (-(2**31), 2**31 - 1),
 }
-_FLOATS = {ir.DataType.FLOAT8E4M3FN: 448.0, ir.DataType.FLOAT8E5M2: 57344.0}
-"""Largest values."""
+_FLOATS = (ir.DataType.FLOAT8E4M3FN, ir.DataType.FLOAT8E5M2)
+_LARGEST = 448
+"""What the end of a range becomes: the largest e4m3. e5m2 goes on to 57344, but its steps are as
+fine anywhere, and ONNX Runtime makes integers of biases that overflow where scales are tiny."""
 _NAMES = {
     **{kind.name.lower(): kind for kind in _LIMITS if kind != ir.DataType.INT32},
     "fp8": ir.DataType.FLOAT8E4M3FN,
@@ -63,13 +65,14 @@ class Grid:
     """Zero is the integer 0, or the middle of an unsigned type."""
     reduced: bool = False
     """One bit less: for processors that add up two products of 8 bits in 16."""
+    power_of_two: bool = False
+    """Scales are 2**k, rounded up: for hardware that shifts instead of multiplying."""
 
     @property
     def limits(self) -> tuple[int, int]:
         """The lowest and highest integer; for small floats the range in steps of the scale."""
         if self.dtype in _FLOATS:
-            largest = int(_FLOATS[self.dtype])
-            return -largest, largest
+            return -_LARGEST, _LARGEST
         low, high = _LIMITS[self.dtype]
         if self.reduced:
             return (low // 2, high // 2)
@@ -116,7 +119,13 @@ class Grid:
         """A zero point as a tensor of the grid's type."""
         return ir.Tensor(np.asarray(zero).astype(self.dtype.numpy()), dtype=self.dtype)
 
-    @staticmethod
-    def _scale(reach: npt.NDArray[np.float64]) -> Floats:
-        scale = reach.astype(np.float32)
+    def least_scale(self, scale: npt.NDArray[np.floating[Any]]) -> Floats:
+        """The smallest scales of the grid that are no less than those, of any shape."""
+        if self.power_of_two:
+            fraction, exponent = np.frexp(scale)
+            scale = np.ldexp(1.0, np.where(fraction > 0.5, exponent, exponent - 1))
+        return scale.astype(np.float32)
+
+    def _scale(self, reach: npt.NDArray[np.float64]) -> Floats:
+        scale = self.least_scale(reach)
         return np.where(scale < _SMALLEST, np.float32(1.0), scale).astype(np.float32)

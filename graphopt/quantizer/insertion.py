@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,6 +68,7 @@ class Insertion:
         default_factory=dict[Rounded, ir.TensorProtocol]
     )
     """Weights that were rounded so before; more are added."""
+    progress: Callable[[str], None] | None = None
     _steps: dict[ir.Value, Step] = field(default_factory=dict[ir.Value, Step])
     _weights: dict[tuple[ir.Value, int], ir.Value] = field(
         default_factory=dict[tuple[ir.Value, int], ir.Value]
@@ -83,7 +84,10 @@ class Insertion:
         for group in self.plan.groups:
             step = self._activation_step(group)
             self._steps.update((value, step) for value in group)
-        for node in self.plan.linear:
+        for index, node in enumerate(self.plan.linear):
+            self.context.check_time()
+            if self.progress is not None:
+                self.progress(f"rounding: {index} of {len(self.plan.linear)} operators")
             self._quantize_weight(node)
         for group in self.plan.groups:
             for value in group:
@@ -112,6 +116,8 @@ class Insertion:
         step = self._steps[value]
         made = value in self.plan.made
         source = self._unbounded(value, step) if made else value
+        if step.grid.floating:
+            self._keep_bound(source)
         quantize = self._node("QuantizeLinear", [source, *step.inputs], f"{value.name}_quantized")
         dequantize = self._node(
             "DequantizeLinear", [quantize.outputs[0], *step.inputs], f"{value.name}_dequantized"
@@ -126,6 +132,37 @@ class Insertion:
                 _replace_input(node, value, result)
         for node in (quantize, dequantize):
             self.context.shapes.update(node, self.context.model.graph)
+
+    def _keep_bound(self, value: ir.Value) -> None:
+        """Write a Relu or Clip before 8-bit floats as a Max and a Min.
+
+        ONNX Runtime 1.32 takes a zero point that is no int8 for the lowest integer of uint8 and
+        drops the Relu; with a Clip it refuses the model.
+        """
+        node = value.producer()
+        if node is None or node.op_type not in ("Relu", "Clip") or node.domain:
+            return
+        limits = bounds(node) or (-np.inf, np.inf)
+        wanted = [(o, b) for o, b in zip(("Max", "Min"), limits, strict=True) if np.isfinite(b)]
+        for index, (op_type, bound) in enumerate(wanted):
+            tensor = ir.tensor(np.float32(bound))
+            limit = self.context.initializer(
+                self.context.model.graph, tensor, f"{value.name}_{op_type}"
+            )
+            self.context.shapes.fact(limit)
+            x = node.inputs[0]
+            assert x is not None
+            if index + 1 < len(wanted):
+                inner = self._node(op_type, [x, limit], f"{value.name}_low")
+                self.context.model.graph.insert_before(node, inner)
+                inner.meta[ir.SOURCES] = ir.sources(node)
+                self.context.shapes.update(inner, self.context.model.graph)
+                node.replace_input_with(0, inner.outputs[0])
+            else:
+                node.op_type = op_type
+                node.attributes.clear()
+                node.resize_inputs(2)
+                node.replace_input_with(1, limit)
 
     def _unbounded(self, value: ir.Value, step: Step) -> ir.Value:
         """What a Relu or Clip gets, where saturation bounds it just as well."""
@@ -190,35 +227,32 @@ class Insertion:
         grid = self.table.weight
         low, high = weight_range(array, axis if self.table.per_channel else None)
         scale, zero = grid.parameters(low, high)
-        if bias is not None and self.table.integer_bias:
-            # A bias far larger than what its channel's weights make would overflow its integer.
+        if bias is not None and (self.table.integer_bias or grid.floating):
+            # A bias far larger than what its channel's weights make would overflow its integer,
+            # which ONNX Runtime makes of it where nobody else does.
             least = np.abs(bias.astype(np.float64)).reshape(-1) / (input_scale * _INT32 / 2)
             least = least if scale.ndim else least.max(initial=0.0)
-            scale = np.maximum(scale, least).astype(np.float32)
+            scale = grid.least_scale(np.maximum(scale, least))
         key = (weight, axis)
         if key not in self._weights or bias is not None:
             shape = [1] * array.ndim
             if scale.ndim:
                 shape[axis] = -1
-            tensor = self._rounded(node, array, scale)
-            if tensor is None:
-                tensor = grid.quantize(array, scale.reshape(shape), zero.reshape(shape))
+            tensor = self._rounded(node, array, scale.reshape(shape), zero.reshape(shape))
             self._weights[key] = self._dequantized(weight, tensor, grid, scale, zero, axis, node)
         node.replace_input_with(1, self._weights[key])
         drop_unused(self.context, weight)
         return scale
 
-    def _rounded(self, node: ir.Node, array: Array, scale: Array) -> ir.TensorProtocol | None:
-        """The weight in integers by GPTQ, where there is a XᵀX and the grid is symmetric."""
-        seen = self.grams.get(ir.label(node))
-        grid = self.table.weight
-        if seen is None or not grid.symmetric or grid.floating:
-            return None
+    def _rounded(self, node: ir.Node, array: Array, scale: Array, zero: Array) -> ir.TensorProtocol:
+        """The weight in integers: by GPTQ where there is a XᵀX and the grid is symmetric."""
+        seen, grid = self.grams.get(ir.label(node)), self.table.weight
         key = (ir.label(node), scale.tobytes())
-        if key in self.rounded:
-            return self.rounded[key]
-        integers = gptq_integers(node, array, scale, grid, seen)
-        self.rounded[key] = ir.Tensor(integers, dtype=grid.dtype)
+        if key not in self.rounded and seen is not None and grid.symmetric and not grid.floating:
+            integers = gptq_integers(node, array, scale, grid, seen)
+            self.rounded[key] = ir.Tensor(integers, dtype=grid.dtype)
+        elif key not in self.rounded:
+            self.rounded[key] = grid.quantize(array, scale, zero)
         return self.rounded[key]
 
     def _place_bias(self, node: ir.Node, value: ir.Value, scale: npt.NDArray[np.float64]) -> None:

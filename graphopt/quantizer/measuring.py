@@ -13,8 +13,9 @@ from graphopt.quantizer.scoring import Metric, interleaved, layers, score
 from graphopt.samples import Samples
 from graphopt.target import Target
 
-__all__ = ["measure", "weight_bytes", "why_slow"]
+__all__ = ["is_large", "measure", "weight_bytes", "why_slow"]
 
+_LARGE = 1 << 30  # bytes of weights
 _FASTER = 0.97  # of the time of floats: what is within the noise is no gain
 
 
@@ -73,3 +74,8 @@ def why_slow(report: Quantization) -> str:
 def weight_bytes(model: ir.Model) -> int:
     """Bytes of all constants."""
     return sum(tensor.nbytes for tensor in ir.constants(model))
+
+
+def is_large(model: ir.Model) -> bool:
+    """Whether a model is too large to copy its weights, and to run it for each of many trials."""
+    return weight_bytes(model) > _LARGE

@@ -56,6 +56,13 @@ class Table:
     residual: bool = False
     """One operand of an Add behind a Conv is quantized: the one that does not come from it."""
 
+    def powers_of_two(self) -> Table:
+        """The same with scales of 2**k."""
+        activation, weight = (
+            replace(grid, power_of_two=True) for grid in (self.activation, self.weight)
+        )
+        return replace(self, activation=activation, weight=weight)
+
 
 TABLES = {
     table.name: table

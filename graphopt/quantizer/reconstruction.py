@@ -151,7 +151,7 @@ def reconstruct(
     for node, scheme in layers:
         context.check_time()
         if progress is not None:
-            progress(ir.label(node))
+            progress(f"rounding: {ir.label(node)}")
         weights = ir.array(node.inputs[1])
         assert weights is not None
         matrix = weight_matrix(node, weights)

@@ -210,37 +210,48 @@ def gptq(
     Source: Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
     Transformers", 2022, with columns in the order of falling diagonals (act-order), the Hessian
     damped by 1 % of its mean diagonal, and scales fixed beforehand: those of `start`, else searched
-    for with the diagonal as weight.
+    for with the diagonal as weight. Computed as LDLQ, which gives the same codes without an inverse
+    (Chee et al., "QuIP", 2023, theorem 6): with XᵀX = (U + 1) D (U + 1)ᵀ and U above the diagonal,
+    a column is rounded after the errors of those before it are added to it, times its column of U.
     """
     hessian = damped(xtx)
     diagonal = np.einsum("gii->gi", hessian)
     codes = start or nearest(weights, scheme, importance=diagonal)
     order = np.argsort(-diagonal, axis=1, kind="stable")
-    left = np.take_along_axis(weights.astype(np.float64), order[:, None, :], axis=2)
-    hessian = np.take_along_axis(hessian, order[:, :, None], axis=1)
-    hessian = np.take_along_axis(hessian, order[:, None, :], axis=2)
-    upper = np.linalg.cholesky(np.linalg.inv(hessian)).transpose(0, 2, 1)
-    full = np.broadcast_to(codes.spread(codes.scale), left.shape)
-    scale = np.take_along_axis(full, order[:, None, :], axis=2)
-    full = np.broadcast_to(codes.spread(codes.zero), left.shape)
-    zero = np.take_along_axis(full, order[:, None, :], axis=2)
-    done = np.zeros(left.shape, np.int16)
-    k = left.shape[2]
+    upper = _upper(hessian, order)
+    del hessian
+    groups, out, k = weights.shape
+    exact = np.take_along_axis(weights.transpose(0, 2, 1), order[:, :, None], axis=1)
+    errors = np.zeros((groups, k, out), np.float32)
+    done = np.zeros((groups, k, out), np.int16)
+    rows: npt.NDArray[np.intp] = np.arange(groups)
+    scales, zeros = (part.transpose(0, 2, 1) for part in (codes.scale, codes.zero))
     for begin in range(0, k, _LAZY):
         end = min(begin + _LAZY, k)
-        errors = np.zeros((*left.shape[:2], end - begin))
+        left = upper[:, :begin, begin:end].transpose(0, 2, 1) @ errors[:, :begin]
         for i in range(begin, end):
-            whole = np.rint(left[:, :, i] / scale[:, :, i]) + zero[:, :, i]
-            whole = np.clip(whole, scheme.lowest, scheme.highest)
-            done[:, :, i] = whole
-            value = (whole - zero[:, :, i]) * scale[:, :, i]
-            error = (left[:, :, i] - value) / upper[:, i, i][:, None]
-            errors[:, :, i - begin] = error
-            left[:, :, i:end] -= error[:, :, None] * upper[:, i, None, i:end]
-        left[:, :, end:] -= errors @ upper[:, begin:end, end:]
+            near = upper[:, begin:i, None, i].transpose(0, 2, 1) @ errors[:, begin:i]
+            column = exact[:, i].astype(np.float64)
+            block = order[:, i] // (scheme.block or k)
+            scale, zero = scales[rows, block], zeros[rows, block]
+            wanted = (column + left[:, i - begin] + near[:, 0]) / scale
+            whole = np.clip(np.rint(wanted) + zero, scheme.lowest, scheme.highest)
+            done[:, i] = whole
+            errors[:, i] = column - (whole - zero) * scale
     result = np.empty_like(done)
-    np.put_along_axis(result, np.broadcast_to(order[:, None, :], done.shape), done, axis=2)
+    np.put_along_axis(result, order[:, :, None], done, axis=1)
+    result = np.ascontiguousarray(result.transpose(0, 2, 1))
     return Codes(scheme, result, codes.scale, codes.zero)
+
+
+def _upper(hessian: Floats, order: npt.NDArray[np.intp]) -> npt.NDArray[np.float32]:
+    """The factor U + 1 of (U + 1) D (U + 1)ᵀ, of a matrix whose rows and columns are reordered."""
+    reverse = order[:, ::-1]
+    turned = np.take_along_axis(hessian, reverse[:, :, None], axis=1)
+    turned = np.take_along_axis(turned, reverse[:, None, :], axis=2)
+    lower = np.linalg.cholesky(turned)
+    lower /= np.einsum("gii->gi", lower)[:, None, :]
+    return lower[:, ::-1, ::-1].astype(np.float32)
 
 
 def descend(weights: npt.NDArray[Any], xtx: Floats, codes: Codes, *, sweeps: int = 10) -> Codes:

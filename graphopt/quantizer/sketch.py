@@ -77,7 +77,7 @@ class Sketch:
             self.counts += np.bincount(index, minlength=BINS)
             self.zeros += chunk.size - int(np.count_nonzero(chunk))
             self.sum += float(chunk.sum(dtype=np.float64))
-            self.squares += float(np.dot(chunk, chunk))
+            self.squares += _squares(chunk)
         self.low, self.high = min(self.low, low), max(self.high, high)
         self.total += flat.size
         self.batches += 1
@@ -143,6 +143,13 @@ class Sketch:
         filled = self.counts > 0
         np.add.at(counts, index[filled], self.counts[filled])
         return counts
+
+
+def _squares(values: npt.NDArray[np.float32]) -> float:
+    """The sum of squares, in float32 unless that is too small for it."""
+    with np.errstate(over="ignore"):
+        found = float(np.dot(values, values))
+    return found if math.isfinite(found) else float(np.square(values, dtype=np.float64).sum())
 
 
 @dataclass

@@ -62,6 +62,10 @@ class Static:
         """What calibration saw of each tensor, by name."""
         return self._calibrated().tensors
 
+    def settle(self) -> None:
+        """Drop the sums of XᵀX: weights that are rounded stay so, and others will be to nearest."""
+        self._grams = {}
+
     def insert(
         self, context: Context, keep: Collection[str] = (), wide: Collection[str] = ()
     ) -> bool:
@@ -81,7 +85,8 @@ class Static:
         if not made.linear:
             return False
         ranges = choose(made, self._calibrated(), self.ranges)
-        Insertion(context, made, ranges, self._accumulated(), self._rounded).run()
+        sums = self._accumulated()
+        Insertion(context, made, ranges, sums, self._rounded, self.progress).run()
         return True
 
     def _calibrated(self) -> Sketches:
