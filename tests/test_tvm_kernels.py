@@ -73,7 +73,7 @@ def test_a_gate_is_computed_once(tmp_path: Path) -> None:
             d = MatMul (x, w) s = Sigmoid (d) y = Mul (z, s)
         }"""
     weights = random(24, 32)
-    kernels, _ = lowered(text, w=weights)
+    kernels, _, _ = lowered(with_weights(text, w=weights))
     unrolled = re.findall(r"T\.unroll\(T\.int64\((\d+)\)\)", kernels.script())
     assert unrolled and max(map(int, unrolled)) <= 4
     feeds = {"x": random(2, 1, 1, 24), "z": random(2, 9, 9, 32)}
