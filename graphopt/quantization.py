@@ -124,6 +124,9 @@ def quantize(
     report.method, report.reason = _choose(context, samples, aim, asked)
     budget = Budget(max_drop, max_latency, max_size)
     floats, result = _made(work, budget, figures=figures)
+    bodies = _in_bodies(base)
+    if bodies and not report.refused:
+        report.notes.append(bodies)
     report.samples = len(samples)
     models = (original, base, floats, result or base)
     measure(report, models, samples, aim, metric=metric, seconds=seconds, tell=tell)
@@ -168,11 +171,20 @@ def _made(work: Work, budget: Budget, *, figures: bool) -> tuple[ir.Model, ir.Mo
 
 def _why_nothing(model: ir.Model) -> str:
     """Why there is nothing to quantize."""
+    cells = sorted({n.op_type for n in model.graph if n.op_type in ("LSTM", "GRU", "RNN")})
+    if cells:
+        names = " and ".join(cells)
+        return f"there are no integer kernels for its {names}: --method weights makes them smaller"
+    return _in_bodies(model) or "nothing in it can be quantized on this target"
+
+
+def _in_bodies(model: ir.Model) -> str:
+    """What is left alone since it stands in the body of another operator."""
     main = sum(node.op_type in _HEAVY for node in model.graph)
     inner = sum(node.op_type in _HEAVY for node in ir.all_nodes(model)) - main
-    if inner:
-        return f"{inner} of its operators are in bodies of If or Loop, which stay as they are"
-    return "nothing in it can be quantized on this target"
+    if not inner:
+        return ""
+    return f"{inner} of its operators are in bodies of If or Loop, which stay as they are"
 
 
 def _choose(context: Context, samples: Samples, target: Target, method: Method) -> tuple[str, str]:

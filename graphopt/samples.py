@@ -249,7 +249,7 @@ def _parts(stack: _sources.Rows, rank: int | None, own: int, count: int) -> Iter
     elif own != count or rank is None or not stack.shape:
         yield from itertools.repeat(stack.whole(), count)
     elif len(stack.shape) == rank + 1:
-        yield from stack.rows()
+        yield from map(np.asarray, stack.rows())  # of a vector those are no arrays
     else:
         yield from (row[None] for row in stack.rows())
 

@@ -223,6 +223,44 @@ def test_zeros_beside_a_tensor_share_its_scale(value: float, *, together: bool) 
     assert report.score.sqnr_db > 30
 
 
+def upsampler() -> ir.Model:
+    """A transposed convolution with two groups between convolutions, one in branches of an If."""
+    made: Any = proto(
+        "net (float[1,4,6,6] x, bool flag) => (float[1,4,12,12] y, float[1,4,6,6] z) {"
+        "  a = Conv (x, w)"
+        "  b = ConvTranspose <group = 2, strides = [2, 2]> (a, v)"
+        "  y = Conv (b, w)"
+        "  z = If (flag) <then_branch = yes () => (float[1,4,6,6] p) { p = Conv (x, u) },"
+        "    else_branch = no () => (float[1,4,6,6] q) { q = Neg (x) }> }"
+    )
+    shapes = {"w": (4, 4, 1, 1), "u": (4, 4, 1, 1), "v": (4, 2, 2, 2)}
+    for seed, (name, shape) in enumerate(shapes.items()):
+        array = normal(int(np.prod(shape)), seed).reshape(shape)
+        made.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
+    return files.load(made)
+
+
+def upsampled() -> dict[str, Array]:
+    """Samples for it."""
+    x = normal(12 * 144, 9).reshape(12, 1, 4, 6, 6)
+    return {"x": x, "flag": np.array([i % 2 == 0 for i in range(12)])}
+
+
+@pytest.mark.parametrize("placement", ["ort-x86", "tensorrt"])
+def test_transposed_convolutions_and_bodies(placement: str) -> None:
+    report = Quantization()
+    options = QuantizeStatic(placement=placement)
+    result = quantize(
+        upsampler(), upsampled(), options=options, force=True, seconds=0, report=report
+    )
+    assert not check_quantized(result, TABLES[placement])
+    (node,) = (n for n in result.graph if n.op_type == "ConvTranspose")
+    source = node.inputs[1] and node.inputs[1].producer()
+    assert (source is not None) == (placement == "tensorrt")  # ONNX Runtime has no such kernel
+    assert any("1 of its operators are in bodies of If or Loop" in note for note in report.notes)
+    assert report.score is not None and (report.score.sqnr_db or 0) > 30
+
+
 def test_no_options() -> None:
     report = Quantization()
     model = network()

@@ -17,12 +17,14 @@ from graphopt.target import Target
 
 onnx: Any = importlib.import_module("onnx")
 
+_GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
+
 
 def recurrent(kind: str, hidden: int, *, directions: int = 1, **attributes: Any) -> ir.Model:
-    """One LSTM or GRU on [T, 1, 96], with a bias and all of its outputs."""
+    """One LSTM, GRU or RNN on [T, 1, 96], with a bias and all of its outputs."""
     helper: Any = onnx.helper
     rng = np.random.default_rng(3)
-    rows = (4 if kind == "LSTM" else 3) * hidden
+    rows = _GATES[kind] * hidden
     shapes: dict[str, tuple[int, ...]]
     shapes = {"w": (directions, rows, 96), "r": (directions, rows, hidden)}
     shapes["b"] = (directions, 2 * rows)
@@ -73,6 +75,13 @@ def test_where_it_does_not_pay_it_stays() -> None:
     assert not lstms(Context(model, target=cpu), {ir.label(node)})
 
 
+def test_a_gru_has_no_integer_kernel() -> None:
+    report = Quantization()
+    result = quantize(recurrent("GRU", 96), samples(), seconds=0, report=report)
+    assert [n.op_type for n in result.graph] == ["GRU"]
+    assert "no integer kernels for its GRU: --method weights" in report.refused
+
+
 def test_a_budget_keeps_it_in_floats() -> None:
     report = Quantization()
     result = quantize(
@@ -86,13 +95,14 @@ def test_a_budget_keeps_it_in_floats() -> None:
     assert "no choice" in report.refused and [n.op_type for n in result.graph] == ["LSTM"]
 
 
-@pytest.mark.parametrize(("kind", "bits"), [("GRU", 8), ("LSTM", 8), ("GRU", 4)])
+@pytest.mark.parametrize(("kind", "bits"), [("GRU", 8), ("LSTM", 8), ("RNN", 8), ("GRU", 4)])
 def test_weights_have_a_scale_for_each_row(kind: str, bits: int) -> None:
     report = Quantization()
     options = QuantizeWeights(bits=bits, symmetric=True)
     result = quantize(recurrent(kind, 96), samples(), options=options, seconds=0, report=report)
-    rows = (4 if kind == "LSTM" else 3) * 96
+    rows = _GATES[kind] * 96
     scales = [ir.array(n.inputs[1]) for n in result.graph if n.op_type == "DequantizeLinear"]
     assert [s.size for s in scales if s is not None] == [rows, rows]
+    assert report.bytes_after < report.bytes_before * (0.3 if bits == 8 else 0.18)
     assert report.score is not None
     assert (report.score.sqnr_db or 0) > (35 if bits == 8 else 14)

@@ -157,7 +157,7 @@ def _weighted(node: ir.Node, table: Table) -> Iterator[Violation]:
     weight = pair_of(node.inputs[1])
     x = node.inputs[0]
     quantized = pair_of(x)
-    if weight is None and quantized is None:
+    if weight is None and (quantized is None or node.op_type not in table.linear):
         return
     if weight is None or quantized is None:
         if ir.constant(node.inputs[1]) is not None or weight is not None:

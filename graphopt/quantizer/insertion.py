@@ -320,11 +320,12 @@ class Insertion:
 def gptq_integers(node: ir.Node, weight: Array, scale: Array, grid: Grid, seen: Gram) -> Array:
     """A linear operator's weight in the integers of a symmetric grid, rounded by GPTQ.
 
-    `scale` is one number or one per output channel.
+    `scale` is one number or one per output channel; of a ConvTranspose, one per channel of a group.
     """
     matrix = weight_matrix(node, weight)
     shape = (*matrix.shape[:2], 1)
-    scales = np.broadcast_to(scale.astype(np.float64).reshape(-1), shape[0] * shape[1])
+    own = scale.astype(np.float64).reshape(-1)
+    scales = np.broadcast_to(own, shape[:2] if own.size == shape[1] else shape[0] * shape[1])
     scheme = Scheme(grid.limits[1].bit_length() + 1)
     nothing = np.zeros(matrix.shape, np.int16)
     start = Codes(scheme, nothing, scales.reshape(shape), np.zeros(shape, np.int16))

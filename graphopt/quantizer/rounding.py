@@ -224,7 +224,7 @@ def gptq(
     exact = np.take_along_axis(weights.transpose(0, 2, 1), order[:, :, None], axis=1)
     errors = np.zeros((groups, k, out), np.float32)
     done = np.zeros((groups, k, out), np.int16)
-    rows: npt.NDArray[np.intp] = np.arange(groups)
+    rows = np.arange(int(groups))
     scales, zeros = (part.transpose(0, 2, 1) for part in (codes.scale, codes.zero))
     for begin in range(0, k, _LAZY):
         end = min(begin + _LAZY, k)

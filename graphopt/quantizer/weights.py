@@ -26,7 +26,7 @@ __all__ = ["RECURRENT", "Chosen", "average_bits", "choose", "spend"]
 
 Feeds = Mapping[str, npt.NDArray[Any]]
 
-RECURRENT = ("LSTM", "GRU")
+RECURRENT = ("LSTM", "GRU", "RNN")
 """Operators whose inputs 1 and 2 are weights."""
 _SMALL = 256  # weights below which scales and names would take more than is won
 _ROWS = 128  # output positions of each of them
