@@ -8,13 +8,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from graphopt import ir
+from graphopt import files, ir
+from graphopt.errors import GraphoptError
 from graphopt.random_inputs import required_inputs
+from graphopt.rebatching import batch_axes, compare, rebatch
 
-__all__ = ["batched", "has_batch_axis"]
+__all__ = ["batched", "free_batch", "has_batch_axis"]
 
 Array = npt.NDArray[Any]
 Feeds = Mapping[str, Array]
+
+_BATCH_NAME = "batch"
 
 
 def batched(model: ir.Model, samples: Iterable[Feeds], size: int) -> Iterator[Feeds]:
@@ -43,6 +47,21 @@ def has_batch_axis(model: ir.Model) -> bool:
         first = value.shape[0] if value.shape else None
         names.add(first.value if isinstance(first, ir.SymbolicDim) else None)
     return len(names) == 1 and None not in names
+
+
+def free_batch(model: ir.Model) -> ir.Model:
+    """A copy that takes any number of samples at once; the model itself where it does or cannot."""
+    if has_batch_axis(model):
+        return model
+    copy = files.copy(model)
+    try:
+        axes, old = batch_axes(copy, None)
+        if isinstance(old, int):
+            rebatch(copy, axes, old, _BATCH_NAME)
+            compare(model, copy, axes, old, _BATCH_NAME)
+    except GraphoptError:
+        return model
+    return copy if has_batch_axis(copy) else model
 
 
 def _inner(feeds: Feeds) -> dict[str, tuple[int, ...]]:

@@ -19,7 +19,7 @@ from graphopt import ir
 from graphopt.errors import InputError
 from graphopt.gram import LINEAR
 from graphopt.pruner.augmenting import blended, mirrored, shifted
-from graphopt.pruner.batching import batched, has_batch_axis
+from graphopt.pruner.batching import batched, free_batch, has_batch_axis
 from graphopt.pruner.estimating import operations
 from graphopt.pruner.gradients import Tape, unknown
 from graphopt.pruner.records import Record
@@ -38,8 +38,9 @@ EFFORT = 4e12
 """Operations that training takes unless told otherwise: a minute or two of one processor."""
 _MOST_STEPS = 400
 _BATCH = 32
-_HELD = 1 << 28
-"""Bytes of samples that are held in memory while training, at most."""
+_HELD, _VALUES = 1 << 28, 1 << 30
+"""Bytes of samples that are held in memory while training, and of values on the way, at most."""
+_SHAPING = ("Flatten", "Identity", "Reshape", "Squeeze", "Transpose")
 _JUDGED = 128
 """Samples that the error before and after is taken on."""
 _BLENDED = 0.5
@@ -104,10 +105,16 @@ class _Training:
         self, model: ir.Model, record: Record, samples: Samples, seed: int, progress: Tell | None
     ) -> None:
         self._names = _parameters(model)
-        self._tape = Tape(model, self._names)
         self.weights = {name: _held(model, name) for name in self._names}
+        student, teacher = free_batch(model), free_batch(record.teacher)
+        if has_batch_axis(student) and has_batch_axis(teacher):
+            model, record = student, Record(teacher, record.kept)
+        self._tape = Tape(model, self._names)
         self._teacher = _Teacher(model, record)
-        self._data = _Data(model, samples)
+        first = self._tape.forward(next(iter(samples)), self.weights)
+        size = sum(array.nbytes for array in first.values())
+        self._rows = min(max(_VALUES // max(size, 1), 1), _BATCH)
+        self._data = _Data(model, samples, self._rows)
         self._shares, self._mirror = _weighing(self._teacher, self._data)
         if not self._shares or not self._names:
             raise InputError("the model has no output or no weights of float32 to train")
@@ -121,9 +128,7 @@ class _Training:
         for epoch in range(epochs):
             for feeds in self._data.shuffled(rng):
                 changed = _changed(feeds, rng, mirror=self._mirror)
-                wanted, values = self._teacher(changed), self._tape.forward(changed, weights)
-                slopes = _slopes(values, wanted, self._shares)
-                adam.step(weights, self._tape.backward(values, slopes, self._names))
+                adam.step(weights, self._gradients(changed, weights))
             if self._tell is not None:
                 self._tell(f"training, epoch {epoch + 1} of {epochs}")
             if (epoch + 1) % max(epochs // _LOOKS, 1) == 0 or epoch + 1 == epochs:
@@ -133,6 +138,16 @@ class _Training:
                 if error < least:
                     best, least = dict(weights), error
         return best, least
+
+    def _gradients(self, feeds: Feeds, weights: Feeds) -> dict[str, Array]:
+        """Of the mean over a batch, as many of it at once as there is room for."""
+        found: dict[str, Array] = {}
+        for part in self._data.parts(feeds):
+            wanted, values = self._teacher(part), self._tape.forward(part, weights)
+            slopes = _slopes(values, wanted, self._shares, _count(part) / _count(feeds))
+            for name, gradient in self._tape.backward(values, slopes, self._names).items():
+                found[name] = found[name] + gradient if name in found else gradient
+        return found
 
     def error(self, weights: Feeds) -> float:
         """The mean squared difference of the outputs, relative to their variance."""
@@ -185,7 +200,10 @@ class _Teacher:
     """What the unpruned model puts out and has on the way, where the pruned one has it too."""
 
     def __init__(self, model: ir.Model, record: Record) -> None:
-        self.outputs = [value.name or "" for value in model.graph.outputs]
+        self.outputs = [_scores(value).name or "" for value in model.graph.outputs]
+        known = {v.name for node in record.teacher.graph for v in node.outputs}
+        if not known.issuperset(self.outputs):
+            self.outputs = [value.name or "" for value in model.graph.outputs]
         marks = [name for name in _marks(model, record) if name not in self.outputs]
         self._kept = {name: record.kept.get(name, {}) for name in marks}
         shown = tapped(record.teacher, [*self.outputs, *marks])
@@ -203,6 +221,19 @@ class _Teacher:
             for axis, positions in axes.items():
                 found[name] = np.take(found[name], positions, axis)
         return {n: array for n, array in found.items() if array.dtype == np.float32 and array.size}
+
+
+def _scores(value: ir.Value) -> ir.Value:
+    """What a Softmax at the end is taken of, which tells more than it does; else the value."""
+    found: ir.Value | None = value
+    while found is not None:
+        node = found.producer()
+        if node is None or node.op_type not in (*_SHAPING, "Softmax", "LogSoftmax"):
+            return value
+        found = node.inputs[0]
+        if found is not None and node.op_type not in _SHAPING:
+            return found
+    return value
 
 
 def _marks(model: ir.Model, record: Record) -> list[str]:
@@ -223,17 +254,26 @@ def _marks(model: ir.Model, record: Record) -> list[str]:
 class _Data:
     """Samples in memory, joined where they can be."""
 
-    def __init__(self, model: ir.Model, samples: Samples) -> None:
+    def __init__(self, model: ir.Model, samples: Samples, rows: int) -> None:
+        self._rows = rows
         size = sum(array.nbytes for array in next(iter(samples)).values())
         given, spared = divided(samples)
         some = given.take(max(_HELD // max(size, 1), 1))
-        rows = sorted(some, key=lambda row: [array.shape for array in row.values()])
+        every = sorted(some, key=lambda row: [array.shape for array in row.values()])
         self._joined = has_batch_axis(model)
-        self._stacks = list(batched(model, rows, len(rows)))
-        self.few = list(batched(model, rows[:: -(-len(rows) // _JUDGED)], _BATCH))
+        self._stacks = list(batched(model, every, len(every)))
+        self.few = list(batched(model, every[:: -(-len(every) // _JUDGED)], rows))
         judged = None if spared is None else spared.take(_JUDGED)
-        self.judged = self.few if judged is None else list(batched(model, judged, _BATCH))
+        self.judged = self.few if judged is None else list(batched(model, judged, rows))
         self.steps = sum(len(range(0, _count(stack), _BATCH)) for stack in self._stacks)
+
+    def parts(self, feeds: Feeds) -> Iterator[Feeds]:
+        """A batch in parts that are run at once."""
+        if not self._joined:
+            yield feeds
+            return
+        for start in range(0, _count(feeds), self._rows):
+            yield {name: array[start : start + self._rows] for name, array in feeds.items()}
 
     def shuffled(self, rng: np.random.Generator) -> Iterator[Feeds]:
         """Batches of all samples in another order each time."""
@@ -297,11 +337,14 @@ def _weighing(teacher: _Teacher, data: _Data) -> tuple[dict[str, float], bool]:
     return shares, bool(moved) and float(np.mean(moved)) < _ALIKE
 
 
-def _slopes(values: Feeds, wanted: Feeds, shares: Mapping[str, float]) -> dict[str, Array]:
+def _slopes(
+    values: Feeds, wanted: Feeds, shares: Mapping[str, float], part: float
+) -> dict[str, Array]:
+    """By how much the loss answers to each value, over a part of a batch."""
     found: dict[str, Array] = {}
     for name, target in wanted.items():
         difference = values[name] - target
-        found[name] = (2 * shares[name] / difference.size * difference).astype(np.float32)
+        found[name] = (2 * part * shares[name] / difference.size * difference).astype(np.float32)
     return found
 
 

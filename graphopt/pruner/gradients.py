@@ -165,27 +165,33 @@ def _conv(node: ir.Node, x: list[Array], y: Array, g: Array) -> Gradients:
     wide = _numbers(node, "dilations", [1] * rank)
     spans = [d * (k - 1) + 1 for k, d in zip(weights.shape[2:], wide, strict=True)]
     pads = list(zip(*padding(node, source.shape[2:], spans, steps), strict=True))
+    inner, outer = weights.shape[1], weights.shape[0] // groups
+    flat = g.reshape(batch, groups, outer, -1)
+    bias = [flat.sum((0, 3)).ravel()] if len(x) > 2 else []
+    if groups == 1 and max(spans) == max(steps) == 1 and g.shape[2:] == source.shape[2:]:
+        points, matrix = source.reshape(batch, inner, -1), weights.reshape(outer, inner)
+        change = np.matmul(flat[:, 0], points.transpose(0, 2, 1)).sum(0)
+        returned = np.matmul(matrix.T, flat[:, 0])
+        return [returned.reshape(source.shape), change.reshape(weights.shape), *bias]
     padded = np.pad(source, [(0, 0), (0, 0), *pads])
     back = np.zeros_like(padded)
     slope = np.zeros_like(weights)
-    inner, outer = weights.shape[1], weights.shape[0] // groups
-    flat = g.reshape(batch, groups, outer, -1)
+    every = "bcxyzuvw"[: rank + 2]
     for place in np.ndindex(weights.shape[2:]):
         spots = [p * d for p, d in zip(place, wide, strict=True)]
         window = (slice(None), slice(None), *_window(spots, steps, g.shape[2:]))
         part = padded[window]
-        rows = part.reshape(batch, groups, inner, -1)
-        kernel = weights[(slice(None), slice(None), *place)].reshape(groups, outer, inner)
+        kernel = weights[(slice(None), slice(None), *place)]
         if inner == outer == 1:
-            change = (flat * rows).sum((0, 3))[:, :, None]
-            returned = flat * kernel[None]
-        else:
-            change = np.matmul(flat, rows.transpose(0, 1, 3, 2)).sum(0)
-            returned = np.matmul(kernel.transpose(0, 2, 1)[None], flat)
+            slope[(slice(None), 0, *place)] = np.einsum(f"{every},{every}->c", g, part)
+            back[window] += g * kernel.reshape(-1, *[1] * rank)
+            continue
+        rows, kernel = part.reshape(batch, groups, inner, -1), kernel.reshape(groups, outer, inner)
+        change = np.matmul(flat, rows.transpose(0, 1, 3, 2)).sum(0)
+        returned = np.matmul(kernel.transpose(0, 2, 1)[None], flat)
         slope[(slice(None), slice(None), *place)] = change.reshape(-1, inner)
         back[window] += returned.reshape(part.shape)
     inside = tuple(slice(a, a + n) for (a, _), n in zip(pads, source.shape[2:], strict=True))
-    bias = [g.sum((0, *range(2, g.ndim)))] if len(x) > 2 else []
     return [back[(slice(None), slice(None), *inside)], slope, *bias]
 
 
