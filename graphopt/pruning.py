@@ -32,7 +32,7 @@ from graphopt.pruner.records import record_of
 from graphopt.pruner.recovery import Recovery
 from graphopt.pruner.recovery import recover as refit
 from graphopt.pruner.selection import Unreachable
-from graphopt.pruner.sensitivity import Curves
+from graphopt.pruner.sensitivity import Curves, gap
 from graphopt.pruner.splitting import weight_shape
 from graphopt.report import Loss
 from graphopt.samples import Samples, SamplesLike, open_samples
@@ -278,15 +278,41 @@ class _Job:
         model, first = clean, None
         for _ in range(rounds):
             found = survey(model, part, self.samples, self.tell) if first else self.surveyed
-            done = cut(found, part, self.samples, self.tell)
+            done, report.fits = self._round(found, part)
             self._note(done, first)
             first = first or done
             model = done.model
-            record = record_of(model)
-            if self.recovery is not None and self.samples is not None and record is not None:
-                data = for_refitting(model, record, self.samples, self.recovery)
-                report.fits = refit(model, record, data, self.recovery, self.tell)
         return model
+
+    def _round(self, found: Survey, options: Options) -> tuple[Pruning, list[Fit]]:
+        """A round of pruning and recovery, the better of two where ranks can be lowered.
+
+        What ranks cost one by one says less than for channels, whose loss the layers behind them
+        make up for; so both ways are gone, and samples that neither has seen decide.
+        """
+        best: tuple[float, Pruning, list[Fit]] | None = None
+        for way in (options, dataclasses.replace(options, ranks=False)):
+            try:
+                done = cut(found, way, self.samples, self.tell)
+            except Unreachable:
+                if best is None:
+                    raise
+                break
+            record = record_of(done.model)
+            if self.recovery is None or self.samples is None or record is None:
+                return done, []
+            lowered = bool(done.ranks)
+            data, judged = for_refitting(
+                done.model, record, self.samples, self.recovery, spare=bool(found.layers)
+            )
+            fits = refit(done.model, record, data, self.recovery, self.tell)
+            if best is None and not lowered:
+                return done, fits
+            loss = gap(record.teacher, done.model, judged)
+            if best is None or loss < best[0]:
+                best = loss, done, fits
+        assert best is not None
+        return best[1:]
 
     def _train(self, result: ir.Model) -> None:
         """Train the result once, as that takes longer than all else and is no part of a search."""

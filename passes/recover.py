@@ -60,7 +60,7 @@ class Recover(Pass):
             return
         if context.samples is None:
             raise InputError("recover needs data: --data")
-        data = for_refitting(context.model, record, context.samples, options)
+        data, _ = for_refitting(context.model, record, context.samples, options)
         for fit in refit(context.model, record, data, options):
             if fit.after < fit.before:
                 context.changed(

@@ -190,10 +190,18 @@ def _planned(model: ir.Model, record: Record, samples: Samples, options: Recover
     return int(steps * _BATCH / max(min(len(samples), options.samples), 1))
 
 
-def for_refitting(model: ir.Model, record: Record, samples: Samples, options: Recovery) -> Samples:
-    """The samples without those that training is judged by, where there is any training."""
+def for_refitting(
+    model: ir.Model, record: Record, samples: Samples, options: Recovery, *, spare: bool = False
+) -> tuple[Samples, Samples]:
+    """The samples to fit to, and those to judge by, which are others where that is needed.
+
+    It is where training follows, or with `spare`, and where there are samples enough.
+    """
     data = samples.take(options.samples)
-    return divided(data)[0] if _planned(model, record, samples, options) else data
+    if not spare and not _planned(model, record, samples, options):
+        return data, data
+    fitted, judged = divided(data)
+    return fitted, data if judged is None else judged
 
 
 class _Teacher:

@@ -290,7 +290,8 @@ def _steps(
             groups, found.scores, samples, options.how, tell, options.scan, found.layers
         )
     by = "parameters" if options.params or options.size else "flops"
-    return path(groups, found.curves, found.estimate, options.how, by, found.layers)
+    thin = found.layers if options.ranks else {}
+    return path(groups, found.curves, found.estimate, options.how, by, thin)
 
 
 def _by_steps(found: Survey, options: Options, steps: Sequence[tuple[str, float]]) -> Choice:
@@ -299,7 +300,7 @@ def _by_steps(found: Survey, options: Options, steps: Sequence[tuple[str, float]
     for name, share in steps:
         shares[name] = max(shares.get(name, 0.0), share)
     ranks: dict[ir.Node, int] = {}
-    for name, node in found.layers.items():
+    for name, node in found.layers.items() if options.ranks else ():
         shape = weight_shape(node)
         rank = rank_of(node, shape, shares.pop(name, 0.0))
         if saving(node, shape, rank) is not None:

@@ -27,7 +27,7 @@ from graphopt.pruner.splitting import rank_of, truncation, weight_shape
 from graphopt.runner import BATCH_SECONDS, Runner
 from graphopt.samples import Samples
 
-__all__ = ["SHARES", "Curves", "path", "scan"]
+__all__ = ["SHARES", "Curves", "gap", "path", "scan"]
 
 SHARES = (0.25, 0.5, 0.75)
 Curves = dict[str, dict[float, float]]
@@ -120,6 +120,12 @@ def _thinned(model: ir.Model, node: ir.Node, gram: Gram) -> Iterator[tuple[float
         rank = rank_of(node, weight_shape(node), share)
         put(twin, own, found.product(rank)[None])
         yield share, twin
+
+
+def gap(model: ir.Model, other: ir.Model, samples: Samples) -> float:
+    """What the outputs of another model lose on samples, as in the curves."""
+    pairs = zip(_outputs(model, samples), _outputs(other, samples), strict=True)
+    return float(np.mean([distance(before, after) for before, after in pairs]))
 
 
 def _outputs(model: ir.Model, data: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
