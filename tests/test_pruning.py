@@ -324,6 +324,26 @@ NETS = {
     "bounds": "a = Conv (x, w, b) h = Tanh(a) d = Exp(h) l = Log(d) k = Max(a, l)"
     " t = Min(k, d)"
     " p = GlobalAveragePool(t) f = Flatten(p) y = MatMul(f, n)",
+    "transposed": "a = ConvTranspose <strides = [2, 2], pads = [1, 0, 1, 1],"
+    " output_padding = [1, 0]> (x, w, b) e = Elu(a) p = GlobalAveragePool(e)"
+    " f = Flatten(p) y = MatMul(f, n)",
+    "grouped transposed": "a = ConvTranspose <group = 2, dilations = [2, 1]> (x, g) z = Softplus(a)"
+    " p = GlobalMaxPool(z) f = Flatten(p) y = MatMul(f, n)",
+    "parts": "a = Conv (x, w, b) h, l = Split <axis = 1, num_outputs = 2> (a)"
+    " t, u = Split <axis = 1, num_outputs = 2> (h) q = Concat <axis = 1> (l, t, t) r = Swish(q)"
+    " p = GlobalAveragePool(r) f = Flatten(p) y = MatMul(f, n)",
+    "gathered": "i = Constant <value = int64[5] {3, 0, 0, 2, -1}> () j = Constant <value = int64[4]"
+    " {1, 1, 2, 1}> () k = Constant <value = int64[2] {2, 3}> () a = Conv (x, w, b)"
+    " t = Gather <axis = 2> (a, i) u = Tile (t, j) d = ReduceMax <keepdims = 0> (u, k)"
+    " z = Constant <value = float[1] {0.0}> () o = Greater (d, z) v = Neg (d) r = Where (o, d, v)"
+    " y = MatMul (r, n)",
+    "resized": "k = Constant <value = float[4] {1.0, 1.0, 2.0, 1.5}> () a = Conv (x, w, b)"
+    ' q = Resize <mode = "linear"> (a, , k) j = Constant <value = int64[4] {2, 4, 5, 12}> ()'
+    ' r = Resize <mode = "nearest"> (q, , , j) z = Abs (r) p = GlobalAveragePool(z) f = Flatten(p)'
+    " y = MatMul(f, n)",
+    "more norms": "a = Conv (x, w, b) i = InstanceNormalization (a, s, s)"
+    " h = GroupNormalization <num_groups = 2> (i, s, b) r = RMSNormalization (h, s) d = Mul(r, a)"
+    " l = LogSoftmax <axis = 1> (d) p = GlobalAveragePool(l) f = Flatten(p) y = MatMul(f, n)",
     "norms": "a = Conv (x, w, b) l = LayerNormalization <axis = -1> (a, s, s) e = Gelu(l)"
     " q = Softmax(e) z = Mul(q, l) p = GlobalAveragePool(z) f = Flatten(p) y = MatMul(f, n)",
 }
@@ -350,7 +370,7 @@ def test_gradient_of_an_old_softmax() -> None:
 @pytest.mark.parametrize("body", NETS.values(), ids=NETS)
 def test_gradients(body: str) -> None:
     """Slopes are what small changes of the weights do to the outputs."""
-    model = parse(f"net (float[2,4,6,6] x) => (float[2,3] y) {{ {body} }}")
+    model = parse(f"net (float[2,4,6,6] x) => (float[2,3] y) {{ {body} }}", opset=24)
     rng = np.random.default_rng(0)
     shapes = {
         **{"w": (4, 4, 3, 3), "b": (4,), "g": (4, 2, 3, 3), "m": (3, 16), "c": (3,)},

@@ -1,0 +1,159 @@
+"""Gradients of what moves, joins, cuts, repeats or gathers values."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import cast
+
+import numpy as np
+
+from graphopt import ir
+from graphopt.errors import InputError
+from graphopt.pruner.backward import Array, Gradients, Rule, fit, integer, numbers
+from graphopt.runner import Runner
+
+__all__ = ["MOVES"]
+
+
+def _reshape(node: ir.Node, x: list[Array], y: Array, g: Array) -> Gradients:
+    return [g.reshape(x[0].shape)]
+
+
+def _transpose(node: ir.Node, x: list[Array], y: Array, g: Array) -> Gradients:
+    order = numbers(node, "perm", range(x[0].ndim)[::-1])
+    return [g.transpose(np.argsort(order))]
+
+
+def _concat(node: ir.Node, x: list[Array], y: Array, g: Array) -> Gradients:
+    axis = integer(node, "axis", 0)
+    return np.split(g, np.cumsum([part.shape[axis] for part in x])[:-1], axis)
+
+
+def _axes(node: ir.Node, x: list[Array]) -> list[int]:
+    """What a reduction or a global pool runs over."""
+    if node.op_type.startswith("Global"):
+        return list(range(2, x[0].ndim))
+    axes = numbers(node, "axes", x[1].tolist() if len(x) > 1 else range(x[0].ndim))
+    return [axis % x[0].ndim for axis in axes]
+
+
+def _mean(node: ir.Node, x: list[Array], y: Array, g: Array) -> Gradients:
+    axes = _axes(node, x)
+    kept = [1 if axis in axes else size for axis, size in enumerate(x[0].shape)]
+    share = math.prod(x[0].shape[axis] for axis in axes) if node.op_type != "ReduceSum" else 1
+    return [np.broadcast_to(g.reshape(kept) / share, x[0].shape).astype(g.dtype, copy=False)]
+
+
+def _pad(node: ir.Node, x: list[Array], y: Array, g: Array) -> Gradients:
+    pads = numbers(node, "pads", x[1].tolist() if len(x) > 1 else [])
+    if len(x) > 3 or str(ir.attribute(node, "mode", "constant")) != "constant" or min(pads) < 0:
+        raise InputError(f"no gradient is known of such padding ({ir.label(node)})")
+    return [g[tuple(slice(a, a + n) for a, n in zip(pads, x[0].shape, strict=False))]]
+
+
+def _slice(node: ir.Node, x: list[Array], y: Array, g: Array) -> Gradients:
+    rank = x[0].ndim
+    given = [list(value.tolist()) for value in x[1:]]
+    starts = given[0] if given else numbers(node, "starts", [])
+    ends = given[1] if given else numbers(node, "ends", [])
+    axes = given[2] if len(given) > 2 else numbers(node, "axes", range(len(starts)))
+    steps = given[3] if len(given) > 3 else [1] * len(starts)
+    where = [slice(None)] * rank
+    for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
+        stop = None if step < 0 and end < -x[0].shape[axis] else end
+        where[axis] = slice(start, stop, step)
+    back = np.zeros_like(x[0])
+    back[tuple(where)] = g
+    return [back]
+
+
+def _split(node: ir.Node, x: list[Array], y: Array, g: Array) -> Gradients:
+    """The tape joins the gradients of the parts."""
+    return [g]
+
+
+def _largest(node: ir.Node, x: list[Array], y: Array, g: Array) -> Gradients:
+    """In equal shares to all that are as large, or as small, as the result."""
+    axes = _axes(node, x)
+    kept = [1 if axis in axes else size for axis, size in enumerate(x[0].shape)]
+    same = (x[0] == y.reshape(kept)).astype(g.dtype)
+    return [same * (g.reshape(kept) / same.sum(tuple(axes), keepdims=True))]
+
+
+def _expand(node: ir.Node, x: list[Array], y: Array, g: Array) -> Gradients:
+    return [fit(g, x[0].shape)]
+
+
+def _tile(node: ir.Node, x: list[Array], y: Array, g: Array) -> Gradients:
+    parts = [n for pair in zip(x[1].tolist(), x[0].shape, strict=True) for n in pair]
+    return [g.reshape(parts).sum(tuple(range(0, len(parts), 2)))]
+
+
+def _gather(node: ir.Node, x: list[Array], y: Array, g: Array) -> Gradients:
+    axis, count = integer(node, "axis", 0) % x[0].ndim, x[1].ndim
+    back = np.zeros_like(x[0])
+    rows = np.moveaxis(g, range(axis, axis + count), range(count))
+    np.add.at(np.moveaxis(back, axis, 0), x[1], rows)
+    return [back]
+
+
+def _resize(node: ir.Node, x: list[Array], y: Array, g: Array) -> Gradients:
+    """Along each axis a product with a matrix, which resizing the unit matrix gives."""
+    if y.ndim < 3 or y.shape[:2] != x[0].shape[:2] or len(x) < 2:
+        raise InputError(f"no gradient is known of such a Resize ({ir.label(node)})")
+    scales = x[-1] if x[-1].dtype.kind == "f" else np.zeros(0)
+    for axis in range(2, y.ndim):
+        if y.shape[axis] != x[0].shape[axis]:
+            scale = float(scales[axis]) if scales.size else None
+            matrix = _resizing(node, y.ndim, axis, x[0].shape[axis], y.shape[axis], scale)
+            g = np.moveaxis(np.moveaxis(g, axis, -1) @ matrix.T, -1, axis)
+    return [g]
+
+
+@functools.lru_cache(maxsize=64)
+def _resizing(
+    node: ir.Node, rank: int, axis: int, size: int, result: int, scale: float | None
+) -> Array:
+    """What a Resize along one axis multiplies with [size, result]."""
+    shape = [size, *[1] * (rank - 1)]
+    shape[axis] = size
+    unit = np.eye(size, dtype=np.float32).reshape(shape)
+    sizes, scales = [*shape], [1.0] * rank
+    sizes[axis], scales[axis] = result, scale or 1.0
+    given: Array = np.array(sizes, np.int64) if scale is None else np.array(scales, np.float32)
+    source = ir.Value(name="x", shape=ir.Shape(shape), type=ir.TensorType(ir.DataType.FLOAT))
+    by = ir.Value(name="by", const_value=ir.tensor(given, name="by"))
+    operands = [source, *[None] * (len(node.inputs) - 2), by]
+    copy = ir.Node("", "Resize", operands, attributes=list(node.attributes.values()))
+    made = copy.outputs[0]
+    made.name, made.type = "y", source.type
+    assert node.graph is not None
+    opsets = {"": ir.opset(node.graph)}
+    graph = ir.Graph([source], [made], nodes=[copy], initializers=[by], opset_imports=opsets)
+    found = cast("Array", Runner(ir.Model(graph, ir_version=8)).run({"x": unit})["y"])
+    return found.reshape(size, result)
+
+
+MOVES: dict[str, Rule] = {
+    "Concat": _concat,
+    "Expand": _expand,
+    "Flatten": _reshape,
+    "Gather": _gather,
+    "GlobalAveragePool": _mean,
+    "GlobalMaxPool": _largest,
+    "Pad": _pad,
+    "ReduceMax": _largest,
+    "ReduceMean": _mean,
+    "ReduceMin": _largest,
+    "ReduceSum": _mean,
+    "Reshape": _reshape,
+    "Resize": _resize,
+    "Slice": _slice,
+    "Split": _split,
+    "Squeeze": _reshape,
+    "Tile": _tile,
+    "Transpose": _transpose,
+    "Unsqueeze": _reshape,
+}
+"""Rules by operator."""
