@@ -2,7 +2,7 @@
 
 Backends that write machine code work in a child process (`graphopt.child`), and what they made is
 kept (`graphopt.cache`). A model that one of them takes only in part is cut (`graphopt.partition`):
-what it does not take is ONNX Runtime's, on the CPU.
+what it does not take is ONNX Runtime's, on the CPU. `verify_artifact` checks what was made.
 """
 
 from __future__ import annotations
@@ -10,16 +10,22 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graphopt import __version__, artifact, backends, cache, child
 from graphopt.artifact import TensorInfo
-from graphopt.backends import Backend
+from graphopt.backends import Array, Backend
 from graphopt.digests import sha256
-from graphopt.errors import GraphoptError, InputError, MissingError, TimeLimitError
+from graphopt.errors import (
+    GraphoptError,
+    InputError,
+    MissingError,
+    TimeLimitError,
+    VerificationError,
+)
 from graphopt.target import Target
 
 if TYPE_CHECKING:
@@ -89,6 +95,50 @@ def build(
         if not rules.fallback:
             raise backends.NodeError(backend.name, refused)
         return dataclasses.replace(pieces.build(refused), key=name)
+
+
+def verify_artifact(
+    folder: Path,
+    model: ir.Model,
+    feeds: Mapping[str, Array] | None = None,
+    *,
+    bindings: Mapping[str, int] | None = None,
+) -> str | None:
+    """Run what was compiled from a model, in a process of its own, and compare with the model.
+
+    Args:
+        folder: the artifact; its machine code is trusted.
+        model: what it was compiled from, which ONNX Runtime runs.
+        feeds: inputs by name; random ones where None.
+        bindings: sizes of free dimensions by name, for random inputs.
+
+    Returns:
+        Why that could not be told; None where they agree.
+
+    Raises:
+        VerificationError: they differ.
+        GraphoptError: the artifact does not load or run.
+    """
+    from graphopt.feeds import single_feeds
+    from graphopt.judging import Trial, computed_types, judge
+    from graphopt.shapes import Shapes
+    from graphopt.worker import Worker
+
+    with Worker(folder, trust=True) as worker:
+        try:
+            inputs = feeds or single_feeds(model, Shapes(model), worker.run, bindings=bindings)
+            trial = Trial(model, [inputs])
+            expected = trial.run()
+        except TimeLimitError:
+            raise
+        except GraphoptError as error:
+            return str(error)
+        got = worker.run(inputs)
+    verdict = judge(trial, expected, [got], computed=computed_types(model))
+    wrong = next((output for output in verdict.outputs if not output.ok), None)
+    if wrong is not None:
+        raise VerificationError(str(wrong))
+    return next(iter(verdict.unchecked.values()), None)
 
 
 def compile_here(

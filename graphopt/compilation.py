@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from graphopt import __version__, artifact, backends
 from graphopt.artifact import Manifest
 from graphopt.digests import sha256
-from graphopt.errors import InputError, MissingError
+from graphopt.errors import InputError, MissingError, VerificationError
 from graphopt.target import Target
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ def compile(
     memory_limit: int | None = None,
     tune: float = 0.0,
     feeds: Mapping[str, Array] | None = None,
+    check: bool = True,
     progress: Progress | None = None,
     report: Report | None = None,
 ) -> Path:
@@ -70,7 +71,9 @@ def compile(
         memory_limit: bytes that a native compiler may allocate.
         tune: minutes to look for better options, by measuring here; the winner's are in the
             manifest.
-        feeds: arrays by input name to measure with, for `auto` and `tune`; random if not given.
+        feeds: arrays by input name to measure and to check with; random if not given.
+        check: run machine code that was made, where it runs here, and compare with the model,
+            unless `verify` is off; what the cache holds was checked before.
         progress: called with the fraction done and what is being done, for `auto` and `tune`.
         report: filled with what was done before.
 
@@ -100,6 +103,7 @@ def compile(
             cache=cache,
             time_limit=time_limit,
             memory_limit=memory_limit,
+            check=False,  # all are compared with the original there
         )
         asked: dict[str, Any] = {"level": level, "passes": passes, "verify": verify}
         standard = PIPELINES[level] if passes is None and 0 <= level < len(PIPELINES) else passes
@@ -125,7 +129,7 @@ def compile(
         return Path(out)
     chosen = choose(aim, backend)
     settings = backends.make_options(chosen, options or {})
-    folder = Path(out)
+    folder, notes = Path(out), list[str]()
     with artifact.publish(folder, overwrite=overwrite) as staging:
         lowered, pipeline = files.load(model), ""
         legal = chosen.legalize(aim) if chosen.native_code or (level and passes is None) else ()
@@ -155,11 +159,42 @@ def compile(
         )
         if chosen.native_code:
             trust.sign(staging)
+            if check and verify != "off" and (built.key or not cache):
+                notes += _checked(staging, lowered, chosen, aim, settings, feeds)
             if built.key:
                 kept.store(built.key, staging)
     if report is not None:
         report.notes += [f"{building.FALLBACK} runs {n}: {why}" for n, why in built.refused.items()]
+        report.notes += notes
     return folder
+
+
+def _checked(
+    folder: Path,
+    model: ir.Model,
+    backend: Backend,
+    target: Target,
+    options: Any,
+    feeds: Mapping[str, Array] | None,
+) -> list[str]:
+    """Compare machine code with the model; why not, where that cannot be done here.
+
+    Raises:
+        VerificationError: it computes something else.
+        GraphoptError: it does not run.
+    """
+    from graphopt.building import verify_artifact
+
+    reason = backend.can_run(target)
+    if reason is None:
+        sizes = options.sizes() if hasattr(options, "sizes") else {}
+        try:
+            reason = verify_artifact(folder, model, feeds, bindings=sizes)
+        except VerificationError as error:
+            raise VerificationError(
+                f"{backend.name} computes something else than the model: {error}"
+            ) from None
+    return [] if reason is None else [f"what was made was not compared with the model: {reason}"]
 
 
 def load(path: str | os.PathLike[str], *, trust: bool = False) -> Executable:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from graphopt import artifact, backends
 from graphopt.backends import Array, Backend
-from graphopt.building import FALLBACK
+from graphopt.building import FALLBACK, verify_artifact
 from graphopt.errors import GraphoptError, InputError, MissingError, TimeLimitError
 from graphopt.target import Target, cores
 from graphopt.timing import Latency, Plan, Progress, benchmark, silent
@@ -74,7 +74,7 @@ class Search:
         place = self.folder / str(next(self._numbers))
         try:
             made = Candidate(name, make(place))
-            self._verify(made)
+            verify_artifact(made.folder, self.model, self.feeds)
         except TimeLimitError:
             raise
         except GraphoptError as error:
@@ -111,18 +111,6 @@ class Search:
         timed = [f"{name}: {median:.4g} ms" for name, median in self.timed.items()]
         out = [f"{name}: {reason}" for name, reason in self.rejected.items()]
         return [f"{best.name} was taken", *timed, *out]
-
-    def _verify(self, candidate: Candidate) -> None:
-        """Raises GraphoptError where a candidate does not compute what the model does."""
-        from graphopt.judging import Trial, computed_types, judge
-
-        with Worker(candidate.folder, trust=True) as worker:
-            got = worker.run(self.feeds)
-        trial = Trial(self.model, [self.feeds])
-        verdict = judge(trial, trial.run(), [got], computed=computed_types(self.model))
-        wrong = [str(output) for output in verdict.outputs if not output.ok]
-        if wrong:
-            raise GraphoptError(wrong[0])
 
 
 def fastest(

@@ -16,8 +16,9 @@ import pytest
 from onnx import parser
 
 import graphopt
-from graphopt import artifact, backends, compilation, files
-from graphopt.errors import GraphoptError, InputError, MissingError
+from graphopt import artifact, backends, compilation, files, ir
+from graphopt.building import verify_artifact
+from graphopt.errors import GraphoptError, InputError, MissingError, VerificationError
 from graphopt.files import ModelLike
 from graphopt.report import Report
 from graphopt.target import Target
@@ -228,3 +229,33 @@ def test_signature_without_initializers_and_with_odd_types(tmp_path: Path) -> No
     assert [info.name for info in executable.inputs] == ["x"]
     found = executable.run({"x": np.ones((1, 2), np.float32)})
     assert found["z"] == [{5: 1.0, 7: 2.0}]
+
+
+def test_an_artifact_that_computes_something_else(source: Path, tmp_path: Path) -> None:
+    """It is compared with what it was made from; random inputs are made up for that."""
+    folder = compilation.compile(source, "cpu", tmp_path / "a", backend="ort", level=0)
+    model = files.load(source)
+    assert verify_artifact(folder, model) is None
+    changed = next(v for v in model.graph.initializers.values() if v.dtype == ir.DataType.FLOAT)
+    array = ir.array(changed)
+    assert array is not None
+    changed.const_value = ir.tensor(1.1 * array + 0.1, dtype=ir.DataType.FLOAT)
+    with pytest.raises(VerificationError, match="differs"):
+        verify_artifact(folder, model)
+
+
+@pytest.mark.parametrize(("backend", "name"), [("tvm", "cpu"), ("tensorrt", "cuda:sm_89")])
+def test_machine_code_is_compared_where_it_runs(
+    source: Path, tmp_path: Path, backend: str, name: str
+) -> None:
+    """Where it does not, that is said."""
+    chosen, target, report = backends.get(backend), Target.parse(name), Report()
+    missing = chosen.can_compile(target)
+    if missing is not None:
+        pytest.skip(missing)
+    options = {"shapes": "x=1x2/2x2/4x2"} if backend == "tensorrt" else {}
+    compilation.compile(
+        source, target, tmp_path / "a", backend=backend, options=options, report=report
+    )
+    elsewhere = chosen.can_run(target) is not None
+    assert any("was not compared" in note for note in report.notes) == elsewhere
