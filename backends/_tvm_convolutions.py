@@ -22,15 +22,44 @@ _op: Any = relax.op
 
 def conv(call: Call) -> Any:
     """Conv of any number of axes."""
-    x, weights, bias = call.inputs[0], call.inputs[1], call.get(2)
+    integers = _tvm_quantized.product(call, 0, int(call.attribute("group", 1)))
+    if integers is None:
+        return _biased(call, _convolved(call, *call.inputs[:2]), call.get(2))
+    return _biased(call, _scaled(call, integers), call.get(2))
+
+
+def conv_integer(call: Call) -> Any:
+    """ConvInteger with constant weights."""
+    found = _tvm_quantized.integers(call, 0, int(call.attribute("group", 1)))
+    if found is None:
+        raise NotImplementedError("weights and zero points that are no constants")
+    return _op.astype(_convolved(call, found.left, found.right, found.dtype), "int32")
+
+
+def qlinear_conv(call: Call) -> Any:
+    """QLinearConv with constant weights; its bias is in units of the sums."""
+    found = _tvm_quantized.linear(call, 0, int(call.attribute("group", 1)))
+    bias = call.get(8)
+    if found is None or not (bias is None or is_constant(bias)):
+        raise NotImplementedError("weights, scales and zero points that are no constants")
+    result = _scaled(call, found)
+    if bias is not None:
+        floats = bias.value.numpy() * found.scale
+        result = call.emit(_biased(call, result, relax.const(floats.astype(np.float32))))
+    return _tvm_quantized.requantized(call, result)
+
+
+def _scaled(call: Call, integers: _tvm_quantized.Product) -> Any:
+    sums = _convolved(call, integers.left, integers.right, integers.dtype)
+    return integers.scaled(call, sums, 1)
+
+
+def _convolved(call: Call, x: Any, weights: Any, dtype: str | None = None) -> Any:
     axes = x.ty.ndim - 2
     if axes > 2:
         raise NotImplementedError(f"a convolution over {axes} axes")
     shape = [int(size) for size in weights.ty.shape.values]
     groups = int(call.attribute("group", 1))
-    integers = _tvm_quantized.product(call, 0, groups)
-    if integers is not None:
-        x, weights = integers.left, integers.right
     strides = list(call.attribute("strides", [1] * axes))
     dilations = list(call.attribute("dilations", [1] * axes))
     pads = _pads(call, x, shape[2:], strides, dilations)
@@ -39,16 +68,13 @@ def conv(call: Call) -> Any:
         x = call.emit(_op.reshape(x, (n, c, 1, w)))
         weights = _reshaped(call, weights, (*shape[:2], 1, shape[2]))
         strides, dilations, pads = [1, *strides], [1, *dilations], [0, pads[0], 0, pads[1]]
-    dtype = None if integers is None else integers.dtype
     result = call.emit(
         _op.nn.conv2d(x, weights, strides, pads, dilations, groups=groups, out_dtype=dtype)
     )
-    if integers is not None:
-        result = integers.scaled(call, result, 1)
     if axes == 1:
         n, c, _, w = result.ty.shape.values
         result = call.emit(_op.reshape(result, (n, c, w)))
-    return _biased(call, result, bias)
+    return result
 
 
 def conv_transpose(call: Call) -> Any:

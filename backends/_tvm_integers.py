@@ -90,13 +90,13 @@ class Operand:
 
 def _difference(builder: Any, value: Any) -> Operand | None:
     found = binding(builder, value)
-    if is_call(found, "relax.permute_dims"):
-        inner = _difference(builder, found.args[0])
-        if inner is None:
-            return None
-        axes = [int(axis) for axis in found.attrs.axes]
-        moved = builder.emit(builder.call_te(topi.transpose, inner.value, axes))
-        return Operand(moved, inner.dtype, inner.zero)
+    for name, move in _MOVES.items():
+        if is_call(found, name):
+            inner = _difference(builder, found.args[0])
+            if inner is None or not isinstance(inner.zero, int):
+                return None
+            moved = builder.emit(move(builder, inner.value, found))
+            return Operand(moved, inner.dtype, inner.zero)
     zero: Any = 0
     if is_call(found, "relax.subtract"):
         zero = constant(builder, found.args[1])
@@ -105,6 +105,19 @@ def _difference(builder: Any, value: Any) -> Operand | None:
     if not is_call(found, "relax.astype") or str(found.args[0].ty.dtype) not in BYTES:
         return None
     return Operand(found.args[0], str(found.args[0].ty.dtype), zero)
+
+
+def _permuted(builder: Any, value: Any, call: Any) -> Any:
+    return builder.call_te(topi.transpose, value, [int(axis) for axis in call.attrs.axes])
+
+
+def _reshaped(builder: Any, value: Any, call: Any) -> Any:
+    return builder.call_te(topi.reshape, value, list(call.ty.shape.values))
+
+
+_MOVES = {"relax.permute_dims": _permuted, "relax.reshape": _reshaped}
+KEPT = ("relax.astype", "relax.subtract", *_MOVES)
+"""Operators on 16-bit integers that `Operand` looks through."""
 
 
 def keep(otherwise: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:

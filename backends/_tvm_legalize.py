@@ -14,7 +14,7 @@ import numpy as np
 from graphopt.backends._tvm_call import constant
 from graphopt.backends._tvm_fastmath import FAST
 from graphopt.backends._tvm_indices import number
-from graphopt.backends._tvm_integers import keep
+from graphopt.backends._tvm_integers import KEPT, keep
 from graphopt.backends._tvm_kernels import Kernels, default
 
 relax: Any = importlib.import_module("tvm.relax")
@@ -32,7 +32,7 @@ def table(kernels: Kernels) -> dict[str, Legalization]:
 def first_table(kernels: Kernels) -> dict[str, Legalization]:
     """As `table`, with 16-bit integers left to the second time: products look through them."""
     found = table(kernels)
-    for name in ("relax.astype", "relax.subtract", "relax.permute_dims"):
+    for name in KEPT:
         found[name] = keep(found.get(name) or default(name))
     return found
 

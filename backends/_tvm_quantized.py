@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from graphopt.backends._tvm_call import Call, is_constant
+from graphopt.backends._tvm_indices import sizes
 
 relax: Any = importlib.import_module("tvm.relax")
 _op: Any = relax.op
@@ -47,6 +48,43 @@ class Product:
         return call.emit(_op.multiply(sums, relax.const(self.scale.reshape(shape))))
 
 
+@dataclass(frozen=True)
+class _Quantized:
+    """Integers with their scale and zero point, and the axis along which those differ."""
+
+    value: Any
+    scale: Any = dataclasses.field(default_factory=lambda: np.ones((), np.float32))
+    """An array."""
+    zero: Any = None
+    """A Relax tensor, or None for 0."""
+    axis: int = 1
+
+    @property
+    def zeros(self) -> Any:
+        """The zero points as an array; None where they are known at run time only."""
+        if self.zero is None:
+            return np.zeros((), np.int64)
+        return self.zero.value.numpy().astype(np.int64) if is_constant(self.zero) else None
+
+    def difference(self, call: Call) -> Any:
+        """The integers less their one zero point, as int16."""
+        wide = call.emit(_op.astype(self.value, "int16"))
+        zeros = self.zeros
+        if zeros is not None and not zeros.any():
+            return wide
+        if zeros is not None:
+            return call.emit(_op.subtract(wide, _number(zeros.ravel()[0], wide, "int16")))
+        shape = (1,) * wide.ty.ndim
+        return call.emit(_op.subtract(wide, _op.reshape(_op.astype(self.zero, "int16"), shape)))
+
+    def reach(self) -> int:
+        """The largest difference from the zero point."""
+        info, zeros = np.iinfo(str(self.value.ty.dtype)), self.zeros
+        if zeros is None:
+            return int(info.max - info.min)
+        return max(info.max - int(zeros.ravel()[0]), int(zeros.ravel()[0]) - info.min)
+
+
 def product(call: Call, axis: int, groups: int = 1) -> Product | None:
     """The first two inputs of a node as integers; None where they are no such thing.
 
@@ -56,37 +94,50 @@ def product(call: Call, axis: int, groups: int = 1) -> Product | None:
         groups: of a convolution; more than one are summed as floats, exactly.
     """
     left, right = _below(call, 0), _below(call, 1)
-    if left is None or right is None or left.scale.size != 1 or not is_constant(right.value):
+    return None if left is None or right is None else _product(call, left, right, axis, groups)
+
+
+def integers(call: Call, axis: int, groups: int = 1) -> Product | None:
+    """As `product`, of MatMulInteger or ConvInteger: what its inputs are themselves."""
+    left = _Quantized(call.inputs[0], zero=call.get(2))
+    return _product(
+        call, left, _Quantized(call.inputs[1], zero=call.get(3), axis=axis), axis, groups
+    )
+
+
+def linear(call: Call, axis: int, groups: int = 1) -> Product | None:
+    """As `product`, of QLinearMatMul or QLinearConv, whose inputs have theirs beside them."""
+    left, right = (_with_scale(call.inputs[k : k + 3], axis) for k in (0, 3))
+    return None if left is None or right is None else _product(call, left, right, axis, groups)
+
+
+def _product(
+    call: Call, left: _Quantized, right: _Quantized, axis: int, groups: int
+) -> Product | None:
+    zeros = right.zeros
+    if left.scale.size != 1 or not is_constant(right.value) or zeros is None:
+        return None
+    if left.zero is not None and sizes(left.zero) not in ([], [1]):
         return None
     weights = right.value.value.numpy().astype(np.int16)
     if right.scale.size > 1 and right.axis % weights.ndim != axis:
         return None
     shape = [1] * weights.ndim
-    shape[axis] = right.zero.size
-    weights -= right.zero.astype(np.int16).reshape(shape)
+    shape[axis] = zeros.size
+    weights -= zeros.astype(np.int16).reshape(shape)
     dtype = "int32"
     if groups > 1:
         sums = np.abs(weights.astype(np.int64)).sum(tuple(set(range(weights.ndim)) - {axis}))
-        if sums.max(initial=0) * _reach(left) >= _WHOLE:
+        if sums.max(initial=0) * left.reach() >= _WHOLE:
             return None
         dtype = "float32"
     small = weights.min(initial=0) >= -128 and weights.max(initial=0) <= 127
     return Product(
-        _difference(call, left.value, int(left.zero.ravel()[0])),
+        left.difference(call),
         relax.const(weights.astype(np.int8) if small else weights),
         (left.scale.ravel()[0] * right.scale.ravel()).astype(np.float32),
         dtype,
     )
-
-
-@dataclass(frozen=True)
-class _Quantized:
-    """The integers below a DequantizeLinear, its constant scale and zero point, and their axis."""
-
-    value: Any
-    scale: Any
-    zero: Any
-    axis: int
 
 
 def _below(call: Call, index: int) -> _Quantized | None:
@@ -96,29 +147,24 @@ def _below(call: Call, index: int) -> _Quantized | None:
         return None
     inputs = [None if value is None else call.values[value.name or ""] for value in source.inputs]
     below = dataclasses.replace(call, inputs=inputs, node=source)
-    value, scale, zero = (below.get(position) for position in range(3))
+    return (
+        None
+        if below.attribute("block_size", 0)
+        else _with_scale(inputs, below.attribute("axis", 1))
+    )
+
+
+def _with_scale(inputs: list[Any], axis: int) -> _Quantized | None:
+    """A tensor, a scale and perhaps a zero point: bytes, and constants in float32."""
+    value, scale = inputs[:2]
+    zero = inputs[2] if len(inputs) > 2 else None
     if str(value.ty.dtype) not in _BYTES or not is_constant(scale):
         return None
-    if not (zero is None or is_constant(zero)) or str(scale.ty.dtype) != "float32":
+    if str(scale.ty.dtype) != "float32" or scale.ty.ndim > 1:
         return None
-    factors = scale.value.numpy()
-    if factors.ndim > 1 or below.attribute("block_size", 0):
+    if zero is not None and not is_constant(zero):
         return None
-    zeros = np.zeros(1, np.int64) if zero is None else zero.value.numpy().astype(np.int64)
-    return _Quantized(value, factors, zeros, below.attribute("axis", 1))
-
-
-def _reach(left: _Quantized) -> int:
-    """The largest difference from a zero point."""
-    info, zero = np.iinfo(str(left.value.ty.dtype)), int(left.zero.ravel()[0])
-    return max(info.max - zero, zero - info.min)
-
-
-def _difference(call: Call, value: Any, zero: int) -> Any:
-    wide = call.emit(_op.astype(value, "int16"))
-    if not zero:
-        return wide
-    return call.emit(_op.subtract(wide, _number(zero, value, "int16")))
+    return _Quantized(value, scale.value.numpy(), zero, axis)
 
 
 def _number(value: Any, like: Any, dtype: str) -> Any:
@@ -128,14 +174,41 @@ def _number(value: Any, like: Any, dtype: str) -> Any:
 
 def matmul(call: Call) -> Any:
     """MatMul of integers with a constant matrix; None for the importer's."""
-    right = call.inputs[1]
-    if right.ty.ndim != 2 or call.inputs[0].ty.ndim < 2:
-        return None
-    found = product(call, 1)
+    found = product(call, 1) if _has_matrix(call, 1) else None
     if found is None:
         return None
     sums = call.emit(_op.matmul(found.left, found.right, out_dtype=found.dtype))
     return found.scaled(call, sums, -1)
+
+
+def matmul_integer(call: Call) -> Any:
+    """MatMulInteger with a constant matrix; None for the importer's."""
+    found = integers(call, 1) if _has_matrix(call, 1) else None
+    return None if found is None else _op.matmul(found.left, found.right, out_dtype=found.dtype)
+
+
+def qlinear_matmul(call: Call) -> Any:
+    """QLinearMatMul with a constant matrix."""
+    found = linear(call, 1) if _has_matrix(call, 3) else None
+    if found is None:
+        raise NotImplementedError(_NO_CONSTANTS)
+    sums = call.emit(_op.matmul(found.left, found.right, out_dtype=found.dtype))
+    return requantized(call, found.scaled(call, sums, -1))
+
+
+def requantized(call: Call, x: Any) -> Any:
+    """Floats as QLinearMatMul and QLinearConv put them out."""
+    result = _quantize(call, x, call.inputs[6], call.inputs[7])
+    if result is None:
+        raise NotImplementedError(_NO_CONSTANTS)
+    return result
+
+
+_NO_CONSTANTS = "scales, zero points and weights that are no constants, or not of 8 bits"
+
+
+def _has_matrix(call: Call, index: int) -> bool:
+    return bool(call.inputs[index].ty.ndim == 2 and call.inputs[0].ty.ndim >= 2)
 
 
 def gemm(call: Call) -> Any:
@@ -161,9 +234,36 @@ def gemm(call: Call) -> Any:
     return _op.add(result, bias)
 
 
+def dynamic_quantize(call: Call) -> Any:
+    """DynamicQuantizeLinear of float32; None for the importer's.
+
+    Multiplies with the inverse of the scale, which a vector divides by in many times the time.
+    """
+    x = call.inputs[0]
+    if str(x.ty.dtype) != "float32":
+        return None
+    none, whole = relax.const(0.0, "float32"), relax.const(255.0, "float32")
+    high = call.emit(_op.maximum(call.emit(_op.max(x)), none))
+    low = call.emit(_op.minimum(call.emit(_op.min(x)), none))
+    span = call.emit(_op.subtract(high, low))
+    flat = call.emit(_op.equal(span, none))
+    scale = call.emit(_op.where(flat, relax.const(1.0, "float32"), _op.divide(span, whole)))
+    offset = call.emit(_op.round(call.emit(_op.divide(call.emit(_op.subtract(none, low)), scale))))
+    offset = call.emit(_op.minimum(offset, whole))
+    inverse = call.emit(_op.divide(relax.const(1.0, "float32"), scale))
+    y = call.emit(_op.round(call.emit(_op.multiply(x, inverse))))
+    y = call.emit(_op.maximum(call.emit(_op.add(y, offset)), none))
+    y = call.emit(_op.minimum(y, whole))
+    integers = [call.emit(_op.astype(value, "uint8")) for value in (y, offset)]
+    return relax.Tuple([integers[0], scale, integers[1]])
+
+
 def quantize(call: Call) -> Any:
     """QuantizeLinear to 8 or 16 bits with one constant scale; None for the importer's."""
-    x, scale, zero = call.inputs[0], call.inputs[1], call.get(2)
+    return _quantize(call, call.inputs[0], call.inputs[1], call.get(2))
+
+
+def _quantize(call: Call, x: Any, scale: Any, zero: Any) -> Any:
     if not is_constant(scale) or not (zero is None or is_constant(zero)):
         return None
     factor, dtype = scale.value.numpy(), "uint8" if zero is None else str(zero.ty.dtype)

@@ -198,6 +198,65 @@ def test_a_block_of_a_network() -> None:
 
 @needs_tvm
 @pytest.mark.parametrize(
+    ("body", "shape", "kernel", "kind"),
+    [
+        ("y = MatMulInteger (x, w, zero)", (2, 5, 24), (24, 10), "int32"),
+        ("y = ConvInteger <pads = [1, 1, 1, 1]> (x, w, zero)", (1, 6, 7, 7), (9, 6, 3, 3), "int32"),
+        ("y = ConvInteger <group = 6> (x, w, zero)", (1, 6, 7, 7), (6, 1, 3, 3), "int32"),
+        ("y = QLinearMatMul (x, s, zero, w, s, none, t, zero)", (5, 24), (24, 10), "uint8"),
+        (
+            "y = QLinearConv <strides = [2, 2]> (x, s, zero, w, s, none, t, zero, b)",
+            (1, 6, 7, 7),
+            (9, 6, 3, 3),
+            "uint8",
+        ),
+    ],
+)
+def test_integer_operators(
+    body: str, shape: tuple[int, ...], kernel: tuple[int, ...], kind: str
+) -> None:
+    """Zero points of run time are for those that are named so; the others' are constants."""
+    text = f"""
+        g (uint8{list(shape)} x, uint8[] zero, int8[] w, float[] s, float[] t, int8[] none,
+            int32[] b) => ({kind} y) {{ {body} }}
+    """
+    constants: dict[str, Array] = {"w": integers(*kernel, dtype="int8")}
+    constants |= {"s": np.array(0.04, np.float32), "t": np.array(3.7, np.float32)}
+    constants |= {
+        "none": np.array(0, np.int8),
+        "b": integers(kernel[0], dtype="int16").astype("i4"),
+    }
+    zero, x = np.array(99, np.uint8), integers(*shape, dtype="uint8")
+    for known in (True, False) if "Integer" in body else (True,):
+        model = with_weights(text, **constants, **({"zero": zero} if known else {}))
+        for value in model.graph.inputs[1:]:
+            value.shape = ir.Shape([])
+        found, log = run(model, x, *([] if known else [zero]))
+        wanted = expected(model, {"x": x} if known else {"x": x, "zero": zero})[0]
+        assert found.dtype == wanted.dtype
+        np.testing.assert_allclose(found.astype("i8"), wanted.astype("i8"), atol=kind == "uint8")
+        assert "product" in log.rules.values(), log.rules
+
+
+@needs_tvm
+def test_ranges_of_run_time() -> None:
+    text = """
+        g (float[4,24] x, int8[] w) => (float y)
+        {
+            q, s, z = DynamicQuantizeLinear (x) i = MatMulInteger (q, w, z)
+            f = Cast <to = 1> (i) y = Mul (f, s)
+        }
+    """
+    model = with_weights(text, w=integers(24, 10, dtype="int8"))
+    for x in (random(4, 24), np.zeros((4, 24), np.float32), np.abs(random(4, 24)) + 1):
+        found, log = run(model, x)
+        wanted = expected(model, {"x": x})[0]
+        np.testing.assert_allclose(found, wanted, atol=max(np.abs(wanted).max() / 500, 1e-6))
+        assert "dense [4, 24] 10 uint8 int8" in log.kernels.values()
+
+
+@needs_tvm
+@pytest.mark.parametrize(
     "weights",
     ["d = DequantizeLinear <axis = 0> (w, t)", "d = DequantizeLinear <axis = 1> (w, s)"],
 )
@@ -235,3 +294,16 @@ def test_scales_along_the_sum_are_floats(weights: str) -> None:
 def test_instructions_of_arm(target: str, data: str, weights: str, instruction: str) -> None:
     found = best(dots(Target.parse(target)), data, weights)
     assert found.intrinsic.removeprefix("llvm.aarch64.neon.").partition(".")[0] == instruction
+
+
+@needs_tvm
+@pytest.mark.parametrize(
+    ("target", "instruction"),
+    [("arm64", "smlal"), ("arm64:cortex-a76", "sdot"), ("arm64:neoverse-n2", "usdot")],
+)
+def test_code_for_arm(target: str, instruction: str) -> None:
+    x, w = integers(3, 20, dtype="uint8"), integers(20, 16, dtype="int8")
+    kernels, aim, _ = lowered(quantized("y = MatMul (a, b)", x, 5, w), Target.parse(target))
+    compiler = importlib.import_module("graphopt.backends._tvm_compile")
+    code = compiler.generate(kernels, aim).mod.imports[0].inspect_source("s")
+    assert f"\t{instruction}\t" in code

@@ -5,6 +5,7 @@ Skipped with the command that sets it up elsewhere; see `sysroot.py`.
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import subprocess
@@ -16,7 +17,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from graphopt import backends, compilation, files, models, npz, rpc
+from graphopt import backends, compilation, files, ir, models, npz, rpc
 from graphopt.feeds import workable_feeds
 from graphopt.files import ModelLike
 from graphopt.quantization import Quantization, quantize
@@ -81,11 +82,7 @@ def test_what_is_quantized_for_arm(method: Any, tmp_path: Path) -> None:
     except FileNotFoundError as error:
         pytest.skip(str(error))
     report = Quantization()
-    loaded = files.load(models.path("digits_cnn" if method == "static" else "digits_transformer"))
-    data = npz.read(models.path("digits_cnn").with_name("digits_test.npz"))
-    inputs = {v.name or "": data[v.name or ""][:32] for v in loaded.graph.inputs}
-    target = "arm64:cortex-a76"
-    made = quantize(loaded, inputs, target=target, method=method, force=True, report=report)
+    made = digits(method, report)
     if method == "static":
         assert report.placement == "ort-arm"
     assert not check_quantized(made, TABLES["ort-arm"])
@@ -122,7 +119,7 @@ def test_a_server_there(python: list[str], tmp_path: Path) -> None:
         np.testing.assert_allclose(np.asarray(found[name]), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("make", ["digits_cnn", "s8s8"])
+@pytest.mark.parametrize("make", ["digits_cnn", "s8s8", "quantized"])
 def test_tvm(make: str, python: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", os.environ["PATH"])
     sysroot.add_to_path()
@@ -131,8 +128,22 @@ def test_tvm(make: str, python: list[str], tmp_path: Path, monkeypatch: pytest.M
         pytest.skip(reason)
     if not sysroot.has_tvm():
         pytest.skip("no TVM for ARM: python tests/arm/sysroot.py --tvm")
-    model, within = (s8s8(), 5e-2) if make == "s8s8" else (models.path(make), 1e-4)
-    compare(model, python, tmp_path, backend="tvm", within=within)
+    if make == "digits_cnn":
+        compare(models.path(make), python, tmp_path, backend="tvm", within=1e-4)
+        return
+    made = s8s8() if make == "s8s8" else digits("static")
+    compare(made, python, tmp_path, backend="tvm", within=5e-2)
+    kernels = json.loads((tmp_path / "a" / "kernels.json").read_text())["kernels"]
+    assert any("int8" in name for name in kernels.values())
+
+
+def digits(method: Any, report: Quantization | None = None) -> ir.Model:
+    """A model of digits quantized for ARM."""
+    loaded = files.load(models.path("digits_cnn" if method == "static" else "digits_transformer"))
+    data = npz.read(models.path("digits_cnn").with_name("digits_test.npz"))
+    inputs = {v.name or "": data[v.name or ""][:32] for v in loaded.graph.inputs}
+    target = "arm64:cortex-a76"
+    return quantize(loaded, inputs, target=target, method=method, force=True, report=report)
 
 
 def s8s8() -> onnx.ModelProto:
