@@ -3,8 +3,9 @@
     python -m tests.benchmarks.spread MODEL.onnx SAMPLES.npz [--held-out OTHERS.npz]
 
 Channels between Conv -> Relu -> Conv are multiplied by 10**u, u uniform in -1.5..1.5, and divided
-again. Both models go through `graphopt.quantize` with no options. Agreement with the float model
-and SQNR are over the samples that are held out, by default the second half of the others.
+again. Both models go through `graphopt.quantize` with no options. Agreement with the float model,
+SQNR and, where there are labels, accuracy are over the samples that are held out, by default the
+second half of them all.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ def main() -> None:
     for name, model in (("plain", plain), ("spread", wide)):
         result = quantize(model, rows[:half], force=True, seconds=0)
         found = score(model, result, open_samples(others, model))
-        print(f"{name:7} agreement {found.agreement:.4f}  {found.sqnr_db:.1f} dB")
+        print(f"{name:7} agreement {found.agreement:.4f}  {found.sqnr_db:.1f} dB", end="")
+        labelled = found.before is not None
+        print(f"  accuracy {found.after:.4f}, of floats {found.before:.4f}" if labelled else "")
 
 
 if __name__ == "__main__":
