@@ -20,7 +20,7 @@ from graphopt.context import Context
 from graphopt.pass_manager import load_pass
 from graphopt.passes.convert_float16 import ConvertFloat16
 from graphopt.passes.correct_biases import CorrectBiases
-from graphopt.passes.quantize_dynamic import QuantizeDynamic
+from graphopt.passes.quantize_dynamic import Integers, QuantizeDynamic
 from graphopt.passes.quantize_static import QuantizeStatic, raise_opset
 from graphopt.passes.quantize_weights import QuantizeWeights
 from graphopt.passes.smooth_activations import SmoothActivations
@@ -157,15 +157,21 @@ class Work:
         self.report.steps = [str(single)]
         floats = self._copy(self.context.model)
         nodes = [ir.label(node) for node in (*single.products(floats), *lstms(floats, single.keep))]
+        if not nodes:
+            return None
+        self.tell("sums of inputs")
         sums = single.sums(floats)
+        known: dict[str, Integers] = {}
 
         def make(rungs: Rungs) -> ir.Model:
             names = tuple(sorted({*single.keep, *rungs}))
             context = self._copy(self.context.model)
-            dataclasses.replace(single, keep=names).insert(context, sums)
+            dataclasses.replace(single, keep=names).insert(context, sums, known)
             return context.model
 
-        return (Ladder(self.context.model, nodes, make), make({})) if nodes else None
+        result = make({})
+        sums.clear()  # all weights are rounded
+        return Ladder(self.context.model, nodes, make), result
 
     def weights(self) -> tuple[Ladder, ir.Model] | None:
         """Weights of few bits; what operators compute stays in floats."""

@@ -33,6 +33,9 @@ from graphopt.quantizer.insertion import gptq_integers, weight_axis, weight_rang
 from graphopt.quantizer.placement import check_names, table_for
 from graphopt.quantizer.recurrent import integer_lstms
 
+Integers = tuple[ir.TensorProtocol, ir.Array]
+"""A product's weight [k, n] as integers, and its scales."""
+
 _SAMPLES = 64
 _ROWS = 64
 _SMALLEST = 1 << 10  # weights: below, a product in floats costs less than rounding its operand
@@ -67,10 +70,19 @@ class QuantizeDynamic(Pass):
         samples = context.samples.take(_SAMPLES)
         return grams(context.model, affordable(nodes), samples, rows=_ROWS)
 
-    def insert(self, context: Context, sums: Mapping[str, Gram]) -> None:
-        """Quantize, with sums that are known."""
-        maker = _Maker(context, table_for(context.target).weight, self.per_channel)
-        for node in self.products(context):
+    def insert(
+        self, context: Context, sums: Mapping[str, Gram], known: dict[str, Integers] | None = None
+    ) -> None:
+        """Quantize, with sums that are known, and weights that were rounded before.
+
+        Others are added to those.
+        """
+        known = {} if known is None else known
+        maker = _Maker(context, table_for(context.target).weight, self.per_channel, known)
+        nodes = self.products(context)
+        for index, node in enumerate(nodes):
+            context.check_time()
+            context.tell(f"rounding: {index} of {len(nodes)} operators")
             maker.replace(node, sums.get(ir.label(node)))
         integer_lstms(context, self.keep)
 
@@ -109,6 +121,7 @@ class _Maker:
     context: Context
     grid: Grid
     per_channel: bool
+    known: dict[str, Integers]
     rounded: dict[ir.Value, list[ir.Value]] = dataclasses.field(
         default_factory=dict[ir.Value, list[ir.Value]]
     )
@@ -119,7 +132,10 @@ class _Maker:
         context, x, weight = self.context, node.inputs[0], node.inputs[1]
         array = ir.array(weight)
         assert x is not None and weight is not None and array is not None
-        integers, scale = self._weight(node, array, gram)
+        label = ir.label(node)
+        if label not in self.known:
+            self.known[label] = self._weight(node, array, gram)
+        integers, scale = self.known[label]
         hint = weight.name or "weight"
         graph = context.model.graph
         w = context.initializer(graph, integers, f"{hint}_quantized")
@@ -137,9 +153,7 @@ class _Maker:
         remove(context, node)
         drop_unused(context, weight)
 
-    def _weight(
-        self, node: ir.Node, array: ir.Array, gram: Gram | None
-    ) -> tuple[ir.TensorProtocol, ir.Array]:
+    def _weight(self, node: ir.Node, array: ir.Array, gram: Gram | None) -> Integers:
         """The weight as integers [k, n], and its scales."""
         axis = weight_axis(node) % 2
         low, high = weight_range(array, axis if self.per_channel else None)

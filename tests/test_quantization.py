@@ -332,8 +332,9 @@ def test_scales_are_powers_of_two(activations: str) -> None:
 def test_a_large_model_goes_one_way(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("graphopt.quantizer.measuring._LARGE", 0)
     report = Quantization()
-    quantize(network(), images(), force=True, seconds=0, report=report)
+    quantize(network(), images(), force=True, seconds=0.01, report=report)
     assert report.steps == ["quantize-static"]
+    assert report.ratio is not None  # read from files
     assert any("more than 1 GB" in note for note in report.notes)
     assert report.score is not None and (report.score.sqnr_db or 0) > 20
 

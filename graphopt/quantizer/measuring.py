@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from graphopt import ir
+from graphopt import files, ir
 from graphopt.quantizer.kernels import count_kernels
 from graphopt.quantizer.report import Quantization
 from graphopt.quantizer.scoring import Metric, interleaved, layers, score
@@ -16,6 +21,7 @@ from graphopt.target import Target
 __all__ = ["is_large", "measure", "weight_bytes", "why_slow"]
 
 _LARGE = 1 << 30  # bytes of weights
+_ROOM = 1 << 28  # bytes on a disk that are left alone
 _FASTER = 0.97  # of the time of floats: what is within the noise is no gain
 
 
@@ -51,9 +57,35 @@ def measure(
     report.kernels = count_kernels(result)
     if seconds > 0:
         tell("latency")
-        times = interleaved([base, result], next(iter(samples)), seconds=seconds)
-        report.milliseconds_before, report.milliseconds_after = map(float, np.median(times, axis=1))
-        report.ratio = float(np.median(times[1] / times[0]))
+        _time(report, (base, result), next(iter(samples)), seconds)
+
+
+def _time(
+    report: Quantization,
+    models: tuple[ir.Model, ir.Model],
+    feeds: Mapping[str, npt.NDArray[Any]],
+    seconds: float,
+) -> None:
+    """Latency before and after. Large models are read from files, as their users read them.
+
+    Else their weights would be fed to each run, and no kernel could lay them out beforehand.
+    """
+    with tempfile.TemporaryDirectory(prefix="graphopt-latency-") as folder:
+        room = shutil.disk_usage(folder).free
+        loaded: list[ir.Model | Path] = list(models)
+        for index, model in enumerate(models):
+            if not is_large(model):
+                continue
+            room -= weight_bytes(model)
+            if room < _ROOM:
+                report.notes.append(f"latency is not measured: {folder} has no room for the models")
+                return
+            file = Path(folder) / f"{index}.onnx"
+            files.save(model, file)
+            loaded[index] = file
+        times = interleaved(loaded, feeds, seconds=seconds)
+    report.milliseconds_before, report.milliseconds_after = map(float, np.median(times, axis=1))
+    report.ratio = float(np.median(times[1] / times[0]))
 
 
 def why_slow(report: Quantization) -> str:

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -23,6 +24,7 @@ Metric = Callable[[Sequence[Outputs], "Array | None"], float]
 """A figure, higher is better, of the outputs for each sample and the labels."""
 
 LAYER_SAMPLES = 8
+_LONG = 30.0  # seconds, to measure latency
 
 
 @dataclass
@@ -247,12 +249,17 @@ def compare_layers(
 
 
 def interleaved(
-    models: Sequence[ir.Model], feeds: Mapping[str, Array], *, seconds: float, threads: int = 1
+    models: Sequence[ir.Model | Path],
+    feeds: Mapping[str, Array],
+    *,
+    seconds: float,
+    threads: int = 1,
 ) -> npt.NDArray[np.float64]:
     """Milliseconds of runs of several models that take turns: [models, rounds].
 
     ONNX Runtime with its optimizations. A round runs each model twice, in alternating order, and
-    counts the second time, when the caches are its own.
+    counts the second time, when the caches are its own. There are at least 10 rounds, or 3 where
+    10 would take more than half a minute.
     """
     runners = [Runner(model, threads=threads, optimize=True) for model in models]
     inputs = [{n: feeds[n] for n in r.inputs if n in feeds} for r in runners]
@@ -260,8 +267,9 @@ def interleaved(
         for _ in range(3):
             runner.run(feed)
     rounds: list[list[float]] = []
-    end = time.monotonic() + seconds
-    while time.monotonic() < end or len(rounds) < 10:
+    begin = time.monotonic()
+    end, latest = begin + seconds, begin + max(seconds, _LONG)
+    while (now := time.monotonic()) < end or len(rounds) < (10 if now < latest else 3):
         rounds.append(_round(runners, inputs, reverse=len(rounds) % 2 == 1))
     return np.array(rounds).T
 
