@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 
 _FEW = 4
 """Nodes among which nobody looks for the one that a compiler fails with."""
+_ROUNDED = 0.05
+"""Of its scale, what the results of a quantized model may move: sums that lie between two steps are
+rounded the other way, and a network carries that on."""
 FALLBACK = "onnxruntime"
 """What runs the nodes that a backend does not take."""
 
@@ -135,7 +138,8 @@ def verify_artifact(
             return str(error)
         got = worker.run(inputs)
     verdict = judge(trial, expected, [got], computed=computed_types(model))
-    wrong = next((output for output in verdict.outputs if not output.ok), None)
+    limit = _ROUNDED if any("Quantize" in node.op_type for node in model.graph) else 0.0
+    wrong = next((o for o in verdict.outputs if not o.ok and (o.reason or o.max_rel > limit)), None)
     if wrong is not None:
         raise VerificationError(str(wrong))
     return next(iter(verdict.unchecked.values()), None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -22,6 +23,7 @@ from graphopt.errors import GraphoptError, InputError, MissingError, Verificatio
 from graphopt.files import ModelLike
 from graphopt.report import Report
 from graphopt.target import Target
+from tests._models import parse
 
 TEXT = """
 <ir_version: 10, opset_import: ["" : 18]>
@@ -242,6 +244,21 @@ def test_an_artifact_that_computes_something_else(source: Path, tmp_path: Path) 
     changed.const_value = ir.tensor(1.1 * array + 0.1, dtype=ir.DataType.FLOAT)
     with pytest.raises(VerificationError, match="differs"):
         verify_artifact(folder, model)
+
+
+@pytest.mark.parametrize(("factor", "ok"), [(1.01, True), (1.2, False)])
+def test_an_artifact_of_a_quantized_model(tmp_path: Path, factor: float, ok: bool) -> None:
+    """Its results may move by a step where a sum lies between two."""
+    text = """
+        g (float[n,8] x) => (float y) <float w = {1}> {
+            q, s, z = DynamicQuantizeLinear (x) d = DequantizeLinear (q, s, z) y = Mul (d, w)
+        }"""
+    model = parse(text)
+    folder = compilation.compile(model, "cpu", tmp_path / "a", backend="ort", level=0)
+    weight = model.graph.initializers["w"]
+    weight.const_value = ir.tensor(np.array(factor, np.float32), name="w")
+    with contextlib.nullcontext() if ok else pytest.raises(VerificationError):
+        assert verify_artifact(folder, model) is None
 
 
 @pytest.mark.parametrize(("backend", "name"), [("tvm", "cpu"), ("tensorrt", "cuda:sm_89")])
