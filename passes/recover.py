@@ -36,7 +36,7 @@ class Recover(Pass):
     """Positions of a sample that enter the fit of a layer."""
     epochs: int = -1
     """Then train all weights on the unpruned model's results, so often through the data; -1: as
-    often as a minute or two allows."""
+    often as a few minutes allow."""
     rate: float = 5e-3
     """Of that training, relative to the weights."""
 

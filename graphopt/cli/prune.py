@@ -84,7 +84,7 @@ _LISTED = 5  # weights named for each reason
     type=click.IntRange(0),
     metavar="N",
     help="With --recover: then train on the original's results, N times through the data; "
-    "default: for a minute or two.",
+    "default: for up to some minutes.",
 )
 @click.option(
     "--scan",

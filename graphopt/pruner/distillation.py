@@ -34,10 +34,11 @@ Array = npt.NDArray[Any]
 Feeds = Mapping[str, Array]
 Tell = Callable[[str], None]
 
-EFFORT = 4e12
-"""Operations that training takes unless told otherwise: a minute or two of one processor."""
-_MOST_STEPS = 400
-_BATCH = 32
+EFFORT = 6e12
+"""Operations that training takes unless told otherwise: a few minutes of one processor."""
+_MOST_STEPS, _FEWEST_STEPS = 400, 100
+_BATCH, _SMALLEST = 32, 8
+"""Samples of a step; fewer where there would be few steps."""
 _HELD, _VALUES = 1 << 28, 1 << 30
 """Bytes of samples that are held in memory while training, and of values on the way, at most."""
 _SHAPING = ("Flatten", "Identity", "Reshape", "Squeeze", "Transpose")
@@ -53,7 +54,7 @@ _MARKS = 4
 """Values on the way that are compared where the model adds none up."""
 _RATES = (1.0, 0.25, 0.0625)
 """Where training makes the error larger, it is begun anew with a part of the rate."""
-_WORSE, _LOOKS = 4.0, 8
+_WORSE, _LOOKS = 1.25, 8
 """It ends early where a look finds the error so many times larger."""
 _TRAINED = {
     "Add": (0, 1),
@@ -85,7 +86,8 @@ def distill(
     Raises:
         InputError: an operator whose gradient is not known, or no output of real numbers.
     """
-    job = _Training(model, record, samples, seed, progress)
+    batch = min(max(epochs * len(samples) // _FEWEST_STEPS, _SMALLEST), _BATCH)
+    job = _Training(model, record, samples, batch, seed, progress)
     first = job.error(job.weights)
     best, least = job.weights, first
     for slower in _RATES if epochs else ():
@@ -102,7 +104,13 @@ class _Training:
     """A pruned model's weights, the data, and what it should do with them."""
 
     def __init__(
-        self, model: ir.Model, record: Record, samples: Samples, seed: int, progress: Tell | None
+        self,
+        model: ir.Model,
+        record: Record,
+        samples: Samples,
+        batch: int,
+        seed: int,
+        progress: Tell | None,
     ) -> None:
         self._names = _parameters(model)
         self.weights = {name: _held(model, name) for name in self._names}
@@ -113,8 +121,8 @@ class _Training:
         self._teacher = _Teacher(model, record)
         first = self._tape.forward(next(iter(samples)), self.weights)
         size = sum(array.nbytes for array in first.values())
-        self._rows = min(max(_VALUES // max(size, 1), 1), _BATCH)
-        self._data = _Data(model, samples, self._rows)
+        rows = min(max(_VALUES // max(size, 1), 1), batch)
+        self._data = _Data(model, samples, batch, rows)
         self._shares, self._mirror = _weighing(self._teacher, self._data)
         if not self._shares or not self._names:
             raise InputError("the model has no output or no weights of float32 to train")
@@ -167,7 +175,7 @@ def train(
 ) -> tuple[float, float] | None:
     """`distill` as the options of recovery have it; None where they have it not.
 
-    Unless the options name a number of epochs, there are as many as a minute or two allows, by a
+    Unless the options name a number of epochs, there are as many as a few minutes allow, by a
     count of operations, and none where the model has an operator whose gradient is not known.
     """
     epochs = _planned(model, record, samples, options)
@@ -262,8 +270,8 @@ def _marks(model: ir.Model, record: Record) -> list[str]:
 class _Data:
     """Samples in memory, joined where they can be."""
 
-    def __init__(self, model: ir.Model, samples: Samples, rows: int) -> None:
-        self._rows = rows
+    def __init__(self, model: ir.Model, samples: Samples, batch: int, rows: int) -> None:
+        self._batch, self._rows = batch, rows
         size = sum(array.nbytes for array in next(iter(samples)).values())
         given, spared = divided(samples)
         some = given.take(max(_HELD // max(size, 1), 1))
@@ -273,7 +281,7 @@ class _Data:
         self.few = list(batched(model, every[:: -(-len(every) // _JUDGED)], rows))
         judged = None if spared is None else spared.take(_JUDGED)
         self.judged = self.few if judged is None else list(batched(model, judged, rows))
-        self.steps = sum(len(range(0, _count(stack), _BATCH)) for stack in self._stacks)
+        self.steps = sum(len(range(0, _count(stack), batch)) for stack in self._stacks)
 
     def parts(self, feeds: Feeds) -> Iterator[Feeds]:
         """A batch in parts that are run at once."""
@@ -291,8 +299,8 @@ class _Data:
                 batches.append(stack)
                 continue
             order = rng.permutation(_count(stack))
-            for start in range(0, len(order), _BATCH):
-                rows = order[start : start + _BATCH]
+            for start in range(0, len(order), self._batch):
+                rows = order[start : start + self._batch]
                 batches.append({name: array[rows] for name, array in stack.items()})
         places: list[int] = rng.permutation(len(batches)).tolist()
         yield from (batches[place] for place in places)

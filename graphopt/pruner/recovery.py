@@ -54,7 +54,7 @@ class Recovery:
     """Samples run at once, where the model takes any number."""
     epochs: int = -1
     """Then train all weights on the unpruned model's results, so often through the data; -1: as
-    often as a minute or two allows."""
+    often as a few minutes allow."""
     rate: float = 5e-3
     """Of that training, relative to the weights."""
 
