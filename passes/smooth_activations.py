@@ -30,7 +30,7 @@ class SmoothActivations(Pass):
     dynamic: bool = False
     """Prepare for ranges found at run time: each sample's own, instead of one for all of them."""
     multiply: bool = False
-    """Where nothing else can take the scale, put in a Mul if that halves the noise."""
+    """Where nothing else can take the scale, put in a Mul if that is worth its time."""
     samples: int = 64
     """At most so many are used."""
 

@@ -29,7 +29,8 @@ __all__ = ["Read", "Region", "Weights", "rescale"]
 Floats = npt.NDArray[np.float64]
 
 _FREE = 0.95  # of the noise: what must be gained where nothing is added to the graph
-_MULTIPLIED = 0.5  # and where a multiplication is
+_MULTIPLIED = 0.5  # and where a multiplication is that takes no time
+_PRODUCTS = 90  # of integers, that take as long as a multiplication of the element in floats
 
 
 @dataclass
@@ -77,6 +78,11 @@ class Read:
         if not dynamic:
             self.low = [np.min(self.low, axis=0)]
             self.high = [np.max(self.high, axis=0)]
+
+    @property
+    def outputs(self) -> int:
+        """How many results each element has a part in: of all layers together."""
+        return sum(math.prod(each.size.shape[:2]) for each in self.layers)
 
     @property
     def reach(self) -> Floats:
@@ -154,7 +160,8 @@ def rescale(
     products = [r for r in alone if all(w.node.op_type != "Conv" for w in r.layers)]
     for read in products if multiply else ():
         best, share = search(Region.of(read))
-        if share < _MULTIPLIED:
+        cost = 2 * _PRODUCTS / read.outputs if dynamic else 0.0
+        if share < _MULTIPLIED * (1 - cost):
             _multiply(context, read, best, rule)
             done += 1
     return done

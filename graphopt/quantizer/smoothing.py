@@ -10,7 +10,8 @@ ranges and second moments alone: rounding to steps of d adds d**2 / 12 to each v
 
 The division goes into what makes the channels: a normalization's factors, or a linear operator
 behind which the scale passes through everything (`graphopt.quantizer.channels`). Elsewhere it is a
-multiplication of its own, which costs time and is put in only where it halves the noise.
+multiplication of its own, which costs time and is put in only where it halves the noise; it has to
+lower it further where few results follow, since there the time is a larger share of the product's.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def smooth(
         nodes: the operators that will be quantized (Conv, Gemm, MatMul with constant weights).
         samples: what the ranges are taken from.
         dynamic: ranges are those of each run; else one range holds for all samples.
-        multiply: put a Mul where nothing else can take the scale and it halves the noise.
+        multiply: put a Mul where nothing else can take the scale and it is worth its time.
         progress: called with what is being done.
 
     Returns how many tensors were scaled.
