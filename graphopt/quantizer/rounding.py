@@ -140,13 +140,26 @@ def _searched(
 ) -> tuple[Floats, Floats]:
     best_error = np.full(low.shape, np.inf)
     best_scale, best_zero = _parameters(low, high, scheme)
+    exact = parts.astype(np.float32)
+    change = np.empty_like(exact)
+    importance = None if weight is None else weight[:, 0].astype(np.float32)
     narrowest = 0.35 if scheme.bits <= 4 else 0.8
     for share in np.linspace(1.0, narrowest, _SHRINKS if scheme.bits <= 4 else 11):
         scale, zero = _parameters(low * share, high * share, scheme)
-        codes = np.rint(parts / scale[..., None]) + zero[..., None]
-        codes = np.clip(codes, scheme.lowest, scheme.highest)
-        change = ((codes - zero[..., None]) * scale[..., None] - parts) ** 2
-        error = (change if weight is None else change * weight).sum(axis=3)
+        narrow = scale[..., None].astype(np.float32)
+        bounds = ((limit - zero)[..., None] for limit in (scheme.lowest, scheme.highest))
+        lowest, highest = (bound.astype(np.float32) for bound in bounds)
+        np.multiply(exact, 1 / narrow, out=change)
+        np.rint(change, out=change)
+        np.maximum(change, lowest, out=change)
+        np.minimum(change, highest, out=change)
+        change *= narrow
+        change -= exact
+        if importance is None:
+            error = np.einsum("gobi,gobi->gob", change, change)
+        else:
+            change *= change
+            error = np.einsum("gobi,gbi->gob", change, importance)
         better = error < best_error
         best_error[better] = error[better]
         best_scale[better], best_zero[better] = scale[better], zero[better]
