@@ -282,6 +282,29 @@ def products() -> ir.Model:
     )
 
 
+def test_training_with_a_sum_before_all_weights() -> None:
+    """What no weight changes is not trained; one row at a time becomes many, scores are seen."""
+    rng = np.random.default_rng(0)
+    sizes = {"w": (4, 16), "v": (16, 3)}
+    held = [
+        f"float{list(size)} {name} = {{{','.join(map(str, rng.standard_normal(size).ravel()))}}}"
+        for name, size in sizes.items()
+    ]
+    model = parse(
+        f"net (float[1,4] x) => (float[1,3] y) <{', '.join(held)}>"
+        "{ p = Relu(x) q = Abs(x) s = Add(p, q) a = MatMul(s, w) r = Relu(a)"
+        "  m = MatMul(r, v) y = Softmax(m) }"
+    )
+    rows = [rng.standard_normal((1, 4)).astype(np.float32) for _ in range(96)]
+    report = PruneReport()
+    how = Recovery(epochs=8)
+    data = [{"x": row} for row in rows]
+    result = prune(model, ratio=0.4, data=data, recover=how, benchmark=False, report=report)
+    assert report.training is not None
+    assert report.training[1] < report.training[0]
+    assert [dim for value in result.graph.inputs if value.shape for dim in value.shape] == [1, 4]
+
+
 @pytest.mark.parametrize("shared", [False, True])
 def test_biases_are_refitted_once(shared: bool) -> None:
     """A bias behind a product is refitted, not added up; outputs keep their names."""

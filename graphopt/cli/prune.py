@@ -162,6 +162,9 @@ def _plot(report: PruneReport, place: Path) -> None:
     left = [(name, after / before) for name, (before, after) in report.families.items()]
     sections = [("Sensitivity", figures)] if figures else []
     sections.append(("Kept", [("share of each family's channels", plots.bars(left))]))
+    if report.ranks:
+        ranks = [(name, rank / full) for name, (full, rank) in report.ranks.items()]
+        sections.append(("Ranks", [("share of each layer's rank", plots.bars(ranks))]))
     plots.write(place, plots.page(f"Pruning of {report.source}", sections))
 
 

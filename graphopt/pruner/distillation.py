@@ -9,7 +9,7 @@ mimicking then replacing). Adam (Kingma and Ba 2015) with a rate that falls as a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, cast
 
 import numpy as np
@@ -118,7 +118,7 @@ class _Training:
         if has_batch_axis(student) and has_batch_axis(teacher):
             model, record = student, Record(teacher, record.kept)
         self._tape = Tape(model, self._names)
-        self._teacher = _Teacher(model, record)
+        self._teacher = _Teacher(model, record, self._tape.reached)
         first = self._tape.forward(next(iter(samples)), self.weights)
         size = sum(array.nbytes for array in first.values())
         rows = min(max(_VALUES // max(size, 1), 1), batch)
@@ -215,12 +215,12 @@ def for_refitting(
 class _Teacher:
     """What the unpruned model puts out and has on the way, where the pruned one has it too."""
 
-    def __init__(self, model: ir.Model, record: Record) -> None:
+    def __init__(self, model: ir.Model, record: Record, reached: Collection[str]) -> None:
         self.outputs = [_scores(value).name or "" for value in model.graph.outputs]
-        known = {v.name for node in record.teacher.graph for v in node.outputs}
+        known = {v.name for node in record.teacher.graph for v in node.outputs} & set(reached)
         if not known.issuperset(self.outputs):
             self.outputs = [value.name or "" for value in model.graph.outputs]
-        marks = [name for name in _marks(model, record) if name not in self.outputs]
+        marks = [name for name in _marks(model, record) if name in known.difference(self.outputs)]
         self._kept = {name: record.kept.get(name, {}) for name in marks}
         shown = tapped(record.teacher, [*self.outputs, *marks])
         self._runner = Runner(shown, optimize=True, seconds=BATCH_SECONDS)

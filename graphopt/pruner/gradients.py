@@ -41,6 +41,8 @@ class Tape:
         strange = unknown(model, names)
         if strange is not None:
             raise InputError(f"no gradient is known of {strange.op_type} ({ir.label(strange)})")
+        self.reached = {node.outputs[0].name or "" for node in self._nodes}
+        """Values that answer to the chosen constants."""
         self.outputs = [value.name or "" for value in model.graph.outputs]
         self._constants = {
             name: array
