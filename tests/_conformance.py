@@ -52,7 +52,7 @@ def node_tests() -> list[Any]:
 
 def variants(case: Any) -> Iterator[tuple[str, Any, dict[str, Any]]]:
     """(variant, ModelProto, feeds): those that the case has."""
-    values = [_array(value) for value in case.data_sets[0][0]]
+    values = [array(value) for value in case.data_sets[0][0]]
     names = [value.name for value in case.model.graph.input]
     plain = len(values) == len(names)
     for variant, kept in (("A", len(names)), ("B", 1), ("C", 0)):
@@ -69,7 +69,8 @@ def variants(case: Any) -> Iterator[tuple[str, Any, dict[str, Any]]]:
         yield variant, model, dict(zip(names[:kept], values, strict=False))
 
 
-def _array(value: Any) -> Any:
+def array(value: Any) -> Any:
+    """A value of a case as an array, where it is a tensor."""
     if isinstance(value, onnx.TensorProto):
         return onnx.numpy_helper.to_array(value)
     scalar: Any = np.generic
