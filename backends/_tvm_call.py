@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from graphopt import ir
 from graphopt.backends._tvm_shapes import Sizes
+
+Converter = Callable[["Call"], Any]
+"""None in place of a result is for the importer's own converter."""
 
 _ir: Any = importlib.import_module("tvm.ir")
 _relax: Any = importlib.import_module("tvm.relax")

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from graphopt.backends._tvm_call import constant
+from graphopt.backends._tvm_extremes import at_least, at_most
 from graphopt.backends._tvm_kernels import default
 
 relax: Any = importlib.import_module("tvm.relax")
@@ -22,8 +23,10 @@ topi: Any = importlib.import_module("tvm.topi")
 
 _EXP = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2)
 _EXP_LOW = (1.6666665459e-1, 5.0000001201e-1)
+_TWICE_EXP = tuple(2 * coefficient for coefficient in (*_EXP, *_EXP_LOW))
 _LOG2_E, _LN2_HIGH, _LN2_LOW = 1.44269504, 0.693359375, -2.12194440e-4
-_EXP_RANGE = (-87.3, 88.3762626647949)
+_EXP_RANGE = (-86.6, 89.0)
+"""Below it is zero, at its end infinity."""
 _ERF_P = (-2.72614225801306e-10, 2.77068142495902e-08, -2.10102402082508e-06)
 _ERF_P_LOW = (-5.69250639462346e-05, -7.34990630326855e-04, -2.95459980854025e-03)
 _ERF_Q = (-1.45660718464996e-05, -2.13374055278905e-04, -1.68282697438203e-03)
@@ -38,24 +41,28 @@ def exp(x: Any) -> Any:
     """e to the x: 2 to a whole number, by the exponent's bits, times a polynomial."""
     low, high = _EXP_RANGE
 
-    def scaled(x: Any) -> Any:
-        return _once(tirx.floor(x * _f(_LOG2_E) + _f(0.5)), lambda whole: power(x, whole))
-
-    def power(x: Any, whole: Any) -> Any:
-        rest = x - whole * _f(_LN2_HIGH) - whole * _f(_LN2_LOW)
-        return _once(rest, lambda rest: times(rest, whole))
-
-    def times(rest: Any, whole: Any) -> Any:
-        series = _polynomial(rest, (*_EXP, *_EXP_LOW)) * rest * rest + rest + _f(1.0)
-        bits = (whole.astype("int32") + tirx.const(127, "int32")) << tirx.const(23, "int32")
-        return series * tirx.reinterpret("float32", bits)
-
     def or_zero(x: Any) -> Any:
         # not the smallest number: a masked row of a softmax would be computed with denormal ones
-        value = _once(tirx.max(tirx.min(x, _f(high)), _f(low)), scaled)
+        value = _once(at_least(at_most(x, _f(high)), _f(low)), _power)
         return tirx.Select(x < _f(low), _f(0.0), value)
 
     return _once(x, or_zero)
+
+
+def _power(x: Any) -> Any:
+    """exp within its range, beyond the end of which it gives infinity."""
+
+    def scaled(rest: Any, whole: Any) -> Any:
+        # twice the series times half the power: the highest power of two is no float
+        series = _polynomial(rest, _TWICE_EXP) * rest * rest + (rest * _f(2.0) + _f(2.0))
+        bits = (whole.astype("int32") + tirx.const(126, "int32")) << tirx.const(23, "int32")
+        return series * tirx.reinterpret("float32", bits)
+
+    def reduced(whole: Any) -> Any:
+        rest = x - whole * _f(_LN2_HIGH) - whole * _f(_LN2_LOW)
+        return _once(rest, lambda rest: scaled(rest, whole))
+
+    return _once(tirx.floor(x * _f(_LOG2_E) + _f(0.5)), reduced)
 
 
 def erf(x: Any) -> Any:
@@ -68,7 +75,7 @@ def erf(x: Any) -> Any:
     def squared(x: Any) -> Any:
         return _once(x * x, lambda square: ratio(x, square))
 
-    return _once(tirx.max(tirx.min(x, _f(4.0)), _f(-4.0)), squared)
+    return _once(at_least(at_most(x, _f(4.0)), _f(-4.0)), squared)
 
 
 def sigmoid(x: Any) -> Any:
@@ -86,9 +93,14 @@ def tanh(x: Any) -> Any:
     def small(x: Any, square: Any) -> Any:
         return x * _polynomial(square, _TANH)
 
-    return _once(x, lambda x: _once(exp(x * _f(-2.0)), lambda power: either(x, power)))
+    def bounded(x: Any) -> Any:
+        return _once(x * _f(-2.0), lambda y: _once(_power(y), lambda power: either(x, power)))
+
+    return _once(at_least(at_most(x, _f(_TANH_ONE)), _f(-_TANH_ONE)), bounded)
 
 
+_TANH_ONE = 10.0
+"""From here on it is 1."""
 _TANH = (0.0218694885, -0.0539682540, 0.1333333333, -0.3333333333, 1.0)
 """Taylor's series of tanh(x) / x in x squared, the highest power first."""
 

@@ -16,6 +16,7 @@ from typing import Any
 from graphopt import files, ir
 from graphopt.backends._tvm_call import Call, is_constant
 from graphopt.backends._tvm_executable import last_line
+from graphopt.backends._tvm_indices import number
 from graphopt.backends._tvm_operators import OPERATORS
 from graphopt.backends._tvm_shapes import Sizes
 from graphopt.context import Context
@@ -117,16 +118,9 @@ class _Importer:
         proto = files.to_proto(self._model)
         graph = proto.graph
         self._tvm.opset = ir.opset(self._model.graph)
-        self._tvm._parse_graph_initializers(graph)
-        self._tvm._parse_graph_input(graph)
-        params: list[Any] = []
-        for value in self._model.graph.inputs:
-            if value.type is not None and not isinstance(value.type, ir.TensorType):
-                raise GraphoptError(f"tvm: input {value.name!r} is no tensor")
-            parameter = self._nodes[value.name or ""]
-            if isinstance(parameter, relax.Var):
-                params.append(parameter)
-                self._sizes.declare(value, parameter)
+        for tensor in graph.initializer:
+            self._declare_constant(tensor)
+        params = self._declare_inputs(graph)
         branching = any(node.op_type == "If" for node in graph.node)
         with self._bb.function("main", params=params):
             block = contextlib.nullcontext() if branching else self._bb.dataflow()
@@ -141,6 +135,38 @@ class _Importer:
             self._bb.emit_func_output(result)
         if not self.refused:
             self.module = self._bb.get()
+
+    def _declare_constant(self, tensor: Any) -> None:
+        """An initializer, where TVM has its type; integers of few bits become bytes."""
+        value = self._model.graph.initializers[tensor.name].const_value
+        if value is None or value.dtype == ir.DataType.STRING:
+            return
+        if value.dtype.name.startswith(("INT4", "UINT4", "INT2", "UINT2")):
+            wide = "uint8" if value.dtype.name.startswith("U") else "int8"
+            self._nodes[tensor.name] = relax.const(value.numpy().astype(wide))
+        else:
+            self._nodes[tensor.name] = relax.const(self._tvm._parse_array(tensor))
+
+    def _declare_inputs(self, graph: Any) -> list[Any]:
+        """The parameters; without inputs that are no tensors of numbers, whose users are refused.
+
+        Raises:
+            GraphoptError: there is such an input, and the model is to be compiled.
+        """
+        inputs = [value for value in self._model.graph.inputs if not value.is_initializer()]
+        odd = {value.name for value in inputs if not _is_numeric(value)}
+        if odd and self._stop:
+            raise GraphoptError(f"tvm: input {next(iter(odd))!r} is no tensor of numbers")
+        kept = [value for value in graph.input if value.name not in odd]
+        del graph.input[:]
+        graph.input.extend(kept)
+        self._tvm._parse_graph_input(graph)
+        params: list[Any] = []
+        for value in inputs:
+            if value.name not in odd:
+                params.append(self._nodes[value.name or ""])
+                self._sizes.declare(value, params[-1])
+        return params
 
     def _convert_nodes(self, protos: Any, nodes: ir.Graph) -> None:
         for proto, node in zip(protos, nodes, strict=True):
@@ -160,7 +186,7 @@ class _Importer:
         if node.op_type == "If" and not node.domain:
             self._convert_if(node, proto)
             return
-        known = [self._sizes.elements(value) for value in node.outputs]
+        known = [self._sizes.elements(value) or self._empty(value) for value in node.outputs]
         if known and all(value is not None for value in known):
             self._bind(node, list(proto.output), relax.Tuple(known))
             return
@@ -183,12 +209,31 @@ class _Importer:
             result = self._tvm._convert_operator(node.op_type, inputs, attributes, opset)
         self._bind(node, list(proto.output), result)
 
+    def _empty(self, value: ir.Value) -> Any:
+        """The tensor without elements that a value is known to be, else None.
+
+        Kernels for it would divide by its sizes.
+        """
+        shape, dtype = self._sizes.cast(value), self._sizes.dtype(value)
+        sizes = [number(size) for size in shape or ()]
+        if dtype is None or 0 not in sizes or None in sizes:
+            return None
+        return relax.op.zeros(relax.ShapeExpr(sizes), dtype.numpy().name)
+
     def _require_types(self, node: ir.Node) -> None:
-        """TVM rounds the numbers of few bits in ways of its own."""
+        """Tensors of numbers; TVM rounds those of few bits in ways of its own."""
+        if node.op_type.startswith(_NO_TENSORS):
+            raise NotImplementedError(_ODD)
         for value in (*node.inputs, *node.outputs):
-            if value is None or value.const_value is not None:
+            if value is None:
                 continue
+            if not isinstance(value.type, ir.TensorType | None):
+                raise NotImplementedError(_ODD)
             dtype = self._sizes.dtype(value)
+            if dtype == ir.DataType.STRING:
+                raise NotImplementedError("text")
+            if value.const_value is not None and node.op_type == "DequantizeLinear":
+                continue
             if dtype is not None and dtype.name.startswith(_FEW_BITS):
                 raise NotImplementedError(f"numbers of type {dtype.name.lower()}")
 
@@ -248,7 +293,9 @@ class _Importer:
         """Fresh values for what a refused node computes, so that the others are looked at."""
         for value in node.outputs:
             rank = None if value.shape is None else len(value.shape)
-            dtype = value.dtype.numpy().name if value.dtype is not None else "float32"
+            dtype = "float32"
+            if value.dtype is not None and _is_numeric(value):
+                dtype = value.dtype.numpy().name
             shape: Any = None
             if rank is not None and value.shape is not None:
                 shape = [
@@ -260,12 +307,22 @@ class _Importer:
             )
 
 
+_ODD = "sequences, and what may be absent"
+_NO_TENSORS = ("Sequence", "Optional", "SplitToSequence", "ConcatFromSequence")
+"""How the names of operators on them start."""
 _FEW_BITS = ("FLOAT8", "FLOAT4", "INT4", "UINT4", "INT2", "UINT2")
 _TAKES_SHAPES = frozenset(
     {"Reshape", "Resize", "ConstantOfShape", "Gather", "Slice", "Shape", "Expand", "Concat"}
     | {"Equal", "Where", "Cast", "CastLike", "Squeeze"}
 )
 """Operators whose converters compute with symbolic shapes; the others are given tensors."""
+
+
+def _is_numeric(value: ir.Value) -> bool:
+    kind = value.type
+    if not isinstance(kind, ir.TensorType):
+        return kind is None
+    return kind.dtype != ir.DataType.STRING and not kind.dtype.name.startswith(_FEW_BITS)
 
 
 def _known() -> Mapping[str, Any]:

@@ -12,12 +12,14 @@ from typing import Any
 import numpy as np
 
 from graphopt.backends._tvm_call import constant
+from graphopt.backends._tvm_extremes import EXTREMES
 from graphopt.backends._tvm_fastmath import FAST
 from graphopt.backends._tvm_indices import number
 from graphopt.backends._tvm_integers import KEPT, keep
 from graphopt.backends._tvm_kernels import Kernels, default
 
 relax: Any = importlib.import_module("tvm.relax")
+topi: Any = importlib.import_module("tvm.topi")
 
 Legalization = Callable[[Any, Any], Any]
 """Of a block builder and a call to what stands in for it."""
@@ -26,7 +28,34 @@ Legalization = Callable[[Any, Any], Any]
 def table(kernels: Kernels) -> dict[str, Legalization]:
     """The legalizations that differ from TVM's, by operator."""
     folds = {name: _folding(name, fold) for name, fold in _FOLDS.items()}
-    return {**folds, **FAST, **kernels.table()}
+    ours = {**folds, **FAST, **EXTREMES, **kernels.table()}
+    wide = {name: _widened(name, ours.get(name) or default(name)) for name in _SUMS}
+    return {**ours, **wide}
+
+
+def _widened(name: str, legalize: Legalization) -> Legalization:
+    """What adds up numbers of 16 bits does so in float32: each sum would be rounded to few bits."""
+
+    def widen(builder: Any, value: Any) -> Any:
+        if not isinstance(value.ty, relax.TensorType) or str(value.ty.dtype) not in _HALVES:
+            return value
+        array = constant(builder, value)
+        if array is not None:
+            return relax.const(array.astype("float32"))
+        return builder.emit(builder.call_te(topi.cast, value, "float32"))
+
+    def apply(builder: Any, call: Any) -> Any:
+        dtype = str(getattr(call.ty, "dtype", ""))
+        if dtype not in _HALVES:
+            return legalize(builder, call)
+        # TVM's own: it gets the bits of a power wrong in a kernel that has bfloat16
+        function = default(name) if dtype == "bfloat16" and name in FAST else legalize
+        arguments = [widen(builder, argument) for argument in call.args]
+        wide = builder.normalize(relax.Call(call.op, arguments, call.attrs, call.ty_args))
+        result = builder.emit(builder.normalize(function(builder, wide)))
+        return builder.call_te(topi.cast, result, dtype)
+
+    return apply
 
 
 def first_table(kernels: Kernels) -> dict[str, Legalization]:
@@ -60,6 +89,21 @@ def _reshape(array: Any, call: Any) -> Any:
 
 def _cast(array: Any, call: Any) -> Any:
     return array.astype(str(call.ty.dtype))
+
+
+_HALVES = ("float16", "bfloat16")
+_SUMS = tuple(
+    f"relax.{name}"
+    for name in (
+        *("matmul", "nn.conv1d", "nn.conv2d", "nn.conv3d", "nn.conv2d_transpose"),
+        *("sum", "mean", "variance", "std", "prod", "einsum"),
+        *("nn.layer_norm", "nn.group_norm", "nn.instance_norm", "nn.rms_norm"),
+        *("nn.avg_pool1d", "nn.avg_pool2d", "nn.avg_pool3d", "nn.adaptive_avg_pool1d"),
+        *("nn.adaptive_avg_pool2d", "nn.adaptive_avg_pool3d", "nn.log_softmax", "nn.softmax"),
+        *("exp", "erf", "sigmoid", "tanh"),
+    )
+)
+"""Operators that add up, and those that have polynomials, which are for float32."""
 
 
 _FOLDS: dict[str, Callable[[Any, Any], Any]] = {

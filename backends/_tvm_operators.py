@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from graphopt.backends import _tvm_convolutions, _tvm_quantized, _tvm_recurrent, _tvm_trees
-from graphopt.backends._tvm_call import Call, is_constant
+from graphopt.backends._tvm_call import Call, Converter, is_constant
+from graphopt.backends._tvm_elementwise import ELEMENTWISE
 from graphopt.backends._tvm_indices import number
+from graphopt.backends._tvm_norms import NORMALIZATIONS
 from graphopt.backends._tvm_shapes import ENDLESS
 
 relax: Any = importlib.import_module("tvm.relax")
 _op: Any = relax.op
-
-
-Converter = Callable[[Call], Any]
-"""None in place of a result is for the importer's own converter."""
 
 
 def _reshape(call: Call) -> Any:
@@ -58,54 +55,6 @@ def _crop(call: Call) -> Any:
     if scale:
         ends = [top + scale[0], left + scale[1]]
     return _op.strided_slice(call.inputs[0], [2, 3], [top, left], ends)
-
-
-def _affine(call: Call) -> Any:
-    alpha = np.float32(call.attribute("alpha", 1.0))
-    beta = np.float32(call.attribute("beta", 0.0))
-    return _op.add(_op.multiply(call.inputs[0], relax.const(alpha)), relax.const(beta))
-
-
-def _chain(function: Callable[[Any, Any], Any]) -> Converter:
-    """Of any number of inputs, two at a time: the importer stacks them."""
-
-    def convert(call: Call) -> Any:
-        total = call.inputs[0]
-        for value in call.inputs[1:]:
-            total = call.emit(function(total, value))
-        return total
-
-    return convert
-
-
-def _clip(call: Call) -> Any:
-    """By maximum and minimum with tensors of the same rank, which changes of layout pass."""
-    x = call.inputs[0]
-    for index, name, function in ((1, "min", _op.maximum), (2, "max", _op.minimum)):
-        bound, given = call.get(index), call.attribute(name, None)
-        if bound is None and given is not None:
-            bound = relax.const(np.asarray(given, str(x.ty.dtype)))
-        if bound is not None:
-            x = call.emit(function(x, _ranked(bound, x)))
-    return x
-
-
-def _leaky_relu(call: Call) -> Any:
-    x, alpha = call.inputs[0], np.float32(call.attribute("alpha", 0.01))
-    slope = _ranked(relax.const(np.asarray(alpha, str(x.ty.dtype))), x)
-    scaled = call.emit(_op.multiply(x, slope))
-    return _op.maximum(x, scaled) if 0 <= alpha <= 1 else _op.where(_positive(x), x, scaled)
-
-
-def _positive(x: Any) -> Any:
-    return _op.greater(x, _ranked(relax.const(np.zeros((), str(x.ty.dtype))), x))
-
-
-def _ranked(scalar: Any, like: Any) -> Any:
-    """A scalar as a tensor of the rank of another."""
-    if is_constant(scalar):
-        return relax.const(scalar.value.numpy().reshape((1,) * like.ty.ndim))
-    return _op.reshape(scalar, (1,) * like.ty.ndim)
 
 
 def _gather(call: Call) -> Any:
@@ -168,32 +117,83 @@ def _is_whole(size: int | None, start: int, end: int, step: int) -> bool:
     return step == 1 and start == 0 and end >= (ENDLESS if size is None else size)
 
 
-def _first_only(call: Call) -> None:
-    """The importer's converter, which makes up the other outputs."""
-    if any(value.name for value in call.node.outputs[1:]):
-        raise NotImplementedError("outputs besides the first")
+def _dropout(call: Call) -> None:
+    """The importer's converter, which drops nothing."""
+    training = call.get(2)
+    if training is not None and not (is_constant(training) and not training.value.numpy().any()):
+        raise NotImplementedError("dropout while training")
 
 
-def _mod(call: Call) -> None:
-    """The importer's converter, which is wrong for infinities and the sign of zero."""
-    if str(call.inputs[0].ty.dtype).startswith("float"):
-        raise NotImplementedError("remainders of floats")
+def _suppression(_: Call) -> None:
+    raise NotImplementedError("TVM suppresses boxes that overlap by the threshold itself as well")
 
 
-def _is_infinite(call: Call) -> None:
-    """The importer's converter, which takes infinities of both signs."""
-    if not (call.attribute("detect_negative", 1) and call.attribute("detect_positive", 1)):
-        raise NotImplementedError("infinities of one sign")
+def _roi_align(call: Call) -> None:
+    """The importer's converter, whose maxima are of other numbers."""
+    if call.attribute("mode", "avg") != "avg":
+        raise NotImplementedError("maxima of regions")
 
 
-def _shift(call: Call) -> None:
-    """The importer's converter; what a CPU does with too many places is its own affair."""
-    x, places = call.inputs
-    if not is_constant(places):
-        raise NotImplementedError("numbers of places that are computed")
-    array = places.value.numpy()
-    if (array < 0).any() or (array >= 8 * np.dtype(str(x.ty.dtype)).itemsize).any():
-        raise NotImplementedError("a shift by as many places as there are, or more")
+def _space_to_depth(call: Call) -> Any:
+    """Columns, rows, depth: the order of channels that the importer does not know."""
+    if call.attribute("mode", "DCR") == "DCR":
+        return None
+    n, c, h, w = call.inputs[0].ty.shape.values
+    size = int(call.attribute("blocksize", 1))
+    x = call.emit(_op.reshape(call.inputs[0], (n, c, h // size, size, w // size, size)))
+    x = call.emit(_op.permute_dims(x, [0, 1, 3, 5, 2, 4]))
+    return _op.reshape(x, (n, c * size * size, h // size, w // size))
+
+
+def _one_hot(call: Call) -> Any:
+    """By comparison; indices below zero count from the end, those out of range are nowhere."""
+    indices, depth, values = call.inputs
+    if not (is_constant(depth) and is_constant(values)):
+        raise NotImplementedError("a depth or values that are computed")
+    (count,) = depth.value.numpy().ravel().tolist()
+    off, on = (relax.const(part) for part in values.value.numpy())
+    axis = int(call.attribute("axis", -1)) % (indices.ty.ndim + 1)
+    shape = [-1 if index == axis else 1 for index in range(indices.ty.ndim + 1)]
+    numbers = np.arange(int(count)).reshape(shape)
+    indices = call.emit(_op.expand_dims(_op.astype(indices, "int64"), axis))
+    found = [_op.equal(indices, relax.const(row)) for row in (numbers, numbers - int(count))]
+    return _op.where(_op.logical_or(*found), on, off)
+
+
+def _cumulative(function: Any) -> Converter:
+    """Running sums or products, in float32 for floats of 16 bits."""
+
+    def convert(call: Call) -> Any:
+        x, axis = call.inputs
+        if not is_constant(axis):
+            raise NotImplementedError("an axis that is computed")
+        along, dtype = int(axis.value.numpy().item()), str(x.ty.dtype)
+        narrow, reverse = dtype in ("float16", "bfloat16"), call.attribute("reverse", 0)
+        x = call.emit(_op.astype(x, "float32")) if narrow else x
+        x = call.emit(_op.flip(x, along)) if reverse else x
+        x = call.emit(function(x, along, exclusive=bool(call.attribute("exclusive", 0))))
+        x = call.emit(_op.flip(x, along)) if reverse else x
+        return _op.astype(x, dtype) if narrow else x
+
+    return convert
+
+
+def _split(call: Call) -> Any:
+    """By constant sizes, of which some may be zero."""
+    sizes: Any = call.get(1)
+    if sizes is not None and not is_constant(sizes):
+        return None
+    given = call.attribute("split", ()) if sizes is None else sizes.value.numpy().ravel()
+    widths = [int(n) for n in given]
+    if all(widths):
+        return None
+    axis, x = int(call.attribute("axis", 0)) % call.inputs[0].ty.ndim, call.inputs[0]
+    ends = np.cumsum(widths).tolist()
+    parts = [
+        _op.strided_slice(x, [axis], [end - width], [end])
+        for width, end in zip(widths, ends, strict=True)
+    ]
+    return relax.Tuple([call.emit(part) for part in parts])
 
 
 def _resize(call: Call) -> None:
@@ -213,6 +213,7 @@ def _resize(call: Call) -> None:
 
 
 OPERATORS: dict[tuple[str, str], Converter] = {
+    **{("", name): converter for name, converter in (ELEMENTWISE | NORMALIZATIONS).items()},
     ("", "Reshape"): _reshape,
     ("", "Flatten"): _reshape,
     ("", "Unsqueeze"): _reshape,
@@ -222,11 +223,6 @@ OPERATORS: dict[tuple[str, str], Converter] = {
     ("", "Range"): _range,
     ("", "Conv"): _tvm_convolutions.conv,
     ("", "ConvTranspose"): _tvm_convolutions.conv_transpose,
-    ("", "Clip"): _clip,
-    ("", "LeakyRelu"): _leaky_relu,
-    ("", "Max"): _chain(_op.maximum),
-    ("", "Min"): _chain(_op.minimum),
-    ("", "Sum"): _chain(_op.add),
     ("", "DequantizeLinear"): _tvm_quantized.dequantize,
     ("", "QuantizeLinear"): _tvm_quantized.quantize,
     ("", "MatMul"): _tvm_quantized.matmul,
@@ -238,17 +234,20 @@ OPERATORS: dict[tuple[str, str], Converter] = {
     ("", "QLinearConv"): _tvm_convolutions.qlinear_conv,
     ("", "Gather"): _gather,
     ("", "Slice"): _slice,
-    ("", "LayerNormalization"): _first_only,
-    ("", "Mod"): _mod,
-    ("", "IsInf"): _is_infinite,
-    ("", "BitShift"): _shift,
     ("", "Resize"): _resize,
+    ("", "CumProd"): _cumulative(_op.cumprod),
+    ("", "CumSum"): _cumulative(_op.cumsum),
+    ("", "Dropout"): _dropout,
+    ("", "NonMaxSuppression"): _suppression,
+    ("", "OneHot"): _one_hot,
+    ("", "RoiAlign"): _roi_align,
+    ("", "SpaceToDepth"): _space_to_depth,
+    ("", "Split"): _split,
     ("", "LSTM"): _tvm_recurrent.convert,
     ("", "GRU"): _tvm_recurrent.convert,
     ("", "RNN"): _tvm_recurrent.convert,
     ("", "ImageScaler"): _image_scaler,
     ("", "Crop"): _crop,
-    ("", "Affine"): _affine,
     ("ai.onnx.ml", "TreeEnsembleRegressor"): _tvm_trees.regressor,
     ("ai.onnx.ml", "TreeEnsembleClassifier"): _tvm_trees.classifier,
     ("ai.onnx.ml", "Scaler"): _tvm_trees.scaler,

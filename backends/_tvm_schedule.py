@@ -8,6 +8,7 @@ from typing import Any
 
 from graphopt.backends import _tvm_loops as loops
 from graphopt.backends._tvm_executable import last_line
+from graphopt.backends._tvm_extremes import infinite_starts
 from graphopt.backends._tvm_loops import Machine
 from graphopt.backends._tvm_products import PRODUCT, multiply
 from graphopt.backends._tvm_rows import row_by_row
@@ -54,7 +55,7 @@ def _one(name: str, function: Any, machine: Machine, log: Log) -> Any:
             continue
         if found is None:
             continue
-        scheduled, kernel = found
+        scheduled, kernel = infinite_starts(found[0]), found[1]
         log.rules[name] = rule.__name__[1:] + (f" ({'; '.join(reasons)})" if reasons else "")
         if kernel:
             log.kernels[name] = kernel
@@ -62,7 +63,7 @@ def _one(name: str, function: Any, machine: Machine, log: Log) -> Any:
             scheduled = scheduled.with_attrs(function.attrs)
         return scheduled.with_attr(_DONE, True)
     log.unscheduled[name] = "; ".join(reasons)
-    return function
+    return infinite_starts(function)
 
 
 def _product(schedule: Any, machine: Machine) -> tuple[Any, str] | None:

@@ -43,12 +43,16 @@ def rewrite(statement: Any, change: Change, loops: Sequence[Any] = ()) -> Any:
         other = None if s.else_case is None else rewrite(s.else_case, change, around)
         return tirx.IfThenElse(s.condition, rewrite(s.then_case, change, around), other)
     if isinstance(s, _s_tir.SBlockRealize):
-        b = s.block
-        body = rewrite(b.body, change, around)
-        parts = (b.init, b.alloc_buffers, b.match_buffers, b.annotations)
-        block = _s_tir.SBlock(b.iter_vars, b.reads, b.writes, b.name_hint, body, *parts)
-        return _s_tir.SBlockRealize(s.iter_values, s.predicate, block)
+        return block_with(s, rewrite(s.block.body, change, around), s.block.init)
     return s
+
+
+def block_with(realized: Any, body: Any, init: Any) -> Any:
+    """A block with another body and another stage that sets its sums."""
+    b = realized.block
+    parts = (init, b.alloc_buffers, b.match_buffers, b.annotations)
+    block = _s_tir.SBlock(b.iter_vars, b.reads, b.writes, b.name_hint, body, *parts)
+    return _s_tir.SBlockRealize(realized.iter_values, realized.predicate, block)
 
 
 def _loop(s: Any, body: Any) -> Any:

@@ -21,6 +21,12 @@ if TYPE_CHECKING:
 _PACKAGES = {"apache-tvm": "0.27", "apache-tvm-ffi": "0.1.14"}
 """What the extra pins, by prefix: newer releases of the second crash while they serialise."""
 _HINT = "pip install 'graphopt[tvm]'"
+_LACKING = (
+    *("Attention", "BlackmanWindow", "CausalConvWithState", "CenterCropPad"),
+    *("HammingWindow", "HannWindow", "LinearAttention", "NegativeLogLikelihoodLoss"),
+    *("RotaryEmbedding", "SoftmaxCrossEntropyLoss", "SwiGLU"),
+)
+"""Operators that its importer has not, or not all of, and the standard defines by others."""
 
 
 class Tvm:
@@ -85,7 +91,13 @@ class Tvm:
         """The passes that rid a model of what the importer cannot take."""
         from graphopt.pass_manager import parse_pipeline
 
-        return tuple(parse_pipeline("inline-functions,convert-opset{version=13,at_least=true}"))
+        expand = f"expand-operators{{operators={_LACKING}}}"
+        return tuple(
+            parse_pipeline(
+                f"convert-opset{{version=13,at_least=true}},inline-functions,{expand},"
+                "fold-constants,fold-shapes,eliminate-identity,eliminate-dead"
+            )
+        )
 
     def compile(self, model: ir.Model, target: Target, options: Options, folder: Path) -> None:
         """Import, schedule, generate code and link; `log.json` says what became of each kernel."""

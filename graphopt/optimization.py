@@ -308,9 +308,14 @@ def select(
 
 
 def arranged(chosen: Sequence[Pass], legal: Sequence[Pass]) -> list[Pass]:
-    """Passes and those of a backend; its opset and precision go first: fusions depend on them."""
+    """Passes and those of a backend; its opset and precision go first: fusions depend on them.
+
+    Passes that make what the backend's take apart are left out: they would never come to an end.
+    """
     first = [single for single in legal if single.name in ("convert-opset", "convert-float32")]
-    return [*first, *chosen, *(single for single in legal if single not in first)]
+    undone = frozenset[str]().union(*(single.undoes for single in legal))
+    kept = [single for single in chosen if single.name not in undone]
+    return [*first, *kept, *(single for single in legal if single not in first)]
 
 
 def _legalizing(target: Target, disable: Sequence[str]) -> list[Pass]:

@@ -40,6 +40,11 @@ class Pass:
         """The module's name with dashes: `fuse-gelu`."""
         return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", type(self).__name__).lower()
 
+    @property
+    def undoes(self) -> frozenset[str]:
+        """Names of passes that make what this one takes apart."""
+        return frozenset()
+
     def run(self, context: Context) -> None:
         """Change `context.model` and record each change with `context.changed`."""
         raise AssertionError(self)

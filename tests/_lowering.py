@@ -69,9 +69,7 @@ def lower_all(cases: Sequence[Any], backend: str, target: str) -> Iterator[tuple
             yield case.name, row
 
 
-def _in_a_process(
-    cases: Sequence[Any], backend: str, target: str
-) -> Iterator[tuple[Any, Lowered]]:
+def _in_a_process(cases: Sequence[Any], backend: str, target: str) -> Iterator[tuple[Any, Lowered]]:
     """What came of the cases up to the one that the process ended with, if one did that."""
     here, there = multiprocessing.Pipe(duplex=False)
     context = multiprocessing.get_context("fork")

@@ -59,6 +59,7 @@ def agree(
     if folder.exists():
         folder = folder / "again"
     compilation.compile(model, CPU, folder, backend="tvm", level=0, verify="off")
+    assert not artifact.read(folder).fallback
     notes = json.loads((folder / "kernels.json").read_text())
     assert not notes["unscheduled"]
     if rule:

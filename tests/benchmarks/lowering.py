@@ -5,7 +5,9 @@
     python -m tests.benchmarks.lowering tensorrt --target cuda:sm_89
 
 Prints what was not built whole, with the reason, and how many of each kind there are; those that
-run here are compared with ONNX Runtime, or with what the case expects. With names, or parts of them, only those cases are taken.
+run here are compared with ONNX Runtime, or with what the case expects. With (parts of) names,
+only those cases are taken.
+Cases that the JSON file has already are not run again.
 Exit code 1 where anything crashed, failed without a reason or is wrong.
 """
 
@@ -23,6 +25,20 @@ from typing import Any
 from graphopt.errors import GraphoptError
 from tests._conformance import node_tests
 from tests._lowering import KINDS, Lowered, lower_all, preload
+
+_SAVE_EVERY = 50
+
+
+def _read(path: Path | None) -> dict[str, Lowered]:
+    if path is None or not path.exists():
+        return {}
+    return {name: Lowered(**row) for name, row in json.loads(path.read_text()).items()}
+
+
+def _write(path: Path | None, rows: dict[str, Lowered]) -> None:
+    if path is not None:
+        found: dict[str, Any] = {name: dataclasses.asdict(row) for name, row in rows.items()}
+        path.write_text(json.dumps(found, indent=1))
 
 
 def main() -> int:
@@ -44,11 +60,15 @@ def main() -> int:
     except GraphoptError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    rows: dict[str, Lowered] = {}
+    rows = _read(options.json)
+    cases = [case for case in cases if case.name not in rows]
     for name, row in lower_all(cases, options.backend, options.target):
         rows[name] = row
+        if len(rows) % _SAVE_EVERY == 0:
+            _write(options.json, rows)
         if row.kind != "built":
-            print(f"{name}: {row.kind}: {row.reason}", flush=True)
+            last = row.reason.strip().rpartition("\n")[2]
+            print(f"{name}: {row.kind}: {last}", flush=True)
     counts = collections.Counter(row.kind for row in rows.values())
     compared = sum(row.compared for row in rows.values())
     print(
@@ -56,9 +76,7 @@ def main() -> int:
         + ", ".join(f"{counts[kind]} {kind}" for kind in KINDS)
         + f"; {compared} ran and agree"
     )
-    if options.json:
-        found: dict[str, Any] = {name: dataclasses.asdict(row) for name, row in rows.items()}
-        options.json.write_text(json.dumps(found, indent=1))
+    _write(options.json, rows)
     return int(any(counts[kind] for kind in ("crashed", "failed", "wrong")))
 
 

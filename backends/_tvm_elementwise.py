@@ -1,0 +1,198 @@
+"""Operators on elements that TVM's importer lacks or gets wrong, in terms of Relax."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from graphopt.backends._tvm_call import Call, Converter, is_constant
+
+relax: Any = importlib.import_module("tvm.relax")
+_op: Any = relax.op
+
+
+def _affine(call: Call) -> Any:
+    alpha = np.float32(call.attribute("alpha", 1.0))
+    beta = np.float32(call.attribute("beta", 0.0))
+    return _op.add(_op.multiply(call.inputs[0], relax.const(alpha)), relax.const(beta))
+
+
+def _chain(function: Callable[[Any, Any], Any]) -> Converter:
+    """Of any number of inputs, two at a time: the importer stacks them."""
+
+    def convert(call: Call) -> Any:
+        total = call.inputs[0]
+        for value in call.inputs[1:]:
+            total = call.emit(function(total, value))
+        return total
+
+    return convert
+
+
+def _clip(call: Call) -> Any:
+    """By maximum and minimum with tensors of the same rank, which changes of layout pass."""
+    x = call.inputs[0]
+    for index, name, function in ((1, "min", _op.maximum), (2, "max", _op.minimum)):
+        bound, given = call.get(index), call.attribute(name, None)
+        if bound is None and given is not None:
+            bound = relax.const(np.asarray(given, str(x.ty.dtype)))
+        if bound is not None:
+            x = call.emit(function(x, _ranked(bound, x)))
+    return x
+
+
+def _leaky_relu(call: Call) -> Any:
+    x, alpha = call.inputs[0], np.float32(call.attribute("alpha", 0.01))
+    slope = _ranked(relax.const(np.asarray(alpha, str(x.ty.dtype))), x)
+    scaled = call.emit(_op.multiply(x, slope))
+    return _op.maximum(x, scaled) if 0 <= alpha <= 1 else _op.where(_positive(x), x, scaled)
+
+
+def _positive(x: Any) -> Any:
+    return _op.greater(x, _ranked(relax.const(np.zeros((), str(x.ty.dtype))), x))
+
+
+def _ranked(scalar: Any, like: Any) -> Any:
+    """A scalar as a tensor of the rank of another."""
+    if is_constant(scalar):
+        return relax.const(scalar.value.numpy().reshape((1,) * like.ty.ndim))
+    return _op.reshape(scalar, (1,) * like.ty.ndim)
+
+
+def _like(x: Any, value: float) -> Any:
+    """A number of the dtype of a tensor."""
+    return relax.const(np.asarray(value, str(x.ty.dtype)))
+
+
+def _hard_sigmoid(call: Call) -> Any:
+    x = call.inputs[0]
+    alpha, beta = call.attribute("alpha", 0.2), call.attribute("beta", 0.5)
+    value = call.emit(_op.add(_op.multiply(x, _like(x, alpha)), _like(x, beta)))
+    return _op.minimum(_op.maximum(value, _like(x, 0.0)), _like(x, 1.0))
+
+
+def _thresholded_relu(call: Call) -> Any:
+    x, alpha = call.inputs[0], call.attribute("alpha", 1.0)
+    return _op.where(_op.greater(x, _like(x, alpha)), x, _like(x, 0.0))
+
+
+def _swish(call: Call) -> Any:
+    x, alpha = call.inputs[0], call.attribute("alpha", 1.0)
+    return _op.multiply(x, _op.sigmoid(_op.multiply(x, _like(x, alpha))))
+
+
+def _exponential(x: Any, slope: float, steepness: float = 1.0, scale: float = 1.0) -> Any:
+    """scale * x above zero, scale * slope * (exp(x / steepness) - 1) below."""
+    power = _op.exp(_op.multiply(_op.minimum(x, _like(x, 0.0)), _like(x, 1 / steepness)))
+    below = _op.multiply(_op.subtract(power, _like(x, 1.0)), _like(x, slope * scale))
+    above = x if scale == 1.0 else _op.multiply(x, _like(x, scale))
+    return _op.where(_op.greater(x, _like(x, 0.0)), above, below)
+
+
+def _elu(call: Call) -> Any:
+    return _exponential(call.inputs[0], float(call.attribute("alpha", 1.0)))
+
+
+def _selu(call: Call) -> Any:
+    alpha = float(call.attribute("alpha", 1.67326319217681884765625))
+    gamma = float(call.attribute("gamma", 1.05070102214813232421875))
+    return _exponential(call.inputs[0], alpha, scale=gamma)
+
+
+def _celu(call: Call) -> Any:
+    alpha = float(call.attribute("alpha", 1.0))
+    return _exponential(call.inputs[0], alpha, steepness=alpha)
+
+
+def _cosh(call: Call) -> Any:
+    """By halves, which are finite wherever the result is."""
+    x, log_2 = call.inputs[0], _like(call.inputs[0], np.log(2.0))
+    up, down = _op.subtract(x, log_2), _op.subtract(_op.negative(x), log_2)
+    return _op.add(_op.exp(up), _op.exp(down))
+
+
+def _sinh(call: Call) -> Any:
+    """Without a difference, in which small numbers would lose their digits."""
+    return _op.multiply(_op.tanh(call.inputs[0]), _cosh(call))
+
+
+def _sign(call: Call) -> Any:
+    """Not a number has no sign."""
+    x = call.inputs[0]
+    zero, one, less = (_like(x, value) for value in (0.0, 1.0, -1.0))
+    if not str(x.ty.dtype).startswith("float"):
+        return None
+    return _op.where(_op.greater(x, zero), one, _op.where(_op.less(x, zero), less, x))
+
+
+def _power(call: Call) -> Any:
+    """The exponent in the type of the base, which is the result's; integers as floats."""
+    base, exponent = call.inputs
+    dtype = str(base.ty.dtype)
+    if dtype.startswith("float") and dtype == str(exponent.ty.dtype):
+        return None
+    if dtype.startswith("float") and np.dtype(dtype).itemsize >= 4:
+        return _op.power(base, _op.astype(exponent, dtype))
+    if not is_constant(exponent) or not dtype.startswith("int"):
+        raise NotImplementedError(f"powers of {dtype} to {exponent.ty.dtype}")
+    powers = {float(power) for power in exponent.value.numpy().ravel().tolist()}
+    if len(powers) != 1 or next(iter(powers)) not in (1, 2, 3, 4):
+        raise NotImplementedError(f"powers of {dtype} to {exponent.ty.dtype}")
+    result = base
+    for _ in range(int(next(iter(powers))) - 1):
+        result = _op.multiply(result, base)
+    return result
+
+
+def _mod(call: Call) -> None:
+    """The importer's converter, which is wrong for infinities and the sign of zero."""
+    if str(call.inputs[0].ty.dtype).startswith("float"):
+        raise NotImplementedError("remainders of floats")
+
+
+def _is_infinite(call: Call) -> Any:
+    """Of one sign; the importer's converter takes infinities of both."""
+    x = call.inputs[0]
+    negative, positive = (call.attribute(f"detect_{way}", 1) for way in ("negative", "positive"))
+    if negative and positive:
+        return None
+    if not (negative or positive):
+        return _op.zeros_like(x, "bool")
+    return _op.equal(x, _like(x, np.inf if positive else -np.inf))
+
+
+def _shift(call: Call) -> None:
+    """The importer's converter; what a CPU does with too many places is its own affair."""
+    x, places = call.inputs
+    if not is_constant(places):
+        raise NotImplementedError("numbers of places that are computed")
+    array = places.value.numpy()
+    if (array < 0).any() or (array >= 8 * np.dtype(str(x.ty.dtype)).itemsize).any():
+        raise NotImplementedError("a shift by as many places as there are, or more")
+
+
+ELEMENTWISE: dict[str, Converter] = {
+    "Affine": _affine,
+    "BitShift": _shift,
+    "Celu": _celu,
+    "Clip": _clip,
+    "Cosh": _cosh,
+    "Elu": _elu,
+    "HardSigmoid": _hard_sigmoid,
+    "IsInf": _is_infinite,
+    "LeakyRelu": _leaky_relu,
+    "Max": _chain(_op.maximum),
+    "Min": _chain(_op.minimum),
+    "Mod": _mod,
+    "Pow": _power,
+    "Selu": _selu,
+    "Sign": _sign,
+    "Sinh": _sinh,
+    "Sum": _chain(_op.add),
+    "Swish": _swish,
+    "ThresholdedRelu": _thresholded_relu,
+}
+"""By operator of the standard's domain."""
