@@ -84,8 +84,9 @@ def _time(
             files.save(model, file)
             loaded[index] = file
         times = interleaved(loaded, feeds, seconds=seconds)
-    report.milliseconds_before, report.milliseconds_after = map(float, np.median(times, axis=1))
-    report.ratio = float(np.median(times[1] / times[0]))
+    before, after = map(float, np.median(times, axis=1))
+    report.milliseconds_before, report.milliseconds_after = before, after
+    report.ratio = after / before
 
 
 def why_slow(report: Quantization) -> str:
