@@ -452,6 +452,21 @@ def test_command(tmp_path: Path) -> None:
     assert code == 2 and "does not exist" in text
 
 
+def test_command_for_powers_of_two(tmp_path: Path) -> None:
+    files.save(network(), tmp_path / "m.onnx")
+    np.savez(tmp_path / "d.npz", x=images()["x"])
+    out = tmp_path / "q.onnx"
+    base = ["quantize", tmp_path / "m.onnx", "--data", tmp_path / "d.npz", "--no-cache"]
+    base += ["--seconds", 0, "--force", "--overwrite", "-o", out]
+    assert run(*base, "--power-of-two")[0] == 0
+    assert "power-of-two" not in run("check", out, "--power-of-two")[1]
+    assert run(*base)[0] == 0
+    code, text = run("check", out, "--power-of-two")
+    assert code == 1 and "its scale is no power of two" in text
+    code, text = run(*base, "--method", "weights", "--power-of-two")
+    assert code == 2 and "--power-of-two is not for --method weights" in text
+
+
 def test_repair_command(tmp_path: Path) -> None:
     from graphopt import optimize
 
