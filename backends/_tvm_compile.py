@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graphopt.backends import _tvm_link, _tvm_statements
+from graphopt.backends._tvm_call import is_constant
 from graphopt.backends._tvm_executable import ERRORS, LIBRARY, NOTES, OBJECTS, last_line
 from graphopt.backends._tvm_import import import_model
 from graphopt.backends._tvm_kernels import Kernels
@@ -50,6 +51,7 @@ def compile_model(model: ir.Model, target: Target, options: Options, folder: Pat
             lowered, log = _lower_for_gpu(module, aim), Log()
         else:
             lowered, log = lower(module, aim, machine, kernels)
+        _require_loadable(lowered)
         executable = generate(lowered, aim)
         _export(executable, folder, target, options.format)
     except ERRORS as error:
@@ -80,6 +82,19 @@ def lower(module: Any, aim: Any, machine: Machine, kernels: Kernels) -> tuple[An
             ]
         )(module)
         return schedule_all(module, machine)
+
+
+def _require_loadable(module: Any) -> None:
+    """Raise GraphoptError for constants without elements: libraries that have them do not load."""
+    empty: list[Any] = []
+
+    def visit(expression: Any) -> None:
+        if is_constant(expression) and 0 in expression.value.shape:
+            empty.append(expression)
+
+    relax.analysis.post_order_visit(module["main"], visit)
+    if empty:
+        raise GraphoptError("tvm: a constant without elements, which it writes and cannot load")
 
 
 def generate(lowered: Any, aim: Any) -> Any:

@@ -129,7 +129,8 @@ class _Importer:
                 if self.refused:
                     result: Any = relax.Tuple([])
                 else:
-                    values = [self._as_tensor(self._nodes[value.name]) for value in graph.output]
+                    nodes = [self._nodes[value.name] for value in graph.output]
+                    values = [self._loadable(self._as_tensor(value)) for value in nodes]
                     result = relax.Tuple(values)
                 result = result if branching else self._bb.emit_output(result)
             self._bb.emit_func_output(result)
@@ -197,6 +198,8 @@ class _Importer:
         attributes["tvm_custom"] = {"name": proto.name, "num_outputs": len(proto.output)}
         if node.op_type not in _TAKES_SHAPES:
             inputs[:] = [None if v is None else self._as_tensor(v) for v in inputs]
+        if node.op_type != "Resize":  # whose scales may be left out so
+            inputs[:] = [None if v is None else self._loadable(v) for v in inputs]
         own = OPERATORS.get((node.domain, node.op_type))
         call = Call(self._bb, list(inputs), node, self._sizes, self._nodes)
         result = None if own is None else own(call)
@@ -218,7 +221,18 @@ class _Importer:
         sizes = [number(size) for size in shape or ()]
         if dtype is None or 0 not in sizes or None in sizes:
             return None
-        return relax.op.zeros(relax.ShapeExpr(sizes), dtype.numpy().name)
+        return self._without_elements(sizes, dtype.numpy().name)
+
+    def _without_elements(self, sizes: Any, dtype: str) -> Any:
+        """Computed: TVM cannot load a constant of that kind."""
+        return self._bb.normalize(relax.op.zeros(relax.ShapeExpr(sizes), dtype))
+
+    def _loadable(self, value: Any) -> Any:
+        """A constant without elements as one that is computed; integers are parameters."""
+        if not is_constant(value) or not str(value.ty.dtype).startswith("float"):
+            return value
+        shape = value.value.numpy().shape
+        return self._without_elements(shape, str(value.ty.dtype)) if 0 in shape else value
 
     def _require_types(self, node: ir.Node) -> None:
         """Tensors of numbers; TVM rounds those of few bits in ways of its own."""

@@ -103,10 +103,22 @@ def _extreme(call: Call) -> Any:
     keep = bool(call.attribute("keepdims", 1))
     axes = [int(axis) for axis in axes] if axes else None
     found = reduce(_op.astype(x, "int8"), axes, keepdims=keep)
-    return _op.greater(found, relax.const(np.int8(0)))  # that of none is the smallest or largest
+    return _op.greater(found, relax.const(0, "int8"))  # that of none is the smallest or largest
+
+
+def _place(call: Call) -> Any:
+    """The importer's converter; where nothing is beyond the smallest number, the first element."""
+    if call.attribute("select_last_index", 0):
+        return None
+    x, axis = call.inputs[0], int(call.attribute("axis", 0))
+    find = _op.argmax if call.node.op_type == "ArgMax" else _op.argmin
+    place = find(x, axis % x.ty.ndim, bool(call.attribute("keepdims", 1)))
+    return _op.maximum(place, relax.const(0, "int64"))
 
 
 NORMALIZATIONS: dict[str, Converter] = {
+    "ArgMax": _place,
+    "ArgMin": _place,
     "BatchNormalization": _batch,
     "LayerNormalization": _layer,
     "LpNormalization": _lp,

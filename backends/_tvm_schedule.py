@@ -17,7 +17,8 @@ tvm: Any = importlib.import_module("tvm")
 _s_tir: Any = importlib.import_module("tvm.s_tir")
 _tirx: Any = importlib.import_module("tvm.tirx")
 
-_DONE = "tirx.is_scheduled"
+DONE = "tirx.is_scheduled"
+"""The attribute of kernels that are left as they are."""
 
 
 @dataclass
@@ -38,7 +39,7 @@ def schedule_all(module: Any, machine: Machine) -> tuple[Any, Log]:
     for name, function in list(module.functions.items()):
         if not isinstance(function, _tirx.PrimFunc):
             continue
-        if function.attrs and _DONE in function.attrs:
+        if function.attrs and DONE in function.attrs:
             continue
         module[name] = _one(str(name.name_hint), function, machine, log)
     return module, log
@@ -61,7 +62,7 @@ def _one(name: str, function: Any, machine: Machine, log: Log) -> Any:
             log.kernels[name] = kernel
         if function.attrs:
             scheduled = scheduled.with_attrs(function.attrs)
-        return scheduled.with_attr(_DONE, True)
+        return scheduled.with_attr(DONE, True)
     log.unscheduled[name] = "; ".join(reasons)
     return infinite_starts(function)
 

@@ -2,7 +2,8 @@
 
 All trees are walked at once, a level at a time, by looking up the nodes that have been reached
 (Nakandala et al., "A tensor compiler for unified machine learning prediction serving", 2020);
-leaves lead to themselves.
+leaves lead to themselves. All levels are one kernel, which is left as it is: a level that was
+computed where it is read would be computed again for each use.
 """
 
 from __future__ import annotations
@@ -16,18 +17,24 @@ import numpy as np
 import numpy.typing as npt
 
 from graphopt.backends._tvm_call import Call, is_constant
+from graphopt.backends._tvm_indices import number
+from graphopt.backends._tvm_schedule import DONE
 
 relax: Any = importlib.import_module("tvm.relax")
+te: Any = importlib.import_module("tvm.te")
+tirx: Any = importlib.import_module("tvm.tirx")
 _op: Any = relax.op
 
 _COMPARISONS = {
-    "BRANCH_LEQ": _op.less_equal,
-    "BRANCH_LT": _op.less,
-    "BRANCH_GTE": _op.greater_equal,
-    "BRANCH_GT": _op.greater,
+    "BRANCH_LEQ": tirx.LE,
+    "BRANCH_LT": tirx.LT,
+    "BRANCH_GTE": tirx.GE,
+    "BRANCH_GT": tirx.GT,
 }
 _TRANSFORMS = {"SOFTMAX": _op.nn.softmax, "LOGISTIC": _op.sigmoid}
 _MOST_WEIGHTS = 1 << 24
+_OPAQUE = 8
+"""TVM's number for operators that are not fused: a walk would be repeated for every score."""
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
@@ -170,24 +177,45 @@ def _scores(call: Call, forest: _Forest, kind: str, width: int) -> Any:
         raise NotImplementedError(f"an input of {x.ty.dtype} with {x.ty.ndim} axes")
     if len(forest.yes) * width > _MOST_WEIGHTS:
         raise NotImplementedError("too many weights for a table")
-    rows = x.ty.shape[0]
-    at = call.emit(_op.broadcast_to(relax.const(forest.roots), (rows, len(forest.roots))))
-    for _ in range(forest.depth):
-        value = call.emit(_op.gather_elements(x, _look_up(call, forest.features, at), axis=1))
-        holds = forest.compare(value, _look_up(call, forest.thresholds, at))
-        yes, no = (_look_up(call, table, at) for table in (forest.yes, forest.no))
-        at = call.emit(_op.where(holds, yes, no))
+    columns = number(x.ty.shape[1])
+    if columns is None or columns <= int(forest.features.max(initial=0)):
+        raise NotImplementedError("features that the input may not have")
+    leaves = call.emit(_leaves(call, forest))
     weights = np.zeros((len(forest.yes), width), np.float32)
     parts = (call.attribute(f"{kind}_{name}", ()) for name in ("treeids", "nodeids", "ids"))
     for tree, node, index, weight in zip(
         *parts, call.attribute(f"{kind}_weights", ()), strict=True
     ):
         weights[forest.numbers[int(tree), int(node)], int(index)] += weight
-    return call.emit(_op.sum(_op.take(relax.const(weights), at, axis=0, mode="clip"), axis=1))
+    return call.emit(_op.sum(_op.take(relax.const(weights), leaves, axis=0, mode="clip"), axis=1))
 
 
-def _look_up(call: Call, table: Any, at: Any) -> Any:
-    return call.emit(_op.take(relax.const(table), at, axis=0, mode="clip"))
+def _leaves(call: Call, forest: _Forest) -> Any:
+    """The leaves [rows, trees] that rows come to."""
+
+    def compute(x: Any, features: Any, thresholds: Any, yes: Any, no: Any, roots: Any) -> Any:
+        shape = (x.shape[0], roots.shape[0])
+        at = te.compute(shape, lambda _, tree: roots(tree), name="roots")
+        for _ in range(forest.depth):
+            at = te.compute(shape, below(at, x, features, thresholds, yes, no), name="level")
+        return at
+
+    def below(at: Any, x: Any, features: Any, thresholds: Any, yes: Any, no: Any) -> Any:
+        def node(row: Any, tree: Any) -> Any:
+            here = at(row, tree)
+            holds = forest.compare(x(row, features(here)), thresholds(here))
+            return tirx.Select(holds, yes(here), no(here))
+
+        return node
+
+    numbers = (forest.features, forest.yes, forest.no, forest.roots)
+    features, yes, no, roots = (relax.const(table.astype(np.int32)) for table in numbers)
+    tables = (features, relax.const(forest.thresholds), yes, no, roots)
+    return call.builder.call_te(
+        *(compute, call.inputs[0], *tables),
+        primfunc_name_hint="leaves",
+        primfunc_attrs={"op_pattern": _OPAQUE, DONE: True},
+    )
 
 
 def _based(call: Call, scores: Any, width: int) -> Any:

@@ -175,10 +175,10 @@ def test_numbers_that_are_none_or_infinite(tmp_path: Path) -> None:
 @needs_tvm
 def test_extremes_of_infinities(tmp_path: Path) -> None:
     model = parse("""
-        g (float[4,16] x, bool[2,8] p) => (float a, float b, bool c, bool d)
+        g (float[4,16] x, bool[2,8] p) => (float a, float b, bool c, bool d, int64 e, int64 f)
         <int64[1] axes = {-1}>
         { a = ReduceMax (x, axes) b = ReduceMin <keepdims = 0> (x) c = ReduceMax (p, axes)
-          d = ReduceMin (p, axes) }
+          d = ReduceMin (p, axes) e = ArgMax <axis = 1> (x) f = ArgMin <axis = -1> (x) }
     """)
     x = np.full((4, 16), -np.inf, np.float32)
     x[1], x[2, 3] = np.inf, 1
