@@ -122,9 +122,9 @@ def _sinh(call: Call) -> Any:
 def _sign(call: Call) -> Any:
     """Not a number has no sign."""
     x = call.inputs[0]
-    zero, one, less = (_like(x, value) for value in (0.0, 1.0, -1.0))
     if not str(x.ty.dtype).startswith("float"):
         return None
+    zero, one, less = (_like(x, value) for value in (0.0, 1.0, -1.0))
     return _op.where(_op.greater(x, zero), one, _op.where(_op.less(x, zero), less, x))
 
 

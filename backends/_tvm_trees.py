@@ -195,10 +195,16 @@ def _leaves(call: Call, forest: _Forest) -> Any:
 
     def compute(x: Any, features: Any, thresholds: Any, yes: Any, no: Any, roots: Any) -> Any:
         shape = (x.shape[0], roots.shape[0])
-        at = te.compute(shape, lambda _, tree: roots(tree), name="roots")
+        at = te.compute(shape, root(roots), name="roots")
         for _ in range(forest.depth):
             at = te.compute(shape, below(at, x, features, thresholds, yes, no), name="level")
         return at
+
+    def root(roots: Any) -> Any:
+        def node(_: Any, tree: Any) -> Any:
+            return roots(tree)
+
+        return node
 
     def below(at: Any, x: Any, features: Any, thresholds: Any, yes: Any, no: Any) -> Any:
         def node(row: Any, tree: Any) -> Any:
