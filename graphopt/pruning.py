@@ -422,6 +422,6 @@ class _Job:
         report.latency_ms = (old.latency.p50_ms, new.latency.p50_ms)
         report.latency_ratio = new.ratio.value
         if report.latency_ratio > _FASTER:
-            report.notes.append(
-                f"the result is not faster: {report.latency_ratio:.0%} of the original's latency"
-            )
+            hint = "" if self.target.alignment > 1 else "; --target cpu keeps channels that fit it"
+            share = f"{report.latency_ratio:.0%} of the original's latency"
+            report.notes.append(f"the result is not faster: {share}{hint}")

@@ -163,7 +163,7 @@ def latency(options: argparse.Namespace) -> Iterator[Line]:
     del options
     for name in FAST:
         source = shared(f"corpus/models/{name}/model.onnx")
-        pruned = prune(source, flops=0.5, benchmark=False)
+        pruned = prune(source, flops=0.5, target="cpu", benchmark=False)
         models: dict[str, ir.Model] = {
             key: optimize(model, target="cpu", verify="off")
             for key, model in (("before", files.load(source)), ("after", pruned))
