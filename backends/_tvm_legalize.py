@@ -6,6 +6,7 @@ Rearranged constants are computed by numpy here: TVM's own folding compiles a ke
 from __future__ import annotations
 
 import importlib
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,8 @@ from graphopt.backends._tvm_integers import KEPT, keep
 from graphopt.backends._tvm_kernels import Kernels, default
 
 relax: Any = importlib.import_module("tvm.relax")
+te: Any = importlib.import_module("tvm.te")
+tirx: Any = importlib.import_module("tvm.tirx")
 topi: Any = importlib.import_module("tvm.topi")
 
 Legalization = Callable[[Any, Any], Any]
@@ -28,7 +31,8 @@ Legalization = Callable[[Any, Any], Any]
 def table(kernels: Kernels) -> dict[str, Legalization]:
     """The legalizations that differ from TVM's, by operator."""
     folds = {name: _folding(name, fold) for name, fold in _FOLDS.items()}
-    ours = {**folds, **FAST, **EXTREMES, **kernels.table()}
+    numbers = {name: _with_number(name, combine) for name, combine in _COMBINE.items()}
+    ours = {**folds, **numbers, **FAST, **EXTREMES, **kernels.table()}
     wide = {name: _widened(name, ours.get(name) or default(name)) for name in _SUMS}
     return {**ours, **wide}
 
@@ -77,6 +81,29 @@ def _folding(name: str, fold: Callable[[Any, Any], Any]) -> Legalization:
     return legalize
 
 
+def _with_number(name: str, combine: Callable[[Any, Any], Any]) -> Legalization:
+    """Whole numbers stand in the code: every argument costs some 100 lines of checks."""
+
+    def legalize(builder: Any, call: Any) -> Any:
+        x, array = call.args[0], constant(builder, call.args[1])
+        if array is None or array.size != 1 or array.ndim > x.ty.ndim:
+            return default(name)(builder, call)
+        value, dtype = float(array.ravel()[0]), str(x.ty.dtype)
+        if dtype != "float32" or not value.is_integer() or abs(value) > _MOST:
+            return default(name)(builder, call)
+
+        def compute(x: Any) -> Any:
+            def element(*index: Any) -> Any:
+                return combine(x(*index), tirx.const(value, dtype))
+
+            return te.compute(x.shape, element, name=short)
+
+        short = name.rpartition(".")[2]
+        return builder.call_te(compute, x, primfunc_name_hint=short)
+
+    return legalize
+
+
 def _permute(array: Any, call: Any) -> Any:
     axes = call.attrs.axes
     return np.transpose(array, None if axes is None else [int(axis) for axis in axes])
@@ -105,7 +132,11 @@ _SUMS = tuple(
 )
 """Operators that add up, and those that have polynomials, which are for float32."""
 
-
+_MOST = 1 << 24
+_COMBINE: dict[str, Callable[[Any, Any], Any]] = {
+    "relax.add": operator.add,
+    "relax.subtract": operator.sub,
+}
 _FOLDS: dict[str, Callable[[Any, Any], Any]] = {
     "relax.permute_dims": _permute,
     "relax.reshape": _reshape,

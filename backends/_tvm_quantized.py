@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from graphopt.backends._tvm_call import Call, is_constant
+from graphopt import ir
+from graphopt.backends._tvm_call import Call, binding, is_call, is_constant
 from graphopt.backends._tvm_indices import sizes
 
 relax: Any = importlib.import_module("tvm.relax")
@@ -167,7 +168,7 @@ def _with_scale(inputs: list[Any], axis: int) -> _Quantized | None:
     return _Quantized(value, scale.value.numpy(), zero, axis)
 
 
-def _number(value: Any, like: Any, dtype: str) -> Any:
+def _number(value: Any, like: Any, dtype: str = "float32") -> Any:
     """A constant of the rank of a tensor, which changes of layout pass."""
     return relax.const(np.full((1,) * like.ty.ndim, value, dtype))
 
@@ -251,9 +252,10 @@ def dynamic_quantize(call: Call) -> Any:
     offset = call.emit(_op.round(call.emit(_op.divide(call.emit(_op.subtract(none, low)), scale))))
     offset = call.emit(_op.minimum(offset, whole))
     inverse = call.emit(_op.divide(relax.const(1.0, "float32"), scale))
-    y = call.emit(_op.round(call.emit(_op.multiply(x, inverse))))
-    y = call.emit(_op.maximum(call.emit(_op.add(y, offset)), none))
-    y = call.emit(_op.minimum(y, whole))
+    least = call.emit(_op.subtract(relax.const(float(_WHOLE_FROM), "float32"), offset))
+    y = call.emit(_op.add(call.emit(_op.multiply(x, inverse)), _number(_WHOLE_FROM, x)))
+    y = call.emit(_op.minimum(call.emit(_op.maximum(y, least)), call.emit(_op.add(least, whole))))
+    y = call.emit(_op.subtract(y, least))
     integers = [call.emit(_op.astype(value, "uint8")) for value in (y, offset)]
     return relax.Tuple([integers[0], scale, integers[1]])
 
@@ -273,13 +275,57 @@ def _quantize(call: Call, x: Any, scale: Any, zero: Any) -> Any:
         return None
     offset = 0 if zero is None else int(zero.value.numpy().ravel()[0])
     info = np.iinfo(dtype)
-    y = call.emit(_op.divide(x, _number(factor.ravel()[0], x, "float32")))
-    y = call.emit(_op.round(y))
-    if offset:
-        y = call.emit(_op.add(y, _number(offset, x, "float32")))
-    y = call.emit(_op.maximum(y, _number(info.min, x, "float32")))
-    y = call.emit(_op.minimum(y, _number(info.max, x, "float32")))
+    y = call.emit(_op.add(_divided(call, x, float(factor.ravel()[0])), _number(_WHOLE_FROM, x)))
+    y = call.emit(_op.maximum(y, _number(_WHOLE_FROM + info.min - offset, x)))
+    y = call.emit(_op.minimum(y, _number(_WHOLE_FROM + info.max - offset, x)))
+    y = call.emit(_op.subtract(y, _number(_WHOLE_FROM - offset, x)))
     return _op.astype(y, dtype)
+
+
+_WHOLE_FROM = 3 << 22
+"""Floats beside it are whole, so that adding it rounds, halves to even numbers. TVM's own rounding
+takes vectors apart; bounds go between this and its subtraction, which TVM would take together."""
+
+
+def _divided(call: Call, x: Any, divisor: float) -> Any:
+    """A tensor by a number; of sums that are used for nothing else, their scales and bias are."""
+    source = call.node.inputs[0]
+    while source is not None and _is_used_once(source):
+        node = source.producer()
+        if node is None or node.domain or node.op_type not in ("Relu", *_SUMS):
+            break
+        if node.op_type in _SUMS:
+            found = _with_scale_divided(call, x, divisor)
+            return _plainly_divided(call, x, divisor) if found is None else found
+        source = node.inputs[0]
+    return _plainly_divided(call, x, divisor)
+
+
+_SUMS = ("Conv", "Gemm", "MatMul")
+
+
+def _is_used_once(value: ir.Value) -> bool:
+    return len(list(value.uses())) == 1 and not value.is_graph_output()
+
+
+def _plainly_divided(call: Call, x: Any, divisor: float) -> Any:
+    return call.emit(_op.divide(x, _number(divisor, x)))
+
+
+def _with_scale_divided(call: Call, x: Any, divisor: float) -> Any:
+    """`relu(sums * scale + bias) / divisor` with the constants divided; None where x is not so."""
+    found = binding(call.builder, x)
+    if is_call(found, "relax.nn.relu"):
+        inner = _with_scale_divided(call, found.args[0], divisor)
+        return None if inner is None else call.emit(_op.nn.relu(inner))
+    is_sum = is_call(found, "relax.add")
+    if not (is_sum or is_call(found, "relax.multiply")) or not is_constant(found.args[1]):
+        return None
+    divided = relax.const((found.args[1].value.numpy() / divisor).astype(np.float32))
+    if not is_sum:
+        return call.emit(_op.multiply(found.args[0], divided))
+    inner = _with_scale_divided(call, found.args[0], divisor)
+    return None if inner is None else call.emit(_op.add(inner, divided))
 
 
 def dequantize(call: Call) -> Any:
@@ -294,7 +340,12 @@ def dequantize(call: Call) -> Any:
     shape = [1] * x.ty.ndim
     if scale.ty.ndim == 1 and x.ty.ndim:
         shape[axis] = -1
-    value = _op.astype(x, dtype)
+    value, before = _op.astype(x, dtype), binding(call.builder, x)
+    ends = (call.node.inputs[0], call.node.outputs[0])
+    alone = all(end is not None and _is_used_once(end) for end in ends)
+    if alone and is_call(before, "relax.astype"):
+        whole = before.args[0]  # what was rounded for one reader need not become an integer
+        value = whole if str(whole.ty.dtype) == str(dtype) else value
     if zero is not None:
         value = call.emit(_op.subtract(value, _shaped(zero, shape, dtype)))
     return _op.multiply(value, _shaped(scale, shape, dtype))
