@@ -82,7 +82,8 @@ def _is_one(size: Any) -> bool:
 def _scalar(builder: Any, name: str, bounded: Callable[[Any, Any], Any], x: Any, bound: Any) -> Any:
     def compute(a: Any) -> Any:
         def element(*index: Any) -> Any:
-            return bounded(a(*index), bound)
+            once = tirx.Var("x", a.dtype)  # else a chain of bounds would stand there many times
+            return tirx.Let(once, a(*index), bounded(once, bound))
 
         return te.compute(a.shape, element, name=name)
 
