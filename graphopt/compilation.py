@@ -187,7 +187,7 @@ def _checked(
 
     reason = backend.can_run(target)
     if reason is None:
-        sizes = options.sizes() if hasattr(options, "sizes") else {}
+        sizes: dict[str, int] = getattr(options, "sizes", dict)()
         try:
             reason = verify_artifact(folder, model, feeds, bindings=sizes)
         except VerificationError as error:

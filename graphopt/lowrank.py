@@ -83,7 +83,8 @@ class Truncation:
         weights, k = whole[:, :-1], whole.shape[1] - 1
         if plane:
             out, inner, high, wide = self._shape
-            middle = np.arange(k).reshape(inner, high, wide)[:, :, wide // 2].ravel()
+            starts = np.arange(0, k, wide, dtype=np.intp)
+            middle = starts + wide // 2
             column = self._moment[np.ix_(middle, middle)]
             kernel = weights.reshape(out, inner * high, wide)
             matrix = kernel.transpose(1, 2, 0).reshape(inner * high, wide * out)

@@ -241,7 +241,7 @@ def test_an_artifact_that_computes_something_else(source: Path, tmp_path: Path) 
     changed = next(v for v in model.graph.initializers.values() if v.dtype == ir.DataType.FLOAT)
     array = ir.array(changed)
     assert array is not None
-    changed.const_value = ir.tensor(1.1 * array + 0.1, dtype=ir.DataType.FLOAT)
+    changed.const_value = ir.tensor(np.asarray(1.1 * array.astype(np.float64) + 0.1, np.float32))
     with pytest.raises(VerificationError, match="differs"):
         verify_artifact(folder, model)
 

@@ -63,10 +63,10 @@ def saving(node: ir.Node, shape: Sequence[int], rank: int) -> tuple[float, float
     """The shares of a layer's weights and of its work that go; None where it is not worth it."""
     plane = is_plane(node, shape)
     first, second = sides(node, shape, plane=plane)
-    strides = ir.attribute(node, "strides", None)
-    across = strides[1] if plane and isinstance(strides, Sequence) else 1
+    strides = node.attributes.get("strides")
+    across = strides.as_ints()[1] if plane and strides is not None else 1
     size = max(math.prod(shape), 1)
-    kept, work = rank * (first + second) / size, rank * (first * int(across) + second) / size
+    kept, work = rank * (first + second) / size, rank * (first * across + second) / size
     return (1 - kept, 1 - work) if max(kept, work) <= _WORTH else None
 
 
