@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import cast
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from graphopt import ir
@@ -46,7 +47,7 @@ def test_halves(op: str, x: Sequence[int], w: Sequence[int], attributes: str) ->
     before = Runner(model).run({"x": data})["y"]
     assert isinstance(before, np.ndarray)
     assert split(model, node, rank, moment)
-    after = cast("ir.Array", Runner(model).run({"x": data})["y"])
+    after = cast("npt.NDArray[np.float32]", Runner(model).run({"x": data})["y"])
     exact, product = rows @ whole.T, rows @ truncation.product(rank).T
     axis = 1 if op == "Conv" else -1
     got = np.moveaxis(after, axis, -1).reshape(exact.shape)
