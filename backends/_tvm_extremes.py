@@ -1,6 +1,6 @@
-"""Maximum, minimum and bounds that keep NaN, as ONNX's do: TVM's return the other operand.
+"""Maximum, minimum and bounds that keep NaN, as ONNX's do: TVM's return the second operand.
 
-Where one side is known to be a number, the comparison that keeps NaN is one instruction as well.
+So a bound that is known to be a number stands first, and there is one instruction as well.
 """
 
 from __future__ import annotations
@@ -22,14 +22,20 @@ topi: Any = importlib.import_module("tvm.topi")
 _s_tir: Any = importlib.import_module("tvm.s_tir")
 
 
+def once(value: Any, body: Callable[[Any], Any]) -> Any:
+    """An expression in a value that is computed once, however often it stands there."""
+    name = tirx.Var("t", value.ty)
+    return tirx.Let(name, value, body(name))
+
+
 def at_most(x: Any, bound: Any) -> Any:
     """The smaller of a scalar and a number; NaN if the scalar is."""
-    return tirx.Select(bound < x, bound, x)
+    return tirx.Min(bound, x)
 
 
 def at_least(x: Any, bound: Any) -> Any:
     """The larger of a scalar and a number; NaN if the scalar is."""
-    return tirx.Select(x < bound, bound, x)
+    return tirx.Max(bound, x)
 
 
 def _pairs(name: str, bounded: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
@@ -52,7 +58,7 @@ def _pairs(name: str, bounded: Callable[[Any, Any], Any]) -> Callable[[Any, Any]
 
 
 def _either(bounded: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-    return lambda a, b: tirx.Select(tirx.isnan(b), b, bounded(a, b))
+    return lambda a, b: once(b, lambda b: tirx.Select(tirx.isnan(b), b, bounded(a, b)))
 
 
 def _broadcast(
@@ -82,8 +88,7 @@ def _is_one(size: Any) -> bool:
 def _scalar(builder: Any, name: str, bounded: Callable[[Any, Any], Any], x: Any, bound: Any) -> Any:
     def compute(a: Any) -> Any:
         def element(*index: Any) -> Any:
-            once = tirx.Var("x", a.dtype)  # else a chain of bounds would stand there many times
-            return tirx.Let(once, a(*index), bounded(once, bound))
+            return bounded(a(*index), bound)
 
         return te.compute(a.shape, element, name=name)
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from graphopt.backends._tvm_call import constant
-from graphopt.backends._tvm_extremes import at_least, at_most
+from graphopt.backends._tvm_extremes import at_least, at_most, once
 from graphopt.backends._tvm_kernels import default
 
 relax: Any = importlib.import_module("tvm.relax")
@@ -43,10 +43,10 @@ def exp(x: Any) -> Any:
 
     def or_zero(x: Any) -> Any:
         # not the smallest number: a masked row of a softmax would be computed with denormal ones
-        value = _once(at_least(at_most(x, _f(high)), _f(low)), _power)
+        value = once(at_least(at_most(x, _f(high)), _f(low)), _power)
         return tirx.Select(x < _f(low), _f(0.0), value)
 
-    return _once(x, or_zero)
+    return once(x, or_zero)
 
 
 def _power(x: Any) -> Any:
@@ -60,9 +60,9 @@ def _power(x: Any) -> Any:
 
     def reduced(whole: Any) -> Any:
         rest = x - whole * _f(_LN2_HIGH) - whole * _f(_LN2_LOW)
-        return _once(rest, lambda rest: scaled(rest, whole))
+        return once(rest, lambda rest: scaled(rest, whole))
 
-    return _once(tirx.floor(x * _f(_LOG2_E) + _f(0.5)), reduced)
+    return once(tirx.floor(x * _f(_LOG2_E) + _f(0.5)), reduced)
 
 
 def erf(x: Any) -> Any:
@@ -73,9 +73,9 @@ def erf(x: Any) -> Any:
         return x * above / _polynomial(square, (*_ERF_Q, *_ERF_Q_LOW))
 
     def squared(x: Any) -> Any:
-        return _once(x * x, lambda square: ratio(x, square))
+        return once(x * x, lambda square: ratio(x, square))
 
-    return _once(at_least(at_most(x, _f(4.0)), _f(-4.0)), squared)
+    return once(at_least(at_most(x, _f(4.0)), _f(-4.0)), squared)
 
 
 def sigmoid(x: Any) -> Any:
@@ -88,15 +88,15 @@ def tanh(x: Any) -> Any:
 
     def either(x: Any, power: Any) -> Any:
         large = (_f(1.0) - power) / (_f(1.0) + power)
-        return _once(x * x, lambda square: tirx.Select(square < _f(0.04), small(x, square), large))
+        return once(x * x, lambda square: tirx.Select(square < _f(0.04), small(x, square), large))
 
     def small(x: Any, square: Any) -> Any:
         return x * _polynomial(square, _TANH)
 
     def bounded(x: Any) -> Any:
-        return _once(x * _f(-2.0), lambda y: _once(_power(y), lambda power: either(x, power)))
+        return once(x * _f(-2.0), lambda y: once(_power(y), lambda power: either(x, power)))
 
-    return _once(at_least(at_most(x, _f(_TANH_ONE)), _f(-_TANH_ONE)), bounded)
+    return once(at_least(at_most(x, _f(_TANH_ONE)), _f(-_TANH_ONE)), bounded)
 
 
 _TANH_ONE = 10.0
@@ -169,12 +169,6 @@ def _each(name: str, function: Callable[[Any], Any]) -> Callable[[Any, Any], Any
         return builder.call_te(compute, call.args[0], primfunc_name_hint=name)
 
     return legalize
-
-
-def _once(value: Any, body: Callable[[Any], Any]) -> Any:
-    """An expression in a value that is computed once, however often it stands there."""
-    name = tirx.Var("t", "float32")
-    return tirx.Let(name, value, body(name))
 
 
 def _polynomial(x: Any, coefficients: Sequence[float]) -> Any:
