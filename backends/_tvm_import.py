@@ -187,7 +187,7 @@ class _Importer:
         if node.op_type == "If" and not node.domain:
             self._convert_if(node, proto)
             return
-        known = [self._sizes.elements(value) or self._empty(value) for value in node.outputs]
+        known = [self._known(value) for value in node.outputs]
         if known and all(value is not None for value in known):
             self._bind(node, list(proto.output), relax.Tuple(known))
             return
@@ -233,6 +233,11 @@ class _Importer:
             return value
         shape = value.value.numpy().shape
         return self._without_elements(shape, str(value.ty.dtype)) if 0 in shape else value
+
+    def _known(self, value: ir.Value) -> Any:
+        """What graphopt knows a value to be, or one without elements; None for the others."""
+        found = self._sizes.elements(value)
+        return self._empty(value) if found is None else found
 
     def _require_types(self, node: ir.Node) -> None:
         """Tensors of numbers; TVM rounds those of few bits in ways of its own."""

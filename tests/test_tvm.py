@@ -184,6 +184,11 @@ def test_functions_over_their_range(tmp_path: Path) -> None:
         ("y = ReduceMean (x)", 24),
         ("z = Shape (x) r = Expand (x, z) y = Relu (r)", 5),
         (
+            "z = Shape (x) i = Constant <value_int = 1> () s = Gather (z, i) "
+            "c = Cast <to = 1> (s) y = Mul (x, c)",
+            5,
+        ),
+        (
             "i = Constant <value = int64[1] {0}> () q = Gather <axis = 1> (x, i) "
             "c = Concat <axis = 1> (x, q) t = Transpose <perm = [0, 2, 1]> (c) "
             "s = MatMul (q, t) p = Softmax <axis = -1> (s) y = MatMul (p, c)",
