@@ -20,22 +20,16 @@ from graphopt.backends._tvm_call import binding, constant, is_call
 from graphopt.backends._tvm_dots import Conversion, Dot, best
 from graphopt.backends._tvm_indices import (
     ceil,
-    divides,
     extents,
-    is_plain,
     number,
     sizes,
     unit,
-    unravel,
 )
-from graphopt.backends._tvm_indices import product as product_of
 from graphopt.backends._tvm_stages import (
     FUSABLE,
     Window,
-    copied_rows,
-    extended,
-    flat_result,
     result,
+    row_product,
     tile_attrs,
 )
 from graphopt.backends._tvm_tiles import Registers, Tile
@@ -167,30 +161,15 @@ def _dense(tiles: Tiles, builder: Any, left: Operand, matrix: Any, a: list[Any])
     deep = int(ceil(matrix.shape[0], dot.group))
 
     def compute(x: Any, w: Any, *offset: Any) -> Any:
-        a = extents(x)
-        rows = product_of(a[:-1])
-        exact = divides(tile.rows, rows)
-        flat = exact or is_plain(a[:-1])
-        if exact and left.dtype == dot.data and deep == a[-1]:
-            source: Any = None
-        elif flat:
-            source = copied_rows(x, a, rows, tile, deep, conversion)
-        else:
-            source = extended(x, {-2: ceil(a[-2], tile.rows), -1: deep}, conversion)
         depth = dot.depth(deep)
 
-        def summand(*index: Any) -> Any:
-            *row, block, lane = index
-            k = dot.term(depth)
-            value = x(*unravel(row[0], a[:-1]), k) if source is None else source(*row, k)
+        def summand(read: Any, block: Any, lane: Any) -> Any:
             weight = w(block, *dot.weight(depth, lane))
+            value = read(dot.term(depth))
             return te.sum(value.astype("int32") * weight.astype("int32"), axis=depth)
 
-        high = [ceil(rows, tile.rows)] if flat else [*a[:-2], ceil(a[-2], tile.rows)]
-        shape = (*high, w.shape[0], tile.columns)
-        product = te.compute(shape, summand, name="product", attrs=tile_attrs(tile, flat, key, dot))
-        finish = flat_result if flat else result
-        return _less(finish(product, [*a[:-1], columns], tile), offset)
+        product = row_product(x, w, columns, tile, key, summand, deep, conversion, dot)
+        return _less(product, offset)
 
     return builder.call_te(
         compute,

@@ -23,22 +23,18 @@ from graphopt.backends._tvm_indices import (
     ceil,
     divides,
     extents,
-    is_plain,
     number,
     same,
     sizes,
     unit,
-    unravel,
 )
-from graphopt.backends._tvm_indices import product as product_of
 from graphopt.backends._tvm_stages import (
     FUSABLE,
     Window,
-    copied_rows,
     extended,
-    flat_result,
     pack,
     result,
+    row_product,
     tile_attrs,
 )
 from graphopt.backends._tvm_tiles import Registers, Tile, ranked, vector
@@ -96,28 +92,12 @@ class Kernels:
         packed = relax.const(pack(matrix, tile))
 
         def compute(x: Any, w: Any) -> Any:
-            a = extents(x)
-            rows = product_of(a[:-1])
-            exact = divides(tile.rows, rows)
-            flat = exact or is_plain(a[:-1])
-            if exact:
-                source: Any = None
-            elif flat:
-                source = copied_rows(x, a, rows, tile)
-            else:  # rows of several symbolic axes: tiles along the last of them
-                source = extended(x, {-2: ceil(a[-2], tile.rows)})
-            k = te.reduce_axis((0, a[-1]), "k")
+            k = te.reduce_axis((0, extents(x)[-1]), "k")
 
-            def summand(*index: Any) -> Any:
-                *row, block, lane = index
-                value = x(*unravel(row[0], a[:-1]), k) if source is None else source(*row, k)
-                return te.sum(value * w(block, k, lane), axis=[k])
+            def summand(read: Any, block: Any, lane: Any) -> Any:
+                return te.sum(read(k) * w(block, k, lane), axis=[k])
 
-            high = [ceil(rows, tile.rows)] if flat else [*a[:-2], ceil(a[-2], tile.rows)]
-            shape = (*high, w.shape[0], tile.columns)
-            product = te.compute(shape, summand, name="product", attrs=tile_attrs(tile, flat, key))
-            finish = flat_result if flat else result
-            return finish(product, [*a[:-1], columns], tile)
+            return row_product(x, w, columns, tile, key, summand)
 
         return builder.call_te(
             compute, left, packed, primfunc_name_hint="dense", primfunc_attrs=FUSABLE

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from graphopt.backends._tvm_dots import Conversion, Dot
-from graphopt.backends._tvm_indices import ceil, fits, ravel, simple, unravel
+from graphopt.backends._tvm_indices import (
+    ceil,
+    divides,
+    extents,
+    fits,
+    is_plain,
+    ravel,
+    simple,
+    unravel,
+)
+from graphopt.backends._tvm_indices import product as count
 from graphopt.backends._tvm_tiles import Tile
 
 te: Any = importlib.import_module("tvm.te")
@@ -118,7 +128,51 @@ def tile_attrs(tile: Tile, flat: bool, key: str = "", dot: Dot | None = None) ->
     }
 
 
-def copied_rows(
+def row_product(
+    x: Any,
+    w: Any,
+    columns: int,
+    tile: Tile,
+    key: str,
+    summand: Callable[[Callable[[Any], Any], Any, Any], Any],
+    deep: int | None = None,
+    conversion: Conversion | None = None,
+    dot: Dot | None = None,
+) -> Any:
+    """The product of a tensor's rows with packed columns [blocks, ...], in tiles.
+
+    `summand` makes a sum of what reads an element of the row, a block and a lane. Rows are `deep`
+    elements long, of what a conversion makes of them.
+    """
+    a = extents(x)
+    rows = count(a[:-1])
+    exact = divides(tile.rows, rows)
+    flat = exact or is_plain(a[:-1])
+    change = conversion or _as_it_is(x)
+    if exact and change.dtype == str(x.dtype) and (deep is None or deep == a[-1]):
+        source: Any = None
+    elif flat:
+        source = _copied_rows(x, a, rows, tile, deep, conversion)
+    else:  # rows of several symbolic axes: tiles along the last of them
+        longer = {} if deep is None else {-1: deep}
+        source = extended(x, {-2: ceil(a[-2], tile.rows), **longer}, conversion)
+
+    def element(*index: Any) -> Any:
+        *row, block, lane = index
+
+        def read(k: Any) -> Any:
+            return x(*unravel(row[0], a[:-1]), k) if source is None else source(*row, k)
+
+        return summand(read, block, lane)
+
+    high = [ceil(rows, tile.rows)] if flat else [*a[:-2], ceil(a[-2], tile.rows)]
+    shape = (*high, w.shape[0], tile.columns)
+    product = te.compute(shape, element, name="product", attrs=tile_attrs(tile, flat, key, dot))
+    finish = _flat_result if flat else result
+    return finish(product, [*a[:-1], columns], tile)
+
+
+def _copied_rows(
     x: Any,
     shape: list[Any],
     rows: Any,
@@ -163,7 +217,7 @@ def result(product: Any, shape: list[Any], tile: Tile) -> Any:
     return te.compute(shape, value, name="result")
 
 
-def flat_result(product: Any, shape: list[Any], tile: Tile) -> Any:
+def _flat_result(product: Any, shape: list[Any], tile: Tile) -> Any:
     """The product without its blocks, its rows as several axes."""
 
     def value(*index: Any) -> Any:
