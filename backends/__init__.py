@@ -13,10 +13,10 @@ import dataclasses
 import importlib.util
 import time
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import numpy as np
 
@@ -63,6 +63,27 @@ class NodeError(GraphoptError):
         """Reasons by label."""
 
 
+@dataclass(frozen=True)
+class BackendOptions:
+    """What every backend's options answer, whatever fields a subclass gives them."""
+
+    def ranges(self) -> str:
+        """The ranges of input sizes that code is built for, in the form of `graphopt.profiles`."""
+        return ""
+
+    def sizes(self) -> dict[str, int]:
+        """The free dimensions that code is built for, by name."""
+        return {}
+
+    def for_fallback(self) -> dict[str, Any]:
+        """Options of the backend that runs the nodes which this one leaves."""
+        return {}
+
+    def for_piece(self, ranges: str, dims: Collection[str]) -> Self:
+        """The options for a part of the model, with its own ranges and free dimensions."""
+        return self
+
+
 class Executable(Protocol):
     """A compiled model, loaded and ready to run on this machine."""
 
@@ -97,7 +118,7 @@ class Backend(Protocol):
     def name(self) -> str: ...
 
     @property
-    def options(self) -> type[Any]:
+    def options(self) -> type[BackendOptions]:
         """A frozen dataclass whose fields, with their defaults, are the backend's options."""
         ...
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from typing import Literal, Self
 
 from graphopt import profiles
+from graphopt.backends import BackendOptions
 from graphopt.errors import InputError
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(BackendOptions):
     """How an engine is built."""
 
     shapes: str = ""
@@ -32,3 +34,11 @@ class Options:
         if not 0 <= self.optimization <= 5 or self.workspace_mb < 0:
             raise InputError("optimization is 0 to 5, workspace_mb 0 or more")
         profiles.parse(self.shapes)
+
+    def ranges(self) -> str:
+        """`shapes`."""
+        return self.shapes
+
+    def for_piece(self, ranges: str, dims: Collection[str]) -> Self:
+        """The part's own ranges."""
+        return replace(self, shapes=ranges)

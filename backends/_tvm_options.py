@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Self
 
+from graphopt.backends import BackendOptions
 from graphopt.errors import InputError
 
 _DIMS = re.compile(r"\w[\w.:/-]*=[1-9]\d*(,\w[\w.:/-]*=[1-9]\d*)*")
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(BackendOptions):
     """How a model is compiled and run. Zero threads is one per core of the machine it runs on."""
 
     threads: int = 0
@@ -36,3 +38,12 @@ class Options:
         """`dims` as a dictionary."""
         pairs = (item.partition("=") for item in self.dims.split(",") if item)
         return {name: int(size) for name, _, size in pairs}
+
+    def for_fallback(self) -> dict[str, Any]:
+        """As many threads."""
+        return {"threads": self.threads}
+
+    def for_piece(self, ranges: str, dims: Collection[str]) -> Self:
+        """`dims` of those that the part has."""
+        kept = [item for item in self.dims.split(",") if item.partition("=")[0] in dims]
+        return replace(self, dims=",".join(kept))

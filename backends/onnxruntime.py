@@ -14,7 +14,15 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import numpy as np
 
 from graphopt.artifact import Manifest, TensorInfo
-from graphopt.backends import Array, OpTime, Output, check_feeds, make_options, timed
+from graphopt.backends import (
+    Array,
+    BackendOptions,
+    OpTime,
+    Output,
+    check_feeds,
+    make_options,
+    timed,
+)
 from graphopt.errors import GraphoptError, InputError, MissingError
 from graphopt.target import Target
 
@@ -56,7 +64,7 @@ _PROFILE_WARMUP = 5
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(BackendOptions):
     """How a session runs. Zero threads leaves the number to ONNX Runtime: one per core."""
 
     threads: int = 0

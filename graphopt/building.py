@@ -13,11 +13,11 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from graphopt import __version__, artifact, backends, cache, child
 from graphopt.artifact import TensorInfo
-from graphopt.backends import Array, Backend
+from graphopt.backends import Array, Backend, BackendOptions
 from graphopt.digests import sha256
 from graphopt.errors import (
     GraphoptError,
@@ -64,7 +64,12 @@ class Built:
 
 
 def build(
-    model: ir.Model, target: Target, backend: Backend, options: Any, folder: Path, rules: Rules
+    model: ir.Model,
+    target: Target,
+    backend: Backend,
+    options: BackendOptions,
+    folder: Path,
+    rules: Rules,
 ) -> Built:
     """Fill an empty folder with what a backend makes of a model.
 
@@ -146,7 +151,7 @@ def verify_artifact(
 
 
 def compile_here(
-    backend: str, model: str, target: Target, options: Any, folder: str
+    backend: str, model: str, target: Target, options: BackendOptions, folder: str
 ) -> dict[str, str]:
     """The child's side: compile a model file; the nodes that are not taken, if there are any."""
     from graphopt import files
@@ -183,7 +188,7 @@ class _Pieces:
         model: ir.Model,
         target: Target,
         backend: Backend,
-        options: Any,
+        options: BackendOptions,
         folder: Path,
         rules: Rules,
     ) -> None:
@@ -197,7 +202,7 @@ class _Pieces:
 
         with tempfile.TemporaryDirectory(prefix="graphopt-pieces-") as scratch:
             while True:
-                pieces, reasons = cut(self._model, refused, getattr(self._options, "shapes", ""))
+                pieces, reasons = cut(self._model, refused, self._options.ranges())
                 if not any(piece.native for piece in pieces):
                     raise backends.NodeError(self._backend.name, reasons)
                 more: dict[str, str] = {}
@@ -252,7 +257,7 @@ class _Pieces:
         alone = set(labels)
         others = {_label(node): "not now" for node in self._model.graph}
         others = {label: why for label, why in others.items() if label not in alone}
-        ranges = getattr(self._options, "shapes", "")
+        ranges = self._options.ranges()
         for piece in cut(self._model, others, ranges)[0]:
             if not piece.native:
                 continue
@@ -278,9 +283,7 @@ class _Pieces:
             shutil.copytree(self._done[piece.labels], self._folder / name)
         else:
             backend = backends.get(FALLBACK)
-            threads = getattr(self._options, "threads", None)
-            wanted = {} if threads is None else {"threads": threads}
-            options = backends.make_options(backend, wanted)
+            options = backends.make_options(backend, self._options.for_fallback())
             (self._folder / name).mkdir()
             backend.compile(
                 piece.model, fallback_target(self._target), options, self._folder / name
@@ -301,7 +304,12 @@ def fallback_target(target: Target) -> Target:
 
 
 def _compile(
-    model: ir.Model, target: Target, backend: Backend, options: Any, folder: Path, rules: Rules
+    model: ir.Model,
+    target: Target,
+    backend: Backend,
+    options: BackendOptions,
+    folder: Path,
+    rules: Rules,
 ) -> dict[str, str]:
     """Compile in a child process; the nodes that are not taken, if there are any."""
     from graphopt import files
@@ -326,7 +334,12 @@ def _compile(
 
 
 def _key(
-    model: ir.Model, target: Target, backend: Backend, options: Any, scratch: Path, fallback: bool
+    model: ir.Model,
+    target: Target,
+    backend: Backend,
+    options: BackendOptions,
+    scratch: Path,
+    fallback: bool,
 ) -> str:
     """The cache's name for what would be compiled."""
     from graphopt import files
@@ -357,15 +370,10 @@ def _label(node: ir.Node) -> str:
     return ir.label(node)
 
 
-def _local(options: Any, piece: Piece) -> Any:
+def _local(options: BackendOptions, piece: Piece) -> BackendOptions:
     """The options for a piece: ranges of its own inputs, sizes of dimensions that it has."""
-    if hasattr(options, "shapes"):
-        options = dataclasses.replace(options, shapes=piece.profiles)
-    if getattr(options, "dims", ""):
-        names = {str(dim) for value in piece.model.graph.inputs for dim in value.shape or ()}
-        kept = [item for item in options.dims.split(",") if item.partition("=")[0] in names]
-        options = dataclasses.replace(options, dims=",".join(kept))
-    return options
+    dims = {str(dim) for value in piece.model.graph.inputs for dim in value.shape or ()}
+    return options.for_piece(piece.profiles, dims)
 
 
 def _dim(dim: int | ir.SymbolicDim) -> int | str:

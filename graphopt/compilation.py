@@ -20,7 +20,7 @@ from graphopt.target import Target
 
 if TYPE_CHECKING:
     from graphopt import ir
-    from graphopt.backends import Array, Backend, Executable
+    from graphopt.backends import Array, Backend, BackendOptions, Executable
     from graphopt.files import ModelLike
     from graphopt.optimization import Verify
     from graphopt.pass_manager import Pass
@@ -174,7 +174,7 @@ def _checked(
     model: ir.Model,
     backend: Backend,
     target: Target,
-    options: Any,
+    options: BackendOptions,
     feeds: Mapping[str, Array] | None,
 ) -> list[str]:
     """Compare machine code with the model; why not, where that cannot be done here.
@@ -187,9 +187,8 @@ def _checked(
 
     reason = backend.can_run(target)
     if reason is None:
-        sizes: dict[str, int] = getattr(options, "sizes", dict)()
         try:
-            reason = verify_artifact(folder, model, feeds, bindings=sizes)
+            reason = verify_artifact(folder, model, feeds, bindings=options.sizes())
         except VerificationError as error:
             raise VerificationError(
                 f"{backend.name} computes something else than the model: {error}; "
