@@ -29,7 +29,7 @@ from graphopt.quantizer.budget import Budget, rank, search
 from graphopt.quantizer.calibration import fingerprint
 from graphopt.quantizer.histograms import histograms
 from graphopt.quantizer.measuring import is_large
-from graphopt.quantizer.placement import check_names, plan
+from graphopt.quantizer.placement import plan
 from graphopt.quantizer.ranges import Ranges
 from graphopt.quantizer.recurrent import integer_lstms, lstms
 from graphopt.quantizer.report import Quantization
@@ -40,6 +40,7 @@ from graphopt.quantizer.static import Static
 from graphopt.runner import Runner
 from graphopt.samples import Samples
 from graphopt.shapes import Shapes
+from graphopt.wildcards import named
 
 Options = QuantizeStatic | QuantizeDynamic | QuantizeWeights
 Rungs = Mapping[str, str]
@@ -115,7 +116,8 @@ class Work:
         None where there is nothing to quantize.
         """
         options = self.options if isinstance(self.options, QuantizeStatic) else QuantizeStatic()
-        check_names(self.context.model, (*options.keep, *options.wide))
+        keep, wide = (named(self.context.model, p) for p in (options.keep, options.wide))
+        options = dataclasses.replace(options, keep=keep, wide=wide)
         rungs = self._rungs()
         if "int16" in rungs:
             raise_opset(self.context, options.wider(self.context))
@@ -153,7 +155,7 @@ class Work:
         """Products in integers with ranges of run time."""
         given = self.options
         single = given if isinstance(given, QuantizeDynamic) else QuantizeDynamic(keep=given.keep)
-        check_names(self.context.model, single.keep)
+        single = dataclasses.replace(single, keep=named(self.context.model, single.keep))
         self.report.steps = [str(single)]
         floats = self._copy(self.context.model)
         nodes = [ir.label(node) for node in (*single.products(floats), *lstms(floats, single.keep))]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -14,6 +13,7 @@ from graphopt.context import Context
 from graphopt.errors import GraphoptError, InputError
 from graphopt.passes._precision import LIMITS, MOVING, Precision
 from graphopt.taps import groups, tap
+from graphopt.wildcards import fits
 
 _UNSAFE = frozenset(
     {
@@ -54,7 +54,7 @@ class _Limits:
 def keep_nodes(precision: Precision, keep: Sequence[str], *, data: bool) -> dict[ir.Node, str]:
     """Nodes that must keep their type, with the reason.
 
-    `keep` holds operator types and patterns of node names (fnmatch). With `data` values are
+    `keep` holds patterns of operator types and node names. With `data` values are
     looked at on the context's samples, on random inputs where there are none.
 
     Raises:
@@ -79,11 +79,7 @@ def keep_nodes(precision: Precision, keep: Sequence[str], *, data: bool) -> dict
 def _asked(precision: Precision, keep: Sequence[str]) -> dict[ir.Node, str]:
     kept: dict[ir.Node, str] = {}
     for pattern in keep:
-        found = [
-            node
-            for node in precision.nodes
-            if node.op_type == pattern or fnmatch.fnmatchcase(ir.label(node), pattern)
-        ]
+        found = [node for node in precision.nodes if fits([pattern], node.op_type, ir.label(node))]
         if not found:
             raise InputError(f"keep={pattern!r} fits no operator type and no node's name")
         kept.update(dict.fromkeys(found, "asked for"))

@@ -8,7 +8,6 @@ Needs: nothing. Weights of one axis, such as biases and scales, stay as they are
 
 from __future__ import annotations
 
-import fnmatch
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -19,6 +18,7 @@ from graphopt.context import Context
 from graphopt.errors import InputError
 from graphopt.gram import LINEAR, weight_matrix, weight_tensor
 from graphopt.pass_manager import Pass
+from graphopt.wildcards import check, fits, names
 
 _LEAST = 256  # weights below which a share of them is none
 
@@ -28,7 +28,7 @@ class ClipWeights(Pass):
     """`share` is that of weights which are clipped, to the largest magnitude of the others.
 
     With `sigmas` the limit is instead so many standard deviations. It is of each tensor, with
-    `per_channel` of each output channel. `keep` lists patterns of nodes to leave alone.
+    `per_channel` of each output channel. `keep` lists patterns of nodes and weights to leave alone.
     """
 
     lossy: ClassVar[bool] = True
@@ -38,6 +38,7 @@ class ClipWeights(Pass):
     keep: tuple[str, ...] = ()
 
     def run(self, context: Context) -> None:
+        check(context.model, self.keep)
         if not 0 <= self.share < 1 or self.sigmas < 0:
             raise InputError("clip-weights: share is 0 to below 1, sigmas at least 0")
         seen: set[ir.Value] = set()
@@ -46,7 +47,7 @@ class ClipWeights(Pass):
             array = ir.array(weight)
             if weight is None or array is None or weight in seen or array.size < _LEAST:
                 continue
-            if any(fnmatch.fnmatchcase(ir.label(node), pattern) for pattern in self.keep):
+            if fits(self.keep, *names(weight)):
                 continue
             seen.add(weight)
             if weight.is_graph_input() or not weight.is_initializer() or array.dtype.kind != "f":

@@ -11,7 +11,6 @@ How it is done, and by whom it was first, is told by `graphopt.lowrank`.
 
 from __future__ import annotations
 
-import fnmatch
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -25,6 +24,7 @@ from graphopt.gram import Gram
 from graphopt.lowrank import Halves, Truncation, can_split, halves, is_plane, sides
 from graphopt.pass_manager import Pass
 from graphopt.passes._grams import by_parts
+from graphopt.wildcards import check, fits, names
 
 _WORTH = 0.95
 
@@ -43,6 +43,7 @@ class FactorizeWeights(Pass):
     keep: tuple[str, ...] = ()
 
     def run(self, context: Context) -> None:
+        check(context.model, self.keep)
         if not 0 < self.energy <= 1 or not 0 <= self.ratio < 1:
             raise InputError("factorize-weights: energy is above 0 to 1, ratio 0 to below 1")
         layers = [node for node in context.model.graph if self._applies(node)]
@@ -51,9 +52,7 @@ class FactorizeWeights(Pass):
                 self._factorize(context, node, grams.get(ir.label(node)))
 
     def _applies(self, node: ir.Node) -> bool:
-        return can_split(node) and not any(
-            fnmatch.fnmatchcase(ir.label(node), p) for p in self.keep
-        )
+        return can_split(node) and not fits(self.keep, *names(node.inputs[1]))
 
     def _factorize(self, context: Context, node: ir.Node, sums: Gram | None) -> None:
         weight, array = node.inputs[1], ir.array(node.inputs[1])

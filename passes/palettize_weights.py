@@ -8,7 +8,6 @@ Needs: opset 11; 4-bit indices are stored as such from opset 21.
 
 from __future__ import annotations
 
-import fnmatch
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +18,7 @@ from graphopt.errors import InputError
 from graphopt.pass_manager import Pass
 from graphopt.passes._stored import Unpacking, candidates
 from graphopt.quantizer import palettes
+from graphopt.wildcards import check, fits, names
 
 _OLDEST, _UINT4 = 11, 21
 
@@ -28,7 +28,7 @@ class PalettizeWeights(Pass):
     """Each weight of at least `min_elements` gets a palette of 2**bits values.
 
     `group` output channels share one (0: all of them do), with `vector` values to an index: 4
-    values at 8 bits take 2 bits each. `keep` lists patterns of weights' names to leave alone.
+    values at 8 bits take 2 bits each. `keep` lists patterns of nodes and weights to leave alone.
     """
 
     lossy = True
@@ -39,6 +39,7 @@ class PalettizeWeights(Pass):
     keep: tuple[str, ...] = ()
 
     def run(self, context: Context) -> None:
+        check(context.model, self.keep)
         if not 1 <= self.bits <= 8:
             raise InputError(f"palettize-weights: bits is 1 to 8, not {self.bits}")
         if self.group < 0 or self.vector < 1 or (self.group and self.vector > 1):
@@ -51,7 +52,7 @@ class PalettizeWeights(Pass):
             )
         for value in candidates(context, self.min_elements):
             context.check_time()
-            if not any(fnmatch.fnmatchcase(value.name or "", pattern) for pattern in self.keep):
+            if not fits(self.keep, *names(value)):
                 self._store(Unpacking(context, value), value)
 
     def _store(self, made: Unpacking, value: ir.Value) -> None:

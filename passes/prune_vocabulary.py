@@ -11,7 +11,6 @@ such as for the scores of a language model, stays whole.
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -23,6 +22,7 @@ from graphopt import ir, taps
 from graphopt.context import Context
 from graphopt.errors import InputError
 from graphopt.pass_manager import Pass
+from graphopt.wildcards import check, fits, names
 
 _LEAST = 1024  # elements of a table below which there is nothing to gain
 _ROWS = 1024  # that are compared with all others at once
@@ -36,7 +36,7 @@ class PruneVocabulary(Pass):
     """`ratio` is the share of rows that goes, the rarest first; 0: those the data never use.
 
     `unknown` is the row that stands for those that have gone, -1 the most alike one; `keep` lists
-    patterns of names of tables that stay.
+    patterns of tables, and of nodes that read them, which stay.
     """
 
     lossy: ClassVar[bool] = True
@@ -45,6 +45,7 @@ class PruneVocabulary(Pass):
     keep: tuple[str, ...] = ()
 
     def run(self, context: Context) -> None:
+        check(context.model, self.keep)
         if not 0 <= self.ratio < 1 or self.unknown < -1:
             raise InputError("prune-vocabulary: ratio is 0 to below 1, unknown -1 or a row")
         if context.samples is None:
@@ -71,7 +72,7 @@ class PruneVocabulary(Pass):
             rows = tensor.shape.numpy()[0]
             if tensor.size < _LEAST or ir.constant(node.inputs[1]) is not None:
                 continue
-            if any(fnmatch.fnmatchcase(table.name or "", pattern) for pattern in self.keep):
+            if fits(self.keep, *names(table)):
                 continue
             users = list(table.consumers())
             if not table.is_initializer() or table.is_graph_input() or table.is_graph_output():

@@ -30,8 +30,9 @@ from graphopt.passes.convert_opset import ConvertOpset
 from graphopt.quantizer.constants import drop_unused
 from graphopt.quantizer.grids import Grid
 from graphopt.quantizer.insertion import gptq_integers, weight_axis, weight_range
-from graphopt.quantizer.placement import check_names, table_for
+from graphopt.quantizer.placement import table_for
 from graphopt.quantizer.recurrent import integer_lstms
+from graphopt.wildcards import named
 
 Integers = tuple[ir.TensorProtocol, ir.Array]
 """A product's weight [k, n] as integers, and its scales."""
@@ -51,12 +52,12 @@ class QuantizeDynamic(Pass):
     rounding: str = "gptq"
     """Of weights: nearest, or gptq where there are samples."""
     keep: tuple[str, ...] = ()
-    """Nodes that stay in floats."""
+    """Nodes that stay in floats, by name; `*` stands for any text."""
 
     def run(self, context: Context) -> None:
         """Quantize every product that qualifies."""
-        check_names(context.model, self.keep)
-        self.insert(context, self.sums(context))
+        chosen = dataclasses.replace(self, keep=named(context.model, self.keep))
+        chosen.insert(context, chosen.sums(context))
 
     def sums(self, context: Context) -> dict[str, Gram]:
         """XᵀX of what the products take, by label, to round by; nothing where that is not wanted.

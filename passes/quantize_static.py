@@ -23,10 +23,11 @@ from graphopt.pass_manager import Pass
 from graphopt.passes.convert_opset import ConvertOpset
 from graphopt.quantizer.bias_correction import FLOATS
 from graphopt.quantizer.grids import Grid, opset_for, parse_type
-from graphopt.quantizer.placement import Table, check_names, table_for
+from graphopt.quantizer.placement import Table, table_for
 from graphopt.quantizer.ranges import Ranges
 from graphopt.quantizer.recurrent import integer_lstms
 from graphopt.quantizer.static import Static
+from graphopt.wildcards import named
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class QuantizeStatic(Pass):
     rounding: str = "gptq"
     """Of weights: nearest, or gptq, which makes up for errors within a layer."""
     keep: tuple[str, ...] = ()
-    """Nodes that stay in floats."""
+    """Nodes that stay in floats, by name; `*` stands for any text."""
     wide: tuple[str, ...] = ()
     """Nodes whose activations have 16 bits, for opset 21."""
 
@@ -62,12 +63,12 @@ class QuantizeStatic(Pass):
         table = self.table(context)
         wider = self.wider(context) if self.wide else None
         raise_opset(context, wider or table)
-        check_names(context.model, (*self.keep, *self.wide))
+        keep, wide = (named(context.model, patterns) for patterns in (self.keep, self.wide))
         base = files.copy(context.model)
         context.model.meta[FLOATS] = base
         static = Static(base, table, context.samples, self.how(), self.rounding, wider=wider)
-        static.insert(context, self.keep, self.wide)
-        integer_lstms(context, self.keep)
+        static.insert(context, keep, wide)
+        integer_lstms(context, keep)
 
     def how(self) -> Ranges:
         """How ranges are chosen."""

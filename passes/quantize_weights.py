@@ -31,6 +31,7 @@ from graphopt.quantizer.measuring import is_large
 from graphopt.quantizer.reconstruction import METHODS, reconstruct, rounded
 from graphopt.quantizer.rounding import Codes, Scheme, nearest
 from graphopt.quantizer.weights import RECURRENT, Chosen, average_bits, choose, spend
+from graphopt.wildcards import check
 
 Array = npt.NDArray[Any]
 
@@ -72,6 +73,7 @@ class QuantizeWeights(Pass):
 
     def run(self, context: Context) -> None:
         """Round the weights of the main graph, and store them."""
+        check(context.model, (*self.keep, *self._bits()))
         method = self._method(context)
         scheme = Scheme(self.bits, self.symmetric, self.block)
         storage.dtype_of(scheme)

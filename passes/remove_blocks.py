@@ -12,7 +12,6 @@ The measure is block influence, one less the mean cosine between a block's input
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -24,6 +23,7 @@ from graphopt.context import Context
 from graphopt.driver import is_dead, remove, replace_value
 from graphopt.errors import InputError
 from graphopt.pass_manager import Pass
+from graphopt.wildcards import check, fits
 
 
 @dataclass(frozen=True)
@@ -48,15 +48,12 @@ class RemoveBlocks(Pass):
     keep: tuple[str, ...] = ()
 
     def run(self, context: Context) -> None:
+        check(context.model, self.keep)
         if self.count < 1 or not 0 <= self.influence <= 2:
             raise InputError("remove-blocks: count is 1 or more, influence 0 to 2")
         if context.samples is None:
             raise InputError("remove-blocks needs data: --data")
-        found = [
-            block
-            for block in _blocks(context)
-            if not any(fnmatch.fnmatchcase(ir.label(block.add), pattern) for pattern in self.keep)
-        ]
+        found = [block for block in _blocks(context) if not fits(self.keep, ir.label(block.add))]
         influence = _influence(context, found)
         ranked = sorted(range(len(found)), key=lambda place: influence[place])
         if self.influence:

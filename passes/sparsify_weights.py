@@ -10,7 +10,6 @@ among each other the first one's inputs count.
 
 from __future__ import annotations
 
-import fnmatch
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -20,6 +19,7 @@ from graphopt.errors import InputError
 from graphopt.pass_manager import Pass
 from graphopt.passes._grams import by_parts
 from graphopt.pruner.sparsity import Floats, Method, Pattern, sparsify
+from graphopt.wildcards import check, fits, names
 
 _LEAST = 256  # weights below which there is nothing to gain
 
@@ -30,7 +30,7 @@ Layers = dict[ir.Value, list[ir.Node]]
 class SparsifyWeights(Pass):
     """`sparsity` is a share of each layer's weights (0.5), or a pattern (2:4: two of four stay).
 
-    `method` is magnitude, wanda or sparsegpt; `keep` lists patterns of nodes to leave alone.
+    `method` is magnitude, wanda or sparsegpt; `keep` lists patterns of nodes and weights that stay.
     """
 
     lossy: ClassVar[bool] = True
@@ -39,6 +39,7 @@ class SparsifyWeights(Pass):
     keep: tuple[str, ...] = ()
 
     def run(self, context: Context) -> None:
+        check(context.model, self.keep)
         pattern = Pattern.parse(str(self.sparsity))
         method = self._method(context)
         layers = self._layers(context, pattern)
@@ -63,7 +64,7 @@ class SparsifyWeights(Pass):
         found: Layers = {}
         for node in context.model.graph:
             weight = node.inputs[1] if node.op_type in gram.LINEAR and not node.domain else None
-            if weight is None or any(fnmatch.fnmatchcase(ir.label(node), p) for p in self.keep):
+            if weight is None or fits(self.keep, *names(weight)):
                 continue
             array = ir.array(weight)
             if array is None or not weight.is_initializer() or array.size < _LEAST:

@@ -7,7 +7,6 @@ Needs: opset 7. Weights beyond the range of float16 stay as they are.
 
 from __future__ import annotations
 
-import fnmatch
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +15,7 @@ from graphopt import ir
 from graphopt.context import Context
 from graphopt.pass_manager import Pass
 from graphopt.passes._stored import Unpacking, candidates
+from graphopt.wildcards import check, fits, names
 
 _LARGEST = float(np.finfo(np.float16).max)
 
@@ -29,8 +29,9 @@ class StoreFloat16(Pass):
     keep: tuple[str, ...] = ()
 
     def run(self, context: Context) -> None:
+        check(context.model, self.keep)
         for value in candidates(context, self.min_elements):
-            if any(fnmatch.fnmatchcase(value.name or "", pattern) for pattern in self.keep):
+            if fits(self.keep, *names(value)):
                 continue
             if value.dtype in (ir.DataType.FLOAT, ir.DataType.DOUBLE):
                 self._store(Unpacking(context, value), value)

@@ -90,7 +90,7 @@ def test_rungs(fallback: Any, kind: str) -> None:
 
 
 def test_names_that_fit_nothing_are_errors() -> None:
-    with pytest.raises(InputError, match="no operator is named 'nothing'"):
+    with pytest.raises(InputError, match="no node is named 'nothing'"):
         drop(options=QuantizeStatic(keep=("nothing",)))
     with pytest.raises(InputError, match="fall back to"):
         drop(fallback="int7")
@@ -138,7 +138,7 @@ def test_the_page_shows_layers_ranges_and_sensitivity(tmp_path: Path) -> None:
         (["--method", "weights", "--weights", "int3"], "stored as int2"),
         (["--method", "weights", "--placement", "tvm"], "--placement is not for"),
         (["--method", "dynamic", "--ranges", "mse"], "--ranges is not for"),
-        (["--keep", "nothing"], "no operator is named"),
+        (["--keep", "nothing"], "no node is named"),
         (["--metric", "f.py:bad"], "f.py:bad: fails with ZeroDivisionError"),
     ],
 )

@@ -7,6 +7,7 @@ import math
 from typing import cast
 
 import numpy as np
+import onnx
 
 from graphopt import ir
 from graphopt.errors import InputError
@@ -111,14 +112,12 @@ def _resize(node: ir.Node, x: list[Array], y: Array, g: Array) -> Gradients:
     return [g]
 
 
-@functools.lru_cache(maxsize=64)
 def _resizing(
     node: ir.Node, rank: int, axis: int, size: int, result: int, scale: float | None
 ) -> Array:
     """What a Resize along one axis multiplies with [size, result]."""
     shape = [size, *[1] * (rank - 1)]
     shape[axis] = size
-    unit = np.eye(size, dtype=np.float32).reshape(shape)
     sizes, scales = [*shape], [1.0] * rank
     sizes[axis], scales[axis] = result, scale or 1.0
     given: Array = np.array(sizes, np.int64) if scale is None else np.array(scales, np.float32)
@@ -131,8 +130,16 @@ def _resizing(
     assert node.graph is not None
     opsets = {"": ir.opset(node.graph)}
     graph = ir.Graph([source], [made], nodes=[copy], initializers=[by], opset_imports=opsets)
-    found = cast("Array", Runner(ir.Model(graph, ir_version=8)).run({"x": unit})["y"])
-    return found.reshape(size, result)
+    model = ir.to_proto(ir.Model(graph, ir_version=8)).SerializeToString(deterministic=True)
+    return _result(model, tuple(shape)).reshape(size, result)
+
+
+@functools.lru_cache(maxsize=64)
+def _result(model: bytes, shape: tuple[int, ...]) -> Array:
+    """What a model of one input, in its file format, makes of the unit matrix in a shape."""
+    unit = np.eye(max(shape), dtype=np.float32).reshape(shape)
+    proto = onnx.ModelProto.FromString(model)
+    return cast("Array", Runner(ir.from_proto(proto)).run({"x": unit})["y"])
 
 
 MOVES: dict[str, Rule] = {

@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 
 import numpy as np
 import numpy.typing as npt
 
 from graphopt import ir
-from graphopt.errors import InputError
 from graphopt.pruner.adjusting import Kept
 from graphopt.pruner.atoms import Axis
 from graphopt.pruner.rules_control import RULES
 from graphopt.pruner.tracing import Trace
 from graphopt.shapes import Shapes
+from graphopt.wildcards import check, fits
 
 __all__ = ["Family", "Groups", "Slot", "find_groups"]
 
@@ -105,22 +104,17 @@ def find_groups(
 
 def _freeze_constants(trace: Trace, ignore: Sequence[str], only: Sequence[str]) -> None:
     """Freeze what the caller names, and what is not told by weights."""
-    unused = set(ignore) | set(only)
+    check(trace.model, [*ignore, *only])
     for node in ir.all_nodes(trace.model):
         for value in node.inputs:
             if value is None or ir.constant(value) is None or value not in trace.axes:
                 continue
-            labels = (value.name or "", ir.label(node))
+            names = (value.name, ir.label(node))
             for pattern in ignore:
-                if any(fnmatchcase(label, pattern) for label in labels):
-                    unused.discard(pattern)
+                if fits([pattern], *names):
                     trace.freeze(value, f"ignored by {pattern!r}")
-            hits = [p for p in only if any(fnmatchcase(label, p) for label in labels)]
-            unused.difference_update(hits)
-            if only and not hits and len(trace.of(value)) > 1:
+            if only and not fits(only, *names) and len(trace.of(value)) > 1:
                 trace.freeze(value, "not among those named")
-    if unused:
-        raise InputError(f"no node or weight is named {sorted(unused)[0]!r}")
 
 
 def _collect(trace: Trace, exact: bool) -> Groups:

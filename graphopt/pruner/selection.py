@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import TypeVar
 
 import numpy as np
@@ -14,6 +13,7 @@ import numpy.typing as npt
 from graphopt.errors import InputError
 from graphopt.pruner.atoms import Axis
 from graphopt.pruner.groups import Family, Groups
+from graphopt.wildcards import fits
 
 __all__ = ["Scores", "Selection", "Unreachable", "check_ratio", "lamp", "meet", "select"]
 
@@ -119,7 +119,7 @@ def by_pattern(groups: Groups, patterns: Mapping[str, float], rest: float) -> di
         found[family.name] = rest
         for pattern, ratio in patterns.items():
             check_ratio(ratio, f"the ratio of {pattern!r}")
-            if any(fnmatchcase(name, pattern) for name in names):
+            if fits([pattern], *names):
                 unused.discard(pattern)
                 found[family.name] = ratio
                 break

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +12,7 @@ from graphopt import ir
 from graphopt.lowrank import Truncation, can_split, halves, is_plane, sides
 from graphopt.pruner.adjusting import constant, free
 from graphopt.pruner.fitting import augmented, can_fit, put
+from graphopt.wildcards import fits, names
 
 __all__ = ["layers", "rank_of", "saving", "split", "truncation", "weight_shape"]
 
@@ -35,11 +35,7 @@ def layers(
             continue
         weights = node.inputs[1]
         assert weights is not None
-        labels = (weights.name or "", ir.label(node))
-        hits = [
-            [fnmatchcase(label, p) for label in labels for p in some] for some in (ignore, only)
-        ]
-        if not any(hits[0]) and (any(hits[1]) or not only):
+        if not fits(ignore, *names(weights)) and (fits(only, *names(weights)) or not only):
             found[f"rank of {weights.name}"] = node
     return found
 

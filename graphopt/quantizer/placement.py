@@ -308,14 +308,6 @@ class _Planner:
         return other if self._is_float(other) else None
 
 
-def check_names(model: ir.Model, names: Iterable[str]) -> None:
-    """Raise InputError, naming it, where no node of the main graph has one of the labels."""
-    known = {ir.label(node) for node in model.graph}
-    for name in names:
-        if name not in known:
-            raise InputError(f"keep: no operator is named {name!r}")
-
-
 def moved(node: ir.Node) -> list[ir.Value]:
     """The operands whose values an operator moves: not its shapes, indices and sizes."""
     inputs = [v for v in node.inputs if v is not None]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatch
 from itertools import islice
 from typing import Any
 
@@ -21,6 +20,7 @@ from graphopt.context import Context
 from graphopt.gram import LINEAR, grams, weight_matrix, weight_tensor
 from graphopt.quantizer.rounding import Scheme, gptq
 from graphopt.runner import Runner
+from graphopt.wildcards import fits, names
 
 __all__ = ["RECURRENT", "Chosen", "average_bits", "choose", "spend"]
 
@@ -52,7 +52,7 @@ def choose(
 ) -> Chosen:
     """The weights of the main graph that a scheme suits; blocks go to matrices, not to kernels.
 
-    `bits` and `keep` are patterns of node names: other bits (32 for none) and nodes left alone. A
+    `bits` and `keep` are patterns of nodes and weights: other bits (32 for none), and none. A
     refusal is recorded for weights that are shared.
     """
     chosen = Chosen()
@@ -76,10 +76,10 @@ def choose(
         if ir.use_count(value) > 1:
             context.record.refuse(node, "its weights are used elsewhere too")
             continue
-        name = ir.label(node)
-        if any(fnmatch(name, pattern) for pattern in keep):
+        known = tuple(names(value))
+        if fits(keep, *known):
             continue
-        own = next((b for p, b in (bits or {}).items() if fnmatch(name, p)), scheme.bits)
+        own = next((b for p, b in (bits or {}).items() if fits([p], *known)), scheme.bits)
         if own < 16:
             whole = node.op_type in (*RECURRENT, "Conv", "ConvTranspose")
             block = 0 if whole else scheme.block

@@ -1,0 +1,50 @@
+"""Nodes and weights as users name them: `*` stands for any text, `?` for any character."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from fnmatch import fnmatchcase
+
+from graphopt import ir
+from graphopt.errors import InputError
+
+__all__ = ["check", "fits", "named", "names"]
+
+
+def fits(patterns: Iterable[str], *names: str | None) -> bool:
+    """Whether one of the patterns is, or stands for, one of the names."""
+    return any(name == p or fnmatchcase(name or "", p) for p in patterns for name in names)
+
+
+def names(weights: ir.Value | None) -> Iterator[str]:
+    """What constant weights go by: their own name, and their readers' labels."""
+    if weights is not None:
+        yield weights.name or ""
+        yield from map(ir.label, weights.consumers())
+
+
+def check(model: ir.Model, patterns: Iterable[str]) -> None:
+    """Raise InputError, naming it, for a pattern that fits no node, operator or constant."""
+    for pattern in patterns:
+        for node in ir.all_nodes(model):
+            weights = (v.name for v in node.inputs if v is not None and ir.constant(v) is not None)
+            if fits([pattern], ir.label(node), node.op_type, *weights):
+                break
+        else:
+            raise InputError(f"no node or weight is named {pattern!r}")
+
+
+def named(model: ir.Model, patterns: Iterable[str]) -> tuple[str, ...]:
+    """The labels of the main graph's nodes that patterns fit.
+
+    Raises:
+        InputError: a pattern that fits none of them.
+    """
+    labels = [ir.label(node) for node in model.graph]
+    found: dict[str, None] = {}
+    for pattern in patterns:
+        hits = [label for label in labels if fits([pattern], label)]
+        if not hits:
+            raise InputError(f"no node is named {pattern!r}")
+        found.update(dict.fromkeys(hits))
+    return tuple(found)
