@@ -6,7 +6,7 @@ import io
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import IO, Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -40,14 +40,22 @@ def write(path: Path, arrays: Mapping[str, Any]) -> None:
         InputError: a value that is no array, or a place that cannot be written.
     """
     plain = _plain(arrays)
-    atomic.write(path, lambda file: cast("Any", np.savez)(file, **plain))
+    atomic.write(path, lambda file: _save(file, plain))
 
 
 def pack(arrays: Mapping[str, Any]) -> bytes:
     """What `write` would write."""
     buffer = io.BytesIO()
-    cast("Any", np.savez)(buffer, **_plain(arrays))
+    _save(buffer, _plain(arrays))
     return buffer.getvalue()
+
+
+def _save(file: IO[bytes], arrays: Mapping[str, Array]) -> None:
+    """As numpy.savez, which cannot write what is named like its own arguments."""
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
+                np.lib.format.write_array(entry, array, allow_pickle=False)
 
 
 def _read(source: Path | io.BytesIO, name: str) -> dict[str, Array]:

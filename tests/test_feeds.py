@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from graphopt import files, ir
+from graphopt import files, ir, npz
 from graphopt.errors import GraphoptError, InputError
 from graphopt.feeds import load_feeds, load_samples, random_feeds, workable_feeds
 from graphopt.runner import Runner
@@ -222,3 +222,18 @@ def test_corpus(folder: Path) -> None:
     feeds = workable_feeds(model, Shapes(model))
     if not any(np.size(v) > 10**6 for v in feeds.values()):
         assert Runner(model).run(feeds)
+
+
+def test_arrays_of_any_name_are_written(tmp_path: Path) -> None:
+    """Also those that are named like the arguments of numpy's own function."""
+    arrays = {
+        "file": np.ones((2, 3), np.float32),
+        "allow_pickle": np.asarray(["x", "yy"], object),
+        "scope/x:0.npy": np.zeros((), np.int8),
+        "none of them": np.zeros((0, 3)),
+    }
+    npz.write(tmp_path / "out.npz", arrays)
+    for read in (npz.read(tmp_path / "out.npz"), npz.unpack(npz.pack(arrays))):
+        assert list(read) == list(arrays)
+        for name, array in arrays.items():
+            assert (read[name].dtype, read[name].tolist()) == (array.dtype, array.tolist())
