@@ -17,7 +17,6 @@ from graphopt._ways import Options, Work
 from graphopt.context import Context
 from graphopt.cost import node_cost
 from graphopt.errors import InputError
-from graphopt.images import Images
 from graphopt.passes.quantize_dynamic import QuantizeDynamic
 from graphopt.passes.quantize_static import QuantizeStatic
 from graphopt.passes.quantize_weights import QuantizeWeights
@@ -28,6 +27,7 @@ from graphopt.quantizer.report import Quantization
 from graphopt.quantizer.scoring import Metric
 from graphopt.report import Report
 from graphopt.samples import Samples, SamplesLike, bindings, open_samples
+from graphopt.samples.images import Images
 from graphopt.target import Target
 
 __all__ = ["Quantization", "quantize"]

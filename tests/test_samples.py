@@ -12,8 +12,8 @@ import pytest
 
 from graphopt import ir
 from graphopt.errors import InputError
-from graphopt.images import Images
 from graphopt.samples import Samples, open_samples
+from graphopt.samples.images import Images
 from graphopt.taps import groups, tap
 from tests._models import parse
 

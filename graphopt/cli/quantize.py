@@ -23,8 +23,8 @@ from graphopt.errors import InputError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from graphopt.images import Images
     from graphopt.quantization import Quantization
+    from graphopt.samples.images import Images
 
 _WORST = 8  # layers that are shown
 
@@ -209,7 +209,7 @@ def _cache(options: dict[str, Any]) -> Path | None:
 
 
 def _metric(text: str | None) -> Any:
-    from graphopt._sources import user_function
+    from graphopt.samples.reading import user_function
 
     if text is None:
         return None
@@ -225,7 +225,7 @@ def _metric(text: str | None) -> Any:
 
 
 def _images(options: dict[str, Any]) -> Images:
-    from graphopt.images import Images
+    from graphopt.samples.images import Images
 
     size = None
     if options["image_size"]:

@@ -7,21 +7,20 @@ gone through again and again without being held in memory.
 from __future__ import annotations
 
 import hashlib
-import inspect
 import itertools
-import tempfile
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
 
-from graphopt import _sources, images, ir
-from graphopt.errors import GraphoptError, InputError
+from graphopt import ir
+from graphopt.errors import InputError
 from graphopt.feeds import check_feeds, required_inputs, workable_feeds
-from graphopt.images import Images
+from graphopt.samples import images, reading
+from graphopt.samples.images import Images
+from graphopt.samples.iterables import rows_of
 from graphopt.shapes import Shapes
 
 Array = npt.NDArray[Any]
@@ -169,15 +168,14 @@ def open_samples(
     elif isinstance(source, Mapping):
         given = cast("Mapping[str, Any]", source)
         where = "the arrays given"
-        stacks = {
-            name: _sources.Held(_sources.array(array, where)) for name, array in given.items()
-        }
+        stacks = {name: reading.Held(reading.array(array, where)) for name, array in given.items()}
         samples = _of_stacks(stacks, model, where)
     elif isinstance(source, np.ndarray):
-        stack = _sources.Held(cast(Array, source))
+        stack = reading.Held(cast(Array, source))
         samples = _of_stacks({_single("an array", model): stack}, model, "the array given")
     else:
-        samples = _of_iterable(source, model, type(source).__name__)
+        where = type(source).__name__
+        samples = Samples(rows_of(source, model, where), model, where=where)
     return samples if limit is None or samples.random else samples.take(limit)
 
 
@@ -185,7 +183,7 @@ def _of_text(text: str, model: ir.Model, limit: int | None, options: Images) -> 
     if text == "random":
         return _random(model, _RANDOM if limit is None else limit)
     if not Path(text).exists() and Path(text.rpartition(":")[0]).suffix == ".py":
-        return _of_iterable(_sources.user_function(text), model, text)
+        return Samples(rows_of(reading.user_function(text), model, text), model, where=text)
     path = Path(text)
     if path.is_dir():
         return _of_folder(path, model, options)
@@ -197,11 +195,11 @@ def _of_text(text: str, model: ir.Model, limit: int | None, options: Images) -> 
 
 def _of_file(path: Path, model: ir.Model) -> Samples:
     if path.suffix.lower() == ".npy":
-        return _of_stacks({_single(path, model): _sources.Stack(path)}, model, str(path))
-    return _of_stacks(_sources.stacks(path), model, str(path))
+        return _of_stacks({_single(path, model): reading.Stack(path)}, model, str(path))
+    return _of_stacks(reading.stacks(path), model, str(path))
 
 
-def _of_stacks(given: Mapping[str, _sources.Rows], model: ir.Model, where: str) -> Samples:
+def _of_stacks(given: Mapping[str, reading.Rows], model: ir.Model, where: str) -> Samples:
     arrays = dict(given)
     inputs = [v.name or "" for v in model.graph.inputs]
     labels = arrays.pop("labels").whole() if "labels" in arrays and "labels" not in inputs else None
@@ -233,13 +231,13 @@ def _of_stacks(given: Mapping[str, _sources.Rows], model: ir.Model, where: str) 
     )
 
 
-def _count(stack: _sources.Rows, rank: int | None) -> int:
+def _count(stack: reading.Rows, rank: int | None) -> int:
     """How many samples an array holds: 1 where it is the value of an input as it stands."""
     rows = rank is not None and stack.shape and len(stack.shape) in (rank, rank + 1)
     return stack.shape[0] if rows else 1
 
 
-def _parts(stack: _sources.Rows, rank: int | None, own: int, count: int) -> Iterator[Array]:
+def _parts(stack: reading.Rows, rank: int | None, own: int, count: int) -> Iterator[Array]:
     """The array of each sample; one that belongs to all is repeated.
 
     One that lacks an axis is a sample without that of the batch.
@@ -278,12 +276,12 @@ def _batched(rows: Iterator[Row], batch: int) -> Iterator[Row]:
 
 
 def _of_folder(path: Path, model: ir.Model, options: Images) -> Samples:
-    kind, files = _sources.contents(path)
+    kind, files = reading.contents(path)
     where = str(path)
     if kind == "sets":
         names = [v.name or "" for v in model.graph.inputs]
         count = len(files)
-        return Samples(lambda: _sources.data_sets(files, names), model, where=where, count=count)
+        return Samples(lambda: reading.data_sets(files, names), model, where=where, count=count)
     if kind == "images":
         name = _single(path, model)
         plan = options.plan(next(v for v in model.graph.inputs if v.name == name))
@@ -335,116 +333,3 @@ def bindings(model: ir.Model, feeds: Feeds) -> dict[str, int]:
         for dim, size in zip(value.shape, np.shape(feeds[value.name or ""]), strict=True)
         if not isinstance(dim, int) and dim.value is not None
     }
-
-
-def _of_iterable(source: Any, model: ir.Model, where: str) -> Samples:
-    """Samples of an iterable, a function that makes one, or a reader with `get_next`."""
-    make: Callable[[], Iterable[Any]]
-    again: Any = getattr(source, "__iter__", None)
-    following: Any = getattr(source, "get_next", None)
-    if again is None and following is not None:
-        make = _Spool(iter(following, None), model, where)
-    elif callable(source) and not inspect.isclass(source):
-        make = cast("Callable[[], Iterable[Any]]", source)
-    elif again is not None:
-        make = _Spool(again(), model, where) if hasattr(source, "__next__") else again
-    else:
-        raise InputError(f"{where}: is no iterable of feeds")
-
-    def rows() -> Iterator[Row]:
-        items = iter(_call(make, where))
-        while True:
-            try:
-                item = next(items)
-            except StopIteration:
-                return
-            except GraphoptError:
-                raise
-            except Exception as error:
-                raise InputError(f"{where}: fails with {type(error).__name__}: {error}") from error
-            yield from _fitted(_row(item, model, where), model)
-
-    return Samples(rows, model, where=where)
-
-
-def _call(make: Callable[[], Iterable[Any]], where: str) -> Iterable[Any]:
-    try:
-        made = make()
-    except GraphoptError:
-        raise
-    except Exception as error:
-        raise InputError(f"{where}: fails with {type(error).__name__}: {error}") from error
-    if not hasattr(made, "__iter__"):
-        raise InputError(f"{where}: gives {type(made).__name__}, not feeds one after the other")
-    return made
-
-
-def _row(item: Any, model: ir.Model, where: str) -> dict[str, Array]:
-    """One item as arrays by input name; of a tuple what goes beyond the inputs is left out."""
-    names = [v.name or "" for v in required_inputs(model)]
-    if isinstance(item, Mapping):
-        given = cast("Mapping[str, Any]", item)
-        return {str(name): _sources.array(value, where) for name, value in given.items()}
-    values = cast("Sequence[Any]", item if isinstance(item, list | tuple) else [item])
-    if not len(names) <= len(values) <= len(names) + 1:
-        raise InputError(f"{where}: {len(values)} arrays for the inputs {names}")
-    return {name: _sources.array(value, where) for name, value in zip(names, values, strict=False)}
-
-
-def _fitted(row: dict[str, Array], model: ir.Model) -> Iterator[Row]:
-    """A row as the model takes it: a batch is added, or cut where it is larger than the model's."""
-    shapes = {v.name or "": v.shape for v in model.graph.inputs}
-    for name, array in row.items():
-        shape = shapes.get(name)
-        if shape is not None and 0 < array.ndim == len(shape) - 1:
-            row[name] = array[None]
-    sizes: set[tuple[int, int]] = set()
-    for name, array in row.items():
-        shape = shapes.get(name)
-        if shape is None or not shape or array.ndim != len(shape):
-            continue
-        first = shape[0]
-        if isinstance(first, int) and first != array.shape[0]:
-            sizes.add((first, array.shape[0]))
-    if len(sizes) != 1:
-        yield row
-        return
-    batch, size = sizes.pop()
-    for start in range(0, size, batch):
-        index = np.minimum(np.arange(start, start + batch), size - 1)
-        yield {n: a[index] if a.ndim and len(a) == size else a for n, a in row.items()}
-
-
-class _Spool:
-    """What can be gone through only once, kept in a temporary file for the next time."""
-
-    def __init__(self, items: Iterator[Any], model: ir.Model, where: str) -> None:
-        self._items, self._model, self._where = items, model, where
-        self._file: BinaryIO | None = None
-        self._names: list[list[str]] = []
-
-    def __call__(self) -> Iterator[Row]:
-        if self._file is None:
-            self._fill()
-        file = self._file
-        assert file is not None
-        offset = 0
-        for names in self._names:
-            file.seek(offset)
-            row: dict[str, Array] = {}
-            for name in names:
-                array: Array = np.lib.format.read_array(cast(Any, file), allow_pickle=False)
-                row[name] = array.astype(object) if array.dtype.kind == "U" else array
-            offset = file.tell()
-            yield row
-
-    def _fill(self) -> None:
-        file = cast(BinaryIO, tempfile.TemporaryFile())  # noqa: SIM115 - lives as long as this
-        weakref.finalize(self, file.close)
-        for item in self._items:
-            row = _row(item, self._model, self._where)
-            for array in row.values():
-                plain = array.astype(str) if array.dtype.kind in "OSU" else array
-                np.lib.format.write_array(cast(Any, file), plain, allow_pickle=False)
-            self._names.append(list(row))
-        self._file = file
