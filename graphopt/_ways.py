@@ -23,6 +23,7 @@ from graphopt.passes.correct_biases import CorrectBiases
 from graphopt.passes.quantize_dynamic import Integers, QuantizeDynamic
 from graphopt.passes.quantize_static import QuantizeStatic, raise_opset
 from graphopt.passes.quantize_weights import QuantizeWeights
+from graphopt.passes.rotate_residual import RotateResidual
 from graphopt.passes.smooth_activations import SmoothActivations
 from graphopt.quantizer.bias_correction import correct_biases
 from graphopt.quantizer.budget import Budget, rank, search
@@ -52,6 +53,8 @@ _LESS = 0.95  # of the noise: what correction must leave at most
 _SCORED = 64  # samples that alternatives are compared on
 _RANGES = (Ranges("minmax"), Ranges("lp", power=3.0), Ranges("mse"))
 """What is tried where nothing is asked for: what suits depends on how activations are spread."""
+_SPARED = 4  # one sample in so many judges a rotation, and calibrates nothing
+_QUIETER = 0.8  # of the noise: what a rotation must leave at most
 _RANKED = 8  # samples that the sensitivity of operators is measured on
 
 
@@ -91,6 +94,53 @@ class Work:
     def large(self) -> bool:
         """Whether the model is: then one way is gone, and no other is compared with it."""
         return is_large(self.context.model)
+
+    @property
+    def ways(self) -> dict[str, Callable[[], tuple[Ladder, ir.Model] | None]]:
+        """By the method's name."""
+        return {"static": self.static, "dynamic": self.dynamic, "weights": self.weights}
+
+    def rotate(self, wanted: bool | None) -> list[str]:
+        """Turn residual streams where that is wanted; what was done, as pipeline text.
+
+        With None, where channels stand out and there is less noise, also on samples that calibrate
+        nothing.
+        """
+        single = RotateResidual()
+        context = self._copy(self.context.model)
+        if wanted is not False and not (wanted is None and self.large):
+            single.run(context)
+        if not context.record.rewrites:
+            if wanted:
+                reasons = ", ".join(sorted(context.record.refusals)) or "it has no such stream"
+                self.report.notes.append(f"nothing was rotated: {reasons}")
+            return []
+        if wanted is None and not self._is_quieter(context.model):
+            return []
+        self.context = context
+        return [str(single)]
+
+    def _is_quieter(self, model: ir.Model) -> bool:
+        """Whether another model of the same function loses less when it is quantized."""
+        if len(self.samples) < 2 * _SPARED:
+            return False
+        rest = self.samples.without(0, _SPARED).take(_SCORED)
+        spared = self.samples.part(0, _SPARED).take(_SCORED)
+        floats = Runner(self.context.model, optimize=True)
+        noises: list[tuple[float, float]] = []
+        for each in (self.context.model, model):
+            report = Quantization(method=self.report.method)
+            context = self._copy(each, rest)
+            trial = dataclasses.replace(self, context=context, samples=rest, report=report)
+            if report.method != "weights":
+                trial.smooth()
+            found = trial.ways[report.method]()
+            if found is None:
+                return False
+            seen, unseen = (score(floats, found[1], part).noise for part in (rest, spared))
+            noises.append((seen, unseen))
+        (seen, unseen), (less_seen, less_unseen) = noises
+        return less_seen < _QUIETER * seen and less_unseen < _QUIETER * unseen
 
     def smooth(self) -> list[str]:
         """Move outliers of activations into weights; what was done, as pipeline text.
@@ -317,11 +367,11 @@ class Work:
             return None
         return Way(str(single), before.model, options)
 
-    def _copy(self, model: ir.Model) -> Context:
+    def _copy(self, model: ir.Model, samples: Samples | None = None) -> Context:
         return Context(
             files.copy(model),
             target=self.context.target,
-            samples=self.samples,
+            samples=samples or self.samples,
             progress=self.tell,
         )
 

@@ -60,6 +60,7 @@ def quantize(
     max_latency: float | None = None,
     max_size: int | None = None,
     fallback: Fallback = "",
+    rotate: bool | None = None,
     figures: bool = False,
     force: bool = False,
     cache: Path | None = None,
@@ -88,6 +89,8 @@ def quantize(
         max_size: bytes that the weights may take.
         fallback: what operators become, to stay within the drop, before they become floats:
             `int16` (activations of 16 bits) or `float16`; weights of less than 8 bits get 8.
+        rotate: turn residual streams so that no channel stands out (`rotate-residual`); by default
+            where some do and samples that calibrate nothing have less noise.
         figures: fill in what the report draws too: sensitivity and histograms.
         force: return the quantized model even if it is not faster. Weights of few bits, which
             are asked for to save room, are returned anyway.
@@ -123,7 +126,9 @@ def quantize(
     asked = _ASKED.get(type(options), method)
     report.method, report.reason = _choose(context, samples, aim, asked)
     budget = Budget(max_drop, max_latency, max_size)
+    turned = work.rotate(rotate)
     floats, result = _made(work, budget, figures=figures)
+    report.steps = [*turned, *report.steps]
     bodies = _in_bodies(base)
     if bodies and not report.refused:
         report.notes.append(bodies)
@@ -145,13 +150,12 @@ def quantize(
 def _made(work: Work, budget: Budget, *, figures: bool) -> tuple[ir.Model, ir.Model | None]:
     """The floats that were quantized, and the result; None, with the reason in the report."""
     report = work.report
-    ways = {"static": work.static, "dynamic": work.dynamic, "weights": work.weights}
     smoothed: list[str] = []
     if work.large:
         report.notes.append(f"more than 1 GB of weights: without {_WITHOUT[report.method]}")
     elif report.method != "weights":
         smoothed = work.smooth()
-    found = ways[report.method]()
+    found = work.ways[report.method]()
     if found is None:
         report.refused = _why_nothing(work.context.model)
         return work.context.model, None

@@ -78,6 +78,11 @@ _WORST = 8  # layers that are shown
     type=click.Choice(["int16", "float16", "float"]),
     help="What operators become first where the drop is too large; then floats.",
 )
+@click.option(
+    "--rotate/--no-rotate",
+    default=None,
+    help="Turn residual streams so that no channel stands out; by default where samples gain.",
+)
 @click.option("--max-latency", type=click.FloatRange(0), metavar="MS")
 @click.option("--max-size", type=Size(), metavar="BYTES", help="Of the weights.")
 @click.option("--force", is_flag=True, help="Write the result even if it is not faster.")
@@ -145,6 +150,7 @@ def quantize(model: Path, **options: Any) -> None:
             max_latency=options["max_latency"],
             max_size=options["max_size"],
             fallback=options["fallback"] or "",
+            rotate=options["rotate"],
             figures=page is not None,
             force=options["force"],
             cache=_cache(options),
