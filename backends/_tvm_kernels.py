@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -37,7 +37,7 @@ from graphopt.backends._tvm_stages import (
     row_product,
     tile_attrs,
 )
-from graphopt.backends._tvm_tiles import Registers, Tile, ranked, vector
+from graphopt.backends._tvm_tiles import Registers, Tile, depthwise, ranked
 
 te: Any = importlib.import_module("tvm.te")
 tirx: Any = importlib.import_module("tvm.tirx")
@@ -82,8 +82,11 @@ class Kernels:
 
     def tile(self, kernel: str, rows: int | None, columns: int, dtype: str, lanes: int = 0) -> Tile:
         """The tile of a kernel, with so many lanes if given: of those measured, else the rules'."""
-        self.seen[kernel] = ranked(rows, columns, self.registers, dtype, lanes)
-        return self.tiles.get(kernel, self.seen[kernel][0])
+        return self._chosen(kernel, ranked(rows, columns, self.registers, dtype, lanes))
+
+    def _chosen(self, kernel: str, tiles: list[Tile]) -> Tile:
+        self.seen[kernel] = tiles
+        return self.tiles.get(kernel, tiles[0])
 
     def _dense(self, builder: Any, left: Any, matrix: Any, a: list[Any], dtype: str) -> Any:
         columns = int(matrix.shape[1])
@@ -149,6 +152,9 @@ class Kernels:
             return integers.conv2d(self, builder, call)
         if dtype not in _FLOATS:
             return default("relax.nn.conv2d")(builder, call)
+        narrow = number(shape[2]) == 1 == number(call.ty.shape.values[2])
+        if narrow and kernel.shape[1] == 1 and number(shape[1]) != 1:
+            return self._turned(builder, call, kernel, shape)
         window = Window.of(attrs, kernel.shape)
         _, _, inner, outer = kernel.shape
         channels = int(shape[3])
@@ -165,20 +171,35 @@ class Kernels:
         data, weights = call.args
         kernel = constant(builder, weights).transpose(2, 3, 1, 0)
         last = builder.emit(builder.call_te(topi.transpose, data, [0, 2, 3, 1]))
-        attrs = call.attrs
+        result = builder.emit(self._channels_last(builder, call, last, kernel))
+        return builder.call_te(topi.transpose, result, [0, 3, 1, 2])
+
+    def _turned(self, builder: Any, call: Any, kernel: Any, shape: list[Any]) -> Any:
+        """One position wide: its rows, one after the other in memory, as columns."""
+        n, high, wide, channels = shape
+        data = builder.emit(builder.call_te(topi.reshape, call.args[0], (n, wide, high, channels)))
+        turned = kernel.transpose(1, 0, 2, 3)
+        result = builder.emit(self._channels_last(builder, call, data, turned, turn=True))
+        return builder.call_te(topi.reshape, result, list(call.ty.shape.values))
+
+    def _channels_last(
+        self, builder: Any, call: Any, data: Any, kernel: Any, turn: bool = False
+    ) -> Any:
+        """A convolution with another one's attributes, those of its two axes exchanged or not."""
+        attrs, step = call.attrs, -1 if turn else 1
+        top, left, bottom, right = attrs.padding
         plain = relax.op.nn.conv2d(
-            last,
+            data,
             relax.const(np.ascontiguousarray(kernel)),
-            attrs.strides,
-            attrs.padding,
-            attrs.dilation,
+            list(attrs.strides)[::step],
+            [left, top, right, bottom] if turn else [top, left, bottom, right],
+            list(attrs.dilation)[::step],
             int(attrs.groups),
             "NHWC",
             "HWIO",
             out_dtype=str(call.ty.dtype),
         )
-        result = builder.emit(self.conv2d(builder, builder.normalize(plain)))
-        return builder.call_te(topi.transpose, result, [0, 3, 1, 2])
+        return self.conv2d(builder, builder.normalize(plain))
 
     def _pointwise(self, builder: Any, data: Any, kernel: Any, shape: list[Any], dtype: str) -> Any:
         return self._dense(builder, data, kernel.reshape(kernel.shape[2:]), shape, dtype)
@@ -200,7 +221,7 @@ class Kernels:
         if groups > 1:  # blocks must not cross from one group to the next
             lanes = math.gcd(outer // groups, tile.lanes)
             vectors = math.gcd(outer // groups // lanes, tile.vectors)
-            tile = Tile(tile.rows, vectors, lanes)
+            tile = replace(tile, vectors=vectors, lanes=lanes)
         packed = relax.const(pack(kernel.astype(dtype), tile))
         left = integers.bordered(builder, data)
         per_group = outer // groups // tile.columns if groups > 1 else 0
@@ -234,8 +255,9 @@ class Kernels:
     ) -> Any:
         _, wide = window.output(shape[1], shape[2])
         channels = kernel.shape[3]
-        lanes = vector(channels, self.registers.lanes(dtype))
-        tile = _depthwise_tile(number(wide), channels, lanes, self.registers, window)
+        key = f"depthwise {shape} {window} {dtype}"
+        area = window.size[0] * window.size[1]
+        tile = self._chosen(key, depthwise(number(wide), channels, self.registers, dtype, area))
         packed = relax.const(pack(kernel.astype(dtype)[:, :, 0, None, :], tile)[:, :, :, 0])
         left = integers.bordered(builder, data)
 
@@ -257,27 +279,13 @@ class Kernels:
                 return te.sum(value * w(block, dy, dx, lane), axis=[dy, dx])
 
             full = (shape[0], high, width, blocks, tile.columns)
-            attrs = {**tile_attrs(tile, False), "depthwise": 1}
+            attrs = {**tile_attrs(tile, False, key), "depthwise": 1}
             product = te.compute(full, summand, name="product", attrs=attrs)
             return result(product, [shape[0], high, wide, channels], tile)
 
         return builder.call_te(
             compute, left.value, packed, primfunc_name_hint="depthwise", primfunc_attrs=FUSABLE
         )
-
-
-def _depthwise_tile(
-    wide: int | None, channels: int, lanes: int, registers: Registers, window: Window
-) -> Tile:
-    """Sums for some outputs side by side, which share most of what they see."""
-    vectors = 2 if channels % (2 * lanes) == 0 and window.size[0] * window.size[1] <= 9 else 1
-    most = min(registers.sums(vectors) // vectors, 8)
-    if wide is None:
-        return Tile(4, vectors, lanes)
-    fits = [rows for rows in range(1, most + 1) if wide % rows == 0]
-    if fits[-1] < 3 and wide > 3:  # better some columns too many than one at a time
-        fits = [min(range(3, most + 1), key=lambda rows: (-(-wide // rows) * rows, -rows))]
-    return Tile(fits[-1], vectors, lanes)
 
 
 def default(name: str) -> Any:

@@ -23,8 +23,6 @@ _tirx: Any = importlib.import_module("tvm.tirx")
 PRODUCT, PADDED = "product", "padded"
 _PARALLEL_WORK = 60_000
 """Multiplications below which another thread is not worth waking."""
-_BAND = 8
-"""Rows of a depthwise convolution's input that are padded at a time."""
 
 
 def multiply(schedule: Any, machine: Machine) -> tuple[Any, str]:
@@ -59,7 +57,8 @@ def multiply(schedule: Any, machine: Machine) -> tuple[Any, str]:
     if result is not tail[-1]:
         elementwise(schedule, tail[-1], machine)
     function = schedule.mod["main"]
-    if not words["dot"] and not {"depthwise", "stacked"} & set(notes):
+    by_columns = not notes["rows_first"] and not {"depthwise", "stacked"} & set(notes)
+    if by_columns and not words["dot"]:
         function = prefetch(function, f"{PRODUCT}_update")
     return function, words["kernel"]
 
@@ -114,14 +113,21 @@ class _Product:
         stack = outer if self._tile.get("stacked") else []  # each has a right side of its own
         if self._depthwise:
             order, bands = self._banded(outer, high, block)
+        elif self._tile["rows_first"]:
+            order, bands = [*outer, high, block], None
         else:
             order, bands = [*stack, block, *outer[len(stack) :], high], None
         group = [sums.pop()] if self._dot else []
-        s.reorder(*order, *sums, rows, vectors, lanes, *group)
+        written: list[Any] = []
+        if self._tile["unroll"] > 1 and not self._depthwise:
+            several = math.gcd(extent(s, sums[-1]), self._tile["unroll"])
+            sums[-1], inner = s.split(sums[-1], [None, several])
+            written.append(inner)
+        s.reorder(*order, *sums, *written, rows, vectors, lanes, *group)
         s.set_scope(product, 0, "local")
         s.reverse_compute_at(self._result, order[-1], preserve_unit_loops=True)
         self._store(len(order))
-        for loop in (rows, vectors):
+        for loop in (*written, rows, vectors):
             s.unroll(loop)
         if not self._dot:
             s.vectorize(lanes)
@@ -160,14 +166,15 @@ class _Product:
         """Depthwise loops, in bands of rows for which the input is padded at once."""
         s = self._schedule
         *batch, row = outer
+        inner = [block, high] if self._tile["rows_first"] else [high, block]
         if not self._before or not is_static(s, row):
-            return [*batch, row, high, block], None
-        size = extent(s, row)
-        band = next(count for count in range(_BAND, 0, -1) if size % count == 0)
-        if band < 3 and size > _BAND:
-            band = _BAND
+            return [*batch, row, *inner], None
+        size, most = extent(s, row), self._tile["band"]
+        band = next(count for count in range(most, 0, -1) if size % count == 0)
+        if band < 3 and size > most:
+            band = most
         bands, inside = s.split(row, [None, band])
-        return [*batch, bands, inside, high, block], bands
+        return [*batch, bands, inside, *inner], bands
 
     def _store(self, depth: int) -> None:
         """The result's stage: vectors along the columns, everything unrolled."""

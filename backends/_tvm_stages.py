@@ -124,6 +124,9 @@ def tile_attrs(tile: Tile, flat: bool, key: str = "", dot: Dot | None = None) ->
         "rows": tile.rows,
         "vectors": tile.vectors,
         "lanes": tile.lanes,
+        "unroll": tile.unroll,
+        "rows_first": int(tile.rows_first),
+        "band": tile.band,
         "flat": int(flat),
     }
 

@@ -8,12 +8,15 @@ leave the multipliers idle for their latency.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import astuple, dataclass, replace
 
 from graphopt.backends._tvm_dots import Dot, dots
 from graphopt.target import Target
 
 _BITS = {"float64": 64, "float32": 32, "float16": 16, "int32": 32, "int8": 32, "uint8": 32}
+_MOST_UNROLLED = 8
+_BAND = 8
 _IN_FLIGHT = 8
 """Sums that hide the latency of a multiplication: four cycles of two units."""
 
@@ -50,16 +53,46 @@ class Registers:
 
 @dataclass(frozen=True)
 class Tile:
-    """The block of a product that is summed in registers."""
+    """The block of a product that is summed in registers, and the loops around it."""
 
     rows: int
     vectors: int
     lanes: int
+    unroll: int = 1
+    """Rounds of the sum that are written out, where their number is a multiple of it."""
+    rows_first: bool = False
+    """Whether rows get all their columns before the next rows, not columns all their rows."""
+    band: int = 0
+    """Rows of a depthwise convolution's input that are padded at a time."""
 
     @property
     def columns(self) -> int:
         """Elements of a row of the tile."""
         return self.vectors * self.lanes
+
+    def __str__(self) -> str:
+        return "x".join(str(int(value)) for value in astuple(self))
+
+    @classmethod
+    def parse(cls, text: str) -> Tile:
+        """What `str` made text of; ValueError or TypeError for anything else."""
+        rows, vectors, lanes, unroll, first, band = map(int, text.split("x"))
+        return cls(rows, vectors, lanes, unroll, bool(first), band)
+
+    def near(self) -> Iterator[Tile]:
+        """Those that differ in one thing; whether the registers hold them is not asked."""
+        yield replace(self, rows_first=not self.rows_first)
+        if self.band:
+            for band in {2 * self.band, max(self.band // 2, 1)} - {self.band}:
+                yield replace(self, band=band)
+        else:
+            for unroll in (2 * self.unroll, self.unroll // 2):
+                if 1 <= unroll <= _MOST_UNROLLED:
+                    yield replace(self, unroll=unroll)
+        for change in (1, -1, 2, -2):
+            yield replace(self, rows=self.rows + change)
+        for change in (1, -1):
+            yield replace(self, vectors=self.vectors + change)
 
 
 def vector(columns: int, widest: int) -> int:
@@ -92,6 +125,43 @@ def ranked(
             if rows is None or height <= rows
         ]
     return sorted(tiles, key=lambda tile: (round(_cost(rows, columns, tile), 9), tile.vectors))
+
+
+def depthwise(
+    rows: int | None, columns: int, registers: Registers, dtype: str, window: int
+) -> list[Tile]:
+    """Tiles of a depthwise convolution, whose rows share most of what they see.
+
+    Args:
+        rows: outputs that are side by side; None if unknown.
+        columns: channels.
+        registers: of the CPU.
+        dtype: of the sums.
+        window: positions that an output sees.
+    """
+    lanes = vector(columns, registers.lanes(dtype))
+    tiles: list[Tile] = []
+    for vectors in range(1, min(4, -(-columns // lanes)) + 1):
+        most = max(1, min(registers.sums(vectors) // vectors, 12, rows or 12))
+        tiles += [Tile(height, vectors, lanes, band=_BAND) for height in range(1, most + 1)]
+    preferred = _depthwise(rows, columns, lanes, registers, window)
+    return sorted(
+        tiles,
+        key=lambda tile: (tile.vectors != preferred.vectors, abs(tile.rows - preferred.rows)),
+    )
+
+
+def _depthwise(
+    wide: int | None, channels: int, lanes: int, registers: Registers, window: int
+) -> Tile:
+    vectors = 2 if channels % (2 * lanes) == 0 and window <= 9 else 1
+    most = min(registers.sums(vectors) // vectors, 8)
+    if wide is None:
+        return Tile(4, vectors, lanes)
+    fits = [rows for rows in range(1, most + 1) if wide % rows == 0]
+    if fits[-1] < 3 and wide > 3:  # better some columns too many than one at a time
+        fits = [min(range(3, most + 1), key=lambda rows: (-(-wide // rows) * rows, -rows))]
+    return Tile(fits[-1], vectors, lanes)
 
 
 def _cost(rows: int | None, columns: int, tile: Tile) -> float:

@@ -1,7 +1,10 @@
 """A search over the tiles of products: whole models are timed kernel by kernel, tile by tile.
 
 In each round every kernel gets its next candidate, so that one compilation measures one candidate
-of each in its place in the model. The fastest of each are kept if the model is faster with them.
+of each in its place in the model: first those that the rules rank highest, then what is like the
+best so far. The two models take turns, and what counts is a candidate's share of the time that the
+rules' tile takes meanwhile. What is fastest is measured once more, for longer, and kept where it
+still is faster, kernel by kernel and as a whole.
 """
 
 from __future__ import annotations
@@ -29,12 +32,17 @@ from graphopt.target import Target
 tvm: Any = importlib.import_module("tvm")
 _vm: Any = importlib.import_module("tvm.runtime.vm")
 
-_CANDIDATES, _RUNS = 12, 8
-_MARGIN = 0.97
-"""What a candidate's time may at most be of the rules' for it to be believed."""
+_RANKED = 8
+"""Candidates of a kernel before the search turns to what is like the best of them."""
+_RUNS, _SECONDS = 8, 0.3
+"""What a measurement takes at least."""
+_FINAL = 4
+"""How many times as much a measurement takes that decides."""
+_MARGIN = 0.98
+"""The share of the rules' time that is believed to be less."""
 
-Times = dict[str, dict[str, float]]
-"""Nanoseconds of one run's calls, by kernel and tile."""
+Shares = dict[str, dict[str, float]]
+"""Of the time that a kernel takes with the rules' tile, by kernel and tile."""
 
 
 def tune(
@@ -51,27 +59,47 @@ def tune(
     rules = Kernels(machine.registers)
     build = _Builder(module, aim, machine)
     plain = build(rules)
-    times = _read(options.log, _identity(target))
+    known = _read(options.log, _identity(target))
     rounds = 0
-    for index in range(_CANDIDATES):
-        tiles = {key: some[index] for key, some in rules.seen.items() if index < len(some)}
-        todo = {k: t for k, t in tiles.items() if _text(t) not in times.get(k, {})}
-        if not todo or time.monotonic() > end:
-            continue
-        for key, spent in build(Kernels(machine.registers, tiles=todo)).kernels().items():
-            text = _text(todo.get(key, rules.seen[key][0]))
-            known = times.setdefault(key, {})
-            known[text] = min(spent, known.get(text, spent))
+    while time.monotonic() < end:
+        tiles = {
+            key: tile
+            for key, some in rules.seen.items()
+            if (tile := _candidate(some, known.get(_name(key, some), {}))) is not None
+        }
+        if not tiles:
+            break
+        shares = _shares(plain, build(Kernels(machine.registers, tiles=tiles)))
+        for key, tile in tiles.items():
+            found = known.setdefault(_name(key, rules.seen[key]), {})
+            found[str(tile)] = shares.get(key, 1.0)  # 1: its schedule was refused
         rounds += 1
-        _write(options.log, _identity(target), times)
-    best = {key: _best(some, times.get(key, {})) for key, some in rules.seen.items()}
-    tuned = Kernels(machine.registers, tiles=best)
-    before, after = _compare(plain, build(tuned))
-    found: dict[str, Any] = {"rounds": rounds, "before_ns": before, "after_ns": after, "tiles": {}}
+        _write(options.log, _identity(target), known)
+    best: dict[str, Tile] = {}
+    for key, some in rules.seen.items():
+        tile, share = _best(some, known.get(_name(key, some), {}))
+        if share < _MARGIN:
+            best[key] = tile
+    return _confirmed(plain, build, rules, best, rounds)
+
+
+def _confirmed(
+    plain: _Loaded, build: _Builder, rules: Kernels, best: dict[str, Tile], rounds: int
+) -> tuple[Kernels, dict[str, Any]]:
+    """The tiles that are faster when measured again, if the whole is faster with them."""
+    registers = rules.registers
+    if best:
+        shares = _shares(plain, build(Kernels(registers, tiles=best)), _FINAL)
+        best = {key: tile for key, tile in best.items() if shares.get(key, 1.0) < _MARGIN}
+    found: dict[str, Any] = {"rounds": rounds, "before_ns": 0, "after_ns": 0, "tiles": {}}
+    if not best:
+        return rules, found
+    tuned = Kernels(registers, tiles=best)
+    before, after = _compare(build(rules), build(tuned))
+    found |= {"before_ns": before, "after_ns": after}
     if after >= before:
         return rules, found
-    changed = {key: _text(tile) for key, tile in best.items() if tile != rules.seen[key][0]}
-    return tuned, {**found, "tiles": changed}
+    return tuned, {**found, "tiles": {key: str(tile) for key, tile in best.items()}}
 
 
 @dataclasses.dataclass
@@ -104,16 +132,16 @@ class _Loaded:
         return time.perf_counter_ns() - start
 
     def kernels(self) -> dict[str, float]:
-        """The least nanoseconds, over some runs, of the calls of each kernel."""
+        """Nanoseconds of the calls of each kernel in a run."""
         watch = _Watch(self.names)
         self.machine.set_instrument(watch)
-        best: dict[str, float] = {}
-        for _ in range(_RUNS):
-            watch.spent.clear()
-            self.machine["main"](*self.inputs)
-            for key, spent in watch.spent.items():
-                best[key] = min(spent, best.get(key, spent))
-        return best
+        self.machine["main"](*self.inputs)
+        self.machine.set_instrument(_unwatched)
+        return watch.spent
+
+
+def _unwatched(*_: object) -> None:
+    """The instrument of a machine whose kernels are not timed: one cannot be taken out again."""
 
 
 class _Watch:
@@ -146,24 +174,49 @@ def _inputs(module: Any) -> list[Any]:
     return made
 
 
-def _best(tiles: list[Tile], times: dict[str, float]) -> Tile:
-    """The fastest, or the rules' where none is clearly faster."""
-    first = times.get(_text(tiles[0]))
-    measured = [tile for tile in tiles[:_CANDIDATES] if _text(tile) in times]
-    if first is None or not measured:
-        return tiles[0]
-    best = min(measured, key=lambda tile: times[_text(tile)])
-    return best if times[_text(best)] < _MARGIN * first else tiles[0]
+def _candidate(tiles: list[Tile], known: dict[str, float]) -> Tile | None:
+    """What to measure next of a kernel; None where all that is like the best was."""
+    for tile in tiles[1:_RANKED]:
+        if str(tile) not in known:
+            return tile
+    legal = {(tile.rows, tile.vectors) for tile in tiles}
+    for tile in _best(tiles, known)[0].near():
+        if (tile.rows, tile.vectors) in legal and str(tile) not in {str(tiles[0]), *known}:
+            return tile
+    return None
+
+
+def _best(tiles: list[Tile], known: dict[str, float]) -> tuple[Tile, float]:
+    """The tile of the least share, which is 1 for the rules'."""
+    text, share = min(known.items(), key=lambda item: item[1], default=("", 1.0))
+    return (Tile.parse(text), share) if share < 1 else (tiles[0], 1.0)
+
+
+def _shares(plain: _Loaded, other: _Loaded, times: int = 1) -> dict[str, float]:
+    """The least time of each kernel over that in another model, which takes turns with it."""
+    least: list[dict[str, float]] = [{}, {}]
+    end, runs = time.monotonic() + times * _SECONDS, 0
+    while runs < times * _RUNS or time.monotonic() < end:
+        for loaded, best in zip((plain, other), least, strict=True):
+            for key, spent in loaded.kernels().items():
+                best[key] = min(spent, best.get(key, spent))
+        runs += 1
+    return {key: spent / least[0][key] for key, spent in least[1].items()}
 
 
 def _compare(plain: _Loaded, tuned: _Loaded) -> tuple[int, int]:
-    """The least nanoseconds of both, run in turns."""
-    pairs = [(plain.once(), tuned.once()) for _ in range(4 * _RUNS)]
-    return min(a for a, _ in pairs), min(b for _, b in pairs)
+    """The median nanoseconds of both, run in turns."""
+    pairs: list[tuple[int, int]] = []
+    end = time.monotonic() + 4 * _FINAL * _SECONDS
+    while len(pairs) < _FINAL * _RUNS or time.monotonic() < end:
+        pairs.append((plain.once(), tuned.once()))
+    first, second = (int(np.median(times)) for times in zip(*pairs, strict=True))
+    return first, second
 
 
-def _text(tile: Tile) -> str:
-    return f"{tile.rows}x{tile.vectors}"
+def _name(kernel: str, tiles: list[Tile]) -> str:
+    """Under which a log knows a kernel: with the tile whose time is 1."""
+    return f"{kernel} {tiles[0]}"
 
 
 def _identity(target: Target) -> str:
@@ -171,15 +224,15 @@ def _identity(target: Target) -> str:
     return hashlib.sha256(" ".join(sorted(target.isa)).encode()).hexdigest()[:16]
 
 
-def _read(log: str, identity: str) -> Times:
+def _read(log: str, identity: str) -> Shares:
     path = Path(log)
     if not log or not path.exists():
         return {}
     try:
         data = json.loads(path.read_bytes())
-        kept: Times = {
-            str(kernel): {str(tile): float(spent) for tile, spent in tiles.items()}
-            for kernel, tiles in data["times"].items()
+        kept: Shares = {
+            str(kernel): {str(Tile.parse(tile)): float(share) for tile, share in tiles.items()}
+            for kernel, tiles in data["shares"].items()
         }
         same = data["cpu"] == identity
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -189,7 +242,7 @@ def _read(log: str, identity: str) -> Times:
     return kept
 
 
-def _write(log: str, identity: str, times: Times) -> None:
+def _write(log: str, identity: str, shares: Shares) -> None:
     if log:
-        text = json.dumps({"cpu": identity, "times": times}, indent=1, sort_keys=True)
+        text = json.dumps({"cpu": identity, "shares": shares}, indent=1, sort_keys=True)
         atomic.write(Path(log), lambda file: file.write(text.encode()))
