@@ -10,9 +10,6 @@ import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
-
-from graphopt.backends._tvm_call import constant
 from graphopt.backends._tvm_extremes import at_least, at_most, once
 from graphopt.backends._tvm_kernels import default
 
@@ -114,19 +111,6 @@ def softmax(builder: Any, call: Any) -> Any:
     return builder.call_te(_softmax, x, primfunc_name_hint="softmax")
 
 
-def divide(builder: Any, call: Any) -> Any:
-    """By constants: a multiplication with their inverses, which takes a fraction of the time."""
-    left, right = call.args
-    array = constant(builder, right)
-    if array is None or array.dtype.kind != "f":
-        return default("relax.divide")(builder, call)
-    with np.errstate(all="ignore"):
-        inverse = (1 / array).astype(array.dtype)
-    if not (np.isfinite(inverse) & (np.abs(inverse) >= np.finfo(array.dtype).tiny)).all():
-        return default("relax.divide")(builder, call)
-    return builder.call_te(topi.multiply, left, relax.const(inverse))
-
-
 def _softmax(x: Any) -> Any:
     *outer, size = x.shape
     a, b = te.reduce_axis((0, size), "a"), te.reduce_axis((0, size), "b")
@@ -186,6 +170,5 @@ def _f(value: float) -> Any:
 FAST: dict[str, Callable[[Any, Any], Any]] = {
     **{f"relax.{f.__name__}": _each(f.__name__, f) for f in (exp, erf, sigmoid, tanh)},
     "relax.nn.softmax": softmax,
-    "relax.divide": divide,
 }
 """Legalizations by operator."""

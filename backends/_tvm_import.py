@@ -10,7 +10,7 @@ import contextlib
 import importlib
 import io
 import warnings
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
 from graphopt import files, ir
@@ -200,6 +200,7 @@ class _Importer:
             inputs[:] = [None if v is None else self._as_tensor(v) for v in inputs]
         if node.op_type != "Resize":  # whose scales may be left out so
             inputs[:] = [None if v is None else self._loadable(v) for v in inputs]
+        _require_rank(inputs)
         own = OPERATORS.get((node.domain, node.op_type))
         call = Call(self._bb, list(inputs), node, self._sizes, self._nodes)
         result = None if own is None else own(call)
@@ -286,6 +287,7 @@ class _Importer:
 
     def _convert_if(self, node: ir.Node, proto: Any) -> None:
         condition = self._as_tensor(self._nodes[proto.input[0]])
+        _require_rank([condition])
         branches = {attribute.name: attribute.g for attribute in proto.attribute}
         results: list[Any] = []
         for name in ("then_branch", "else_branch"):
@@ -326,13 +328,15 @@ class _Importer:
             )
 
 
+_ANY_RANK = -1
+"""What TVM says of tensors such as those of an If whose branches differ in rank."""
 _ODD = "sequences, and what may be absent"
 _NO_TENSORS = ("Sequence", "Optional", "SplitToSequence", "ConcatFromSequence")
 """How the names of operators on them start."""
 _FEW_BITS = ("FLOAT8", "FLOAT4", "INT4", "UINT4", "INT2", "UINT2")
 _TAKES_SHAPES = frozenset(
     {"Reshape", "Resize", "ConstantOfShape", "Gather", "Slice", "Shape", "Expand", "Concat"}
-    | {"Equal", "Where", "Cast", "CastLike", "Squeeze"}
+    | {"Where", "Cast", "CastLike", "Squeeze"}
 )
 """Operators whose converters compute with symbolic shapes; the others are given tensors."""
 
@@ -342,6 +346,12 @@ def _is_numeric(value: ir.Value) -> bool:
     if not isinstance(kind, ir.TensorType):
         return kind is None
     return kind.dtype != ir.DataType.STRING and not kind.dtype.name.startswith(_FEW_BITS)
+
+
+def _require_rank(values: Sequence[Any]) -> None:
+    """Kernels have loops, whose number the compiler has to know."""
+    if any(getattr(getattr(value, "ty", None), "ndim", 0) == _ANY_RANK for value in values):
+        raise NotImplementedError("the rank of its input is known at run time only")
 
 
 def _known() -> Mapping[str, Any]:

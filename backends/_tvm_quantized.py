@@ -238,7 +238,7 @@ def gemm(call: Call) -> Any:
 def dynamic_quantize(call: Call) -> Any:
     """DynamicQuantizeLinear of float32; None for the importer's.
 
-    Multiplies with the inverse of the scale, which a vector divides by in many times the time.
+    Divides by the scale: a product with its inverse rounds some ties the other way.
     """
     x = call.inputs[0]
     if str(x.ty.dtype) != "float32":
@@ -251,9 +251,8 @@ def dynamic_quantize(call: Call) -> Any:
     scale = call.emit(_op.where(flat, relax.const(1.0, "float32"), _op.divide(span, whole)))
     offset = call.emit(_op.round(call.emit(_op.divide(call.emit(_op.subtract(none, low)), scale))))
     offset = call.emit(_op.minimum(offset, whole))
-    inverse = call.emit(_op.divide(relax.const(1.0, "float32"), scale))
     least = call.emit(_op.subtract(relax.const(float(_WHOLE_FROM), "float32"), offset))
-    y = call.emit(_op.add(call.emit(_op.multiply(x, inverse)), _number(_WHOLE_FROM, x)))
+    y = call.emit(_op.add(call.emit(_op.divide(x, scale)), _number(_WHOLE_FROM, x)))
     y = call.emit(_op.minimum(call.emit(_op.maximum(y, least)), call.emit(_op.add(least, whole))))
     y = call.emit(_op.subtract(y, least))
     integers = [call.emit(_op.astype(value, "uint8")) for value in (y, offset)]

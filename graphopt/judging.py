@@ -1,11 +1,12 @@
 """Whether a difference between two models' results is more than the original's own noise.
 
 An output that differs by more than its tolerance gets a second look: how far does the *original*
-lie from itself, run again, run under ONNX Runtime's own optimizations, and run on inputs that
-differ in the last place? A network with roundings inside (quantized, arg-max, thresholds) answers
-a change of one unit in the last place with a visible difference, and no rewrite can be asked to do
-better than that: twice this noise is allowed, up to a tenth of the output's scale. Beyond that,
-and where the original does not even repeat itself, the output counts as not checked.
+lie from itself, run again, run under ONNX Runtime's own optimizations, run on inputs that differ
+in the last place, and with its long sums in float64? A network with roundings inside (quantized,
+arg-max, thresholds) answers a change of one unit in the last place with a visible difference, and
+no rewrite can be asked to do better than that: twice this noise is allowed, up to a tenth of the
+output's scale. Beyond that, and where the original does not even repeat itself, the output counts
+as not checked.
 
 Integer outputs are compared exactly. Those that come of near ties (ArgMax, TopK, quantized bytes)
 fall under the same rule: as many elements may differ as twice those that differ in the original.
@@ -14,7 +15,7 @@ fall under the same rule: as many elements may differ as twice those that differ
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -24,6 +25,7 @@ from graphopt.errors import GraphoptError
 from graphopt.execute import captured, deterministic
 from graphopt.report import OutputComparison
 from graphopt.runner import Runner
+from graphopt.wide_sums import wide_sums
 
 Feeds = Mapping[str, ir.Array]
 Outputs = Mapping[str, object]
@@ -64,10 +66,13 @@ class Trial:
         return results
 
     def variations(self) -> Iterator[list[Outputs]]:
-        """Optimized by ONNX Runtime, then on inputs one place away; none where that fails."""
+        """Optimized by ONNX Runtime, on inputs one place away, with wide sums; up to a failure."""
         try:
             yield self.run(optimize=True)
             yield self.run(change=nudge)
+            wide = wide_sums(self.model)
+            if wide is not None:
+                yield replace(self, model=wide).run()
         except GraphoptError:
             return
 

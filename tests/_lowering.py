@@ -60,20 +60,25 @@ def preload(backend: str) -> None:
             importlib.import_module(f"{backends.__name__}.{module.name}")
 
 
-def lower_all(cases: Sequence[Any], backend: str, target: str) -> Iterator[tuple[str, Lowered]]:
-    """Compile the models of node tests, and run them where this machine can; by name."""
+def lower_all(
+    cases: Sequence[Any], backend: str, target: str, variant: str = "B"
+) -> Iterator[tuple[str, Lowered]]:
+    """Compile the models of node tests, and run them where this machine can; by name.
+
+    In variant B all inputs but the first are initializers, where they can be; in A none are.
+    """
     left = list(cases)
     while left:
-        for case, row in _in_a_process(left[:_AT_ONCE], backend, target):
+        for case, row in _in_a_process(left[:_AT_ONCE], (backend, target, variant)):
             left.remove(case)
             yield case.name, row
 
 
-def _in_a_process(cases: Sequence[Any], backend: str, target: str) -> Iterator[tuple[Any, Lowered]]:
+def _in_a_process(cases: Sequence[Any], how: tuple[str, str, str]) -> Iterator[tuple[Any, Lowered]]:
     """What came of the cases up to the one that the process ended with, if one did that."""
     here, there = multiprocessing.Pipe(duplex=False)
     context = multiprocessing.get_context("fork")
-    process = context.Process(target=_answer, args=(there, cases, backend, target))
+    process = context.Process(target=_answer, args=(there, cases, how))
     process.start()
     there.close()
     try:
@@ -94,27 +99,22 @@ def _in_a_process(cases: Sequence[Any], backend: str, target: str) -> Iterator[t
         here.close()
 
 
-def _answer(answer: Connection, cases: Sequence[Any], backend: str, target: str) -> None:
+def _answer(answer: Connection, cases: Sequence[Any], how: tuple[str, str, str]) -> None:
     try:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, 1)
         os.dup2(nowhere, 2)
         child.call = _here  # this process is a child already
         for case in cases:
-            answer.send(_outcome(case, backend, target))
+            answer.send(_outcome(case, *how))
     finally:
         answer.close()
         os._exit(0)
 
 
-def _model_of(case: Any) -> tuple[Any, dict[str, Any]]:
-    """A case's model and feeds: inputs but the first are initializers where they can be."""
-    found = {variant: (model, feeds) for variant, model, feeds in variants(case)}
-    return found.get("B", found["A"])
-
-
-def _outcome(case: Any, backend: str, target: str) -> Lowered:
-    model, feeds = _model_of(case)
+def _outcome(case: Any, backend: str, target: str, variant: str) -> Lowered:
+    found = {name: (model, feeds) for name, model, feeds in variants(case)}
+    model, feeds = found.get(variant, found["A"])
     with tempfile.TemporaryDirectory() as scratch:
         try:
             folder = compilation.compile(

@@ -33,7 +33,7 @@ FLOORS = [
     "__version__",
     "shapes cost sizes runner emulation batch execute numpy_ops numpy_moves feeds input_uses "
     "random_inputs target report closeness artifact child trust cache models samples "
-    "taps gram lowrank",
+    "taps gram lowrank wide_sums",
     "context _match rewriting driver pass_manager numbering cutting regions judging verification "
     "losses profiles partition splicing rebatching attachments quantizer pruner",
     "passes",

@@ -266,6 +266,34 @@ def test_sizes_that_are_set_decide_what_is_taken(tmp_path: Path) -> None:
 
 
 @needs_tvm
+def test_sizes_of_run_time_decide(tmp_path: Path) -> None:
+    """Which branch is taken, and so what rank there is for an operator that is not TVM's then."""
+    model = parse("""
+        g (float[n,4,m] x) => (float y)
+        <int64[1] last = {2}, int64[1] one = {1}>
+        {
+            r = Relu (x) t = Sigmoid (r) s = Shape (t) size = Gather (s, last)
+            alone = Equal (size, one)
+            b = If (alone) <
+                then_branch = g1 () => (float p) { p = Squeeze (t, last) },
+                else_branch = g2 () => (float q) { q = Identity (t) }
+            >
+            [late] y = Abs (b)
+        }
+    """, opset=18)  # fmt: skip
+    refused = BACKEND.supports(model, CPU)
+    assert refused == {"late": "the rank of its input is known at run time only"}
+    folder = tmp_path / "a"
+    compilation.compile(model, CPU, folder, backend="tvm", level=0, verify="off")
+    for shape in ((2, 4, 1), (2, 4, 3)):
+        x = random(*shape)
+        found = compilation.load(folder, trust=True).run({"x": x})["y"]
+        (wanted,) = expected(model, {"x": x})
+        np.testing.assert_allclose(np.asarray(found), wanted, rtol=1e-6)
+        assert np.shape(found) == wanted.shape
+
+
+@needs_tvm
 def test_blocked_weights(tmp_path: Path) -> None:
     model = parse("""
         g (float[2,8] x) => (float[2,4] y)

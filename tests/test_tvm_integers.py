@@ -168,6 +168,18 @@ def test_rounding_and_saturation() -> None:
 
 
 @needs_tvm
+def test_quotients_are_not_products_with_inverses() -> None:
+    """Which would lie beside a half where the quotient is one, and round the other way."""
+    x, scale = np.arange(-60, 60).astype("f") * np.float32(0.05), np.array(0.1, np.float32)
+    text = "g (float[120] x, float[] s, int8[] z) => (int8 y) { y = QuantizeLinear (x, s, z) }"
+    found, _ = run(with_weights(text, s=scale, z=np.array(0, np.int8)), x)
+    np.testing.assert_array_equal(found, np.rint(x / scale).astype(np.int8))
+    text = "g (float[6] x) => (uint8 y) { y, s, z = DynamicQuantizeLinear (x) }"
+    found, _ = run(with_weights(text), x := np.array([0, 2, -3, -2.5, 1.34, 0.5], np.float32))
+    np.testing.assert_array_equal(found, [153, 255, 0, 26, 221, 179])
+
+
+@needs_tvm
 def test_a_block_of_a_network() -> None:
     """Bias, activation, rounding and the sum with another tensor are one kernel with the sums."""
     model = with_weights(

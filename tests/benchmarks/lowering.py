@@ -1,7 +1,7 @@
-"""All ONNX node tests through a backend, inputs but the first as initializers.
+"""All ONNX node tests through a backend, by default with inputs but the first as initializers.
 
     python -m tests.benchmarks.lowering onnxruntime
-    python -m tests.benchmarks.lowering tvm [--target arm64] [--json FILE] [NAME …]
+    python -m tests.benchmarks.lowering tvm [--target arm64] [--variant A] [--json FILE] [NAME …]
     python -m tests.benchmarks.lowering tensorrt --target cuda:sm_89
 
 Prints what was not built whole, with the reason, and how many of each kind there are; those that
@@ -47,6 +47,7 @@ def main() -> int:
     parser.add_argument("backend")
     parser.add_argument("names", nargs="*")
     parser.add_argument("--target", default="cpu")
+    parser.add_argument("--variant", choices=("A", "B"), default="B", help="A: inputs stay")
     parser.add_argument("--json", type=Path)
     options = parser.parse_intermixed_args()
     warnings.simplefilter("ignore")
@@ -62,7 +63,7 @@ def main() -> int:
         return error.exit_code
     rows = _read(options.json)
     cases = [case for case in cases if case.name not in rows]
-    for name, row in lower_all(cases, options.backend, options.target):
+    for name, row in lower_all(cases, options.backend, options.target, options.variant):
         rows[name] = row
         if len(rows) % _SAVE_EVERY == 0:
             _write(options.json, rows)
