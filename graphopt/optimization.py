@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 Verify = Literal["off", "end", "each"]
 Feeds = Mapping[str, ir.Array]
+_Check = Callable[[ir.Model, ir.Model], Comparison]
 
 
 @ir.paused_gc()
@@ -172,7 +173,7 @@ class _Run:
         return result
 
     def _passes(
-        self, model: ir.Model, passes: Sequence[Pass], report: Report, *, each: bool
+        self, model: ir.Model, passes: Sequence[Pass], report: Report, check: _Check | None = None
     ) -> ir.Model:
         context = Context(
             model if self.verify == "off" else files.copy(model),
@@ -184,7 +185,7 @@ class _Run:
         )
         manager = PassManager(
             passes,
-            self._check if each else None,
+            check,
             self.after,
             self.progress,
             rounds=1 if passes and passes[0].lossy else MAX_ROUNDS,
@@ -201,7 +202,8 @@ class _Run:
         left = self.rewrites_left
         record = Report()
         try:
-            result = self._passes(model, passes, record, each=self.verify == "each")
+            check = self._check if self.verify == "each" else None
+            result = self._passes(model, passes, record, check)
         except GraphoptError:
             raise
         except Exception as error:
@@ -211,12 +213,16 @@ class _Run:
                     "with verification on it is undone, named, and the rest goes on"
                 ) from error
             record, self.rewrites_left = Report(), left
-            result = self._passes(model, passes, record, each=True)
+            result = self._passes(model, passes, record, self._check)
         if self.verify != "off":
             verdict = self._compare(model, result, record)
-            if verdict.different and self.verify == "end":
+            # By what each pass changed first; a difference that only shows in the outputs, such
+            # as a rounding that the rest of the model blows up, needs whole runs.
+            for check in (self._check, lambda _, now: self._against(model, now)):
+                if not verdict.different:
+                    break
                 record, self.rewrites_left = Report(), left
-                result = self._passes(model, passes, record, each=True)
+                result = self._passes(model, passes, record, check)
                 verdict = self._compare(model, result, record)
             if self.report.verification is None or self.report.verification.ok:
                 self.report.verification = verdict
@@ -233,6 +239,9 @@ class _Run:
             self.progress("verification")
         if not any(entry.rewrites for entry in record.passes):
             return self._check(before, now)  # what did not change need not run
+        return self._against(before, now)
+
+    def _against(self, before: ir.Model, now: ir.Model) -> Comparison:
         return compare(
             before, now, feeds=self.inputs, seed=self.seed, memory_limit=self.memory_limit
         )
@@ -241,7 +250,7 @@ class _Run:
         """The model after a lossy pass, and what that cost; undone where the model then breaks."""
         record = Report()
         try:
-            result = self._passes(model, [single], record, each=False)
+            result = self._passes(model, [single], record)
         except GraphoptError:
             raise
         except Exception as error:

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import onnx
 import onnx.version_converter
 
@@ -90,6 +91,27 @@ def _flatten(context: Context, node: ir.Node) -> str:
     return ""
 
 
+def _pin(node: ir.Node, graph: ir.Graph) -> bool:
+    """Say in a Resize of opset 11 what one of 10 means; False where that cannot be known.
+
+    Version 11 has other defaults, which onnx's converter leaves in place. To the nearest, ONNX
+    Runtime rounds down where a Resize of version 10 enlarges and up where it shrinks.
+    """
+    scales = ir.constant(node.inputs[1])
+    rounding = "floor"
+    if ir.attribute(node, "mode", "nearest") == "nearest":
+        values = np.ones(0) if scales is None else scales.numpy()
+        if not values.size or (np.any(values < 1) and np.any(values > 1)):
+            return False
+        rounding = "ceil" if np.any(values < 1) else "floor"
+    for resize in graph:
+        if resize.op_type == "Resize":
+            words = {"coordinate_transformation_mode": "asymmetric", "nearest_mode": rounding}
+            for name, word in words.items():
+                resize.attributes[name] = ir.Attr(name, ir.AttributeType.STRING, word)
+    return True
+
+
 def _roots(model: ir.Model) -> list[ir.Graph]:
     return [model.graph, *(function.graph for function in model.functions.values())]
 
@@ -149,6 +171,11 @@ class _Conversion:
             return "its body would have to change"
         if any(attr.is_ref() for attr in node.attributes.values()):
             return "an attribute is set by the function's caller"
+        if node.op_type == "Dropout" and {before, after} == {9, 10} and len(node.outputs) > 1:
+            if is_used(node.outputs[1]):
+                return "its mask would be of another type"
+            node.resize_outputs(1)
+            return ""
         single = self._alone(node, before)
         if isinstance(single, str):
             return single
@@ -158,7 +185,10 @@ class _Conversion:
         known = self._known[key]
         if isinstance(known, str):
             return known
-        _replace(self.context, node, ir.from_proto(known).graph)
+        graph = ir.from_proto(known).graph
+        if node.op_type == "Resize" and (before, after) == (10, 11) and not _pin(node, graph):
+            return "how it rounds depends on its scales, which are not constant"
+        _replace(self.context, node, graph)
         return ""
 
     def _alone(self, node: ir.Node, before: int) -> onnx.ModelProto | str:

@@ -19,6 +19,9 @@ from graphopt.rewriting import Op, Refuse, rewrite
 _CANCELLED = 2.0**-12
 """x + 2^23 - 2^23 rounds x to a whole number: constants that all but cancel are left alone."""
 
+_SWALLOWING = 2.0**12
+"""(1 - x) * 1e9 is a mask, and exact near 1, where 1e9 - x * 1e9 is wrong by up to 64."""
+
 _LONGEST = 16
 _SUMS, _PRODUCTS = ("Add", "Sub"), ("Mul", "Div")
 
@@ -135,7 +138,8 @@ def _affine(chain: list[tuple[str, ir.Array, bool]]) -> tuple[Floats, Floats]:
     """(scale, shift) of operations, the last one first, as one.
 
     Raises:
-        Refuse: a division by zero, or shifts that all but cancel.
+        Refuse: a division by zero, shifts that all but cancel, or that grow so large that a
+            result near 0 loses its digits to them.
     """
     scale, shift, reach = np.ones(()), np.zeros(()), np.zeros(())
     for op_type, constant, swapped in reversed(chain):
@@ -149,6 +153,8 @@ def _affine(chain: list[tuple[str, ir.Array, bool]]) -> tuple[Floats, Floats]:
             raise Refuse("it divides by zero")
         factor = number if op_type == "Mul" else 1 / number
         scale, shift, reach = scale * factor, shift * factor, reach * np.abs(factor)
+        if np.any(np.abs(shift) > _SWALLOWING):
+            raise Refuse("a constant this large would swallow digits of what it is added to")
     if np.any((np.abs(shift) < _CANCELLED * reach) & (reach > 0)):
         raise Refuse("the constants cancel, which may be meant to round")
     return scale, shift

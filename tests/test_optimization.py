@@ -80,6 +80,37 @@ def test_a_pass_that_breaks_the_model_is_undone_and_the_rest_stays() -> None:
         assert report.verification is not None and report.verification.ok
 
 
+def factor(model: ir.Model) -> float:
+    tensor = ir.constant(model.graph.initializers["c"])
+    assert tensor is not None
+    return float(tensor.numpy())
+
+
+@dataclass(frozen=True)
+class Nudge(Pass):
+    """Changes a factor so little that what it makes agrees; a difference behind it does not."""
+
+    def run(self, context: Context) -> None:
+        if factor(context.model) == 1.5:
+            nudged = ir.tensor(np.float32(1.5001), name="c")
+            context.model.graph.initializers["c"].const_value = nudged
+            context.refresh()
+            context.changed("nudge", ["Mul"], ["Mul"])
+
+
+def test_a_pass_whose_effect_shows_only_in_the_outputs_is_undone() -> None:
+    report = Report()
+    model = ir.onnx_ir.from_onnx_text("""<ir_version: 10, opset_import: ["" : 20]>
+        net (float[8] x) => (float[8] y) <float c = {1.5}, float d = {1.499}> {
+          a = Mul(x, c)
+          b = Mul(x, d)
+          y = Sub(a, b)
+        }""")
+    result = optimize(model, passes=[Nudge()], report=report)
+    assert report.rolled_back == ["nudge"]
+    assert factor(result) == 1.5
+
+
 @dataclass(frozen=True)
 class Crash(Pass):
     """Has changed something when it fails."""

@@ -373,16 +373,21 @@ NETS = {
 }
 
 
-def test_gradient_of_an_old_softmax() -> None:
-    """Before opset 13 it is over its axis, which is 1 if not said, and all behind it."""
+@pytest.mark.parametrize(
+    ("body", "width"),
+    [("y = Softmax(a)", 4), ('y = Resize <mode = "linear"> (a, none, none, sizes)', 7)],
+)
+def test_gradients_of_old_operators(body: str, width: int) -> None:
+    """Before opset 13 a Softmax is over all from axis 1 on; in 11 a Resize has empty operands."""
     model = parse(
-        "net (float[2,3,4] x) => (float[2,3,4] y) <float[4] w = {1,2,3,4}>"
-        "{ a = Mul(x, w) y = Softmax(a) }"
+        f"net (float[2,3,4] x) => (float[2,3,{width}] y) <float[4] w = {{1,2,3,4}}, "
+        f"float[0] none = {{}}, int64[3] sizes = {{2,3,7}}> {{ a = Mul(x, w) {body} }}"
     )
     model.graph.opset_imports[""] = 11
     tape = Tape(model, ["w"])
     rng = np.random.default_rng(0)
-    x, slope = rng.standard_normal((2, 2, 3, 4)).astype(np.float32)
+    x = rng.standard_normal((2, 3, 4)).astype(np.float32)
+    slope = rng.standard_normal((2, 3, width)).astype(np.float32)
     w = np.arange(1, 5, dtype=np.float32)
     found = tape.backward(tape.forward({"x": x}, {"w": w}), {"y": slope}, ["w"])["w"]
     for index, step in enumerate(0.01 * np.eye(4, dtype=np.float32)):

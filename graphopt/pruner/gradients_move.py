@@ -123,13 +123,15 @@ def _resizing(
     given: Array = np.array(sizes, np.int64) if scale is None else np.array(scales, np.float32)
     source = ir.Value(name="x", shape=ir.Shape(shape), type=ir.TensorType(ir.DataType.FLOAT))
     by = ir.Value(name="by", const_value=ir.tensor(given, name="by"))
-    operands = [source, *[None] * (len(node.inputs) - 2), by]
+    # Opset 11 asks for a region even where nothing reads it.
+    empty = ir.Value(name="empty", const_value=ir.tensor(np.zeros(0, np.float32), name="empty"))
+    operands = [source, *[empty] * (len(node.inputs) - 2), by]
     copy = ir.Node("", "Resize", operands, attributes=list(node.attributes.values()))
     made = copy.outputs[0]
     made.name, made.type = "y", source.type
     assert node.graph is not None
     opsets = {"": ir.opset(node.graph)}
-    graph = ir.Graph([source], [made], nodes=[copy], initializers=[by], opset_imports=opsets)
+    graph = ir.Graph([source], [made], nodes=[copy], initializers=[empty, by], opset_imports=opsets)
     model = ir.to_proto(ir.Model(graph, ir_version=8)).SerializeToString(deterministic=True)
     return _result(model, tuple(shape)).reshape(size, result)
 
