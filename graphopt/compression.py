@@ -34,10 +34,14 @@ SCHEMES = {
     "palette-6": "palettize-weights{bits=6}",
     "palette-4": "palettize-weights{bits=4}",
     "palette-4-grouped": "palettize-weights{bits=4,group=16}",
+    "piecewise-4": "quantize-piecewise{bits=4}",
     "palette-3": "palettize-weights{bits=3}",
     "vector-2": "palettize-weights{bits=8,vector=4}",
 }
-"""Ways to store weights, by name, as pipeline text; the number is of bits per weight."""
+"""Ways to store weights, by name, as pipeline text; the number is of bits per weight.
+
+int4 has a scale for 32 weights of a product (for a channel of a convolution) and makes up for its
+errors where there are samples; piecewise-4 two scales for a channel, palette-4 none."""
 _LOADS = 3
 
 
