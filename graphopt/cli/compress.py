@@ -50,9 +50,9 @@ def compress(
 ) -> None:
     """Make the file of MODEL smaller; without -o, show what each scheme would come to.
 
-    int4 has a scale for 32 weights of a product and, given samples, makes up for its errors. Without
-    samples, piecewise-4 (two grids a channel) often keeps a little more of convolutions for a
-    twentieth more bytes; palette-4 (16 values a tensor) is smallest where channels are alike.
+    int4 has a scale for 32 weights of a product and, given samples, makes up for its errors.
+    Without samples, piecewise-4 (two grids a channel) often keeps a little more of convolutions
+    for a twentieth more bytes; palette-4 (16 values a tensor) is smallest where channels are alike.
 
     An output that ends in .zst is packed without loss; every graphopt command reads it.
 
