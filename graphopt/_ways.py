@@ -150,7 +150,8 @@ class Work:
         found at run time also get a Mul where that halves their noise: it is small beside them.
         Between integer kernels a Mul would cost more than they gain.
         """
-        context, keep = self.context, self.options.keep
+        context = self.context
+        keep = named(context.model, self.options.keep)
         static = self.options if isinstance(self.options, QuantizeStatic) else QuantizeStatic()
         table = static.table(context)
         single = SmoothActivations(self.report.method == "dynamic")

@@ -1,4 +1,4 @@
-"""Nodes and weights as users name them: `*` stands for any text, `?` for any character."""
+"""Nodes and weights as users name them: by name or type, with `*` for any text."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ def fits(patterns: Iterable[str], *names: str | None) -> bool:
 
 
 def names(weights: ir.Value | None) -> Iterator[str]:
-    """What constant weights go by: their own name, and their readers' labels."""
+    """What constant weights go by: their own name, and their readers' labels and types."""
     if weights is not None:
         yield weights.name or ""
-        yield from map(ir.label, weights.consumers())
+        for node in weights.consumers():
+            yield from (ir.label(node), node.op_type)
 
 
 def check(model: ir.Model, patterns: Iterable[str]) -> None:
-    """Raise InputError, naming it, for a pattern that fits no node, operator or constant."""
+    """Raise InputError, naming it, for a pattern that fits no node, type or constant."""
     for pattern in patterns:
         for node in ir.all_nodes(model):
             weights = (v.name for v in node.inputs if v is not None and ir.constant(v) is not None)
@@ -35,15 +36,15 @@ def check(model: ir.Model, patterns: Iterable[str]) -> None:
 
 
 def named(model: ir.Model, patterns: Iterable[str]) -> tuple[str, ...]:
-    """The labels of the main graph's nodes that patterns fit.
+    """The labels of the main graph's nodes whose label or type patterns fit.
 
     Raises:
         InputError: a pattern that fits none of them.
     """
-    labels = [ir.label(node) for node in model.graph]
+    kinds = {ir.label(node): node.op_type for node in model.graph}
     found: dict[str, None] = {}
     for pattern in patterns:
-        hits = [label for label in labels if fits([pattern], label)]
+        hits = [label for label, kind in kinds.items() if fits([pattern], label, kind)]
         if not hits:
             raise InputError(f"no node is named {pattern!r}")
         found.update(dict.fromkeys(hits))

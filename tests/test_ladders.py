@@ -89,6 +89,15 @@ def test_rungs(fallback: Any, kind: str) -> None:
     assert [rung for rung, _, _ in report.tried].count(fallback) >= 2
 
 
+@pytest.mark.parametrize("options", [QuantizeStatic, QuantizeWeights])
+def test_patterns_keep_what_they_fit(options: Any) -> None:
+    """Operators by type and by pattern, and nothing of what these fit becomes integers."""
+    _, whole = drop(64, options=options())
+    _, less = drop(64, options=options(keep=("Conv", "Gem*->y")))
+    kinds = [{t.dtype.name for t in ir.constants(model) if t.size > 64} for model in (whole, less)]
+    assert kinds[0] & {"INT8", "INT4"} and kinds[1] <= {"FLOAT"}, kinds
+
+
 def test_names_that_fit_nothing_are_errors() -> None:
     with pytest.raises(InputError, match="no node is named 'nothing'"):
         drop(options=QuantizeStatic(keep=("nothing",)))

@@ -62,7 +62,12 @@ _WORST = 8  # layers that are shown
     "--power-of-two", is_flag=True, help="Scales are 2**k, for hardware that shifts. Static only."
 )
 @click.option("--placement", help="A table of placements by name instead of the target's.")
-@click.option("--keep", multiple=True, metavar="NODE", help="Leave in floats (repeatable).")
+@click.option(
+    "--keep",
+    multiple=True,
+    metavar="NODE",
+    help="Leave in floats: a node, a type, or a pattern such as 'head*' (repeatable).",
+)
 @click.option(
     "--max-drop",
     type=click.FloatRange(0),
