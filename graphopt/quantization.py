@@ -37,6 +37,7 @@ Fallback = Literal["", "int16", "float16", "float"]
 
 _MEASURE_SECONDS = 0.6
 _HEAVY = ("Conv", "ConvTranspose", "MatMul", "Gemm", "LSTM", "GRU", "RNN")
+_HALF = {ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
 _WITHOUT = {
     "static": "smooth-activations, equalize-channels, correct-biases and the comparison of ranges",
     "dynamic": "smooth-activations",
@@ -117,9 +118,8 @@ def quantize(
     report.source = str(model) if isinstance(model, str | Path) else original.graph.name or ""
     report.target, report.where, report.random = aim.name, samples.where, samples.random
     tell("optimization")
-    run = Report()
-    base = optimization.optimize(original, level=2, freeze_initializers=True, report=run)
-    report.notes += [note for note in run.notes if "initializers" in note]
+    widened = bool(_types(original) & _HALF)
+    base = _optimized(original, report, widened=widened)
     context = Context(files.copy(base), target=aim, samples=samples)
     options = options or QuantizeStatic()
     work = Work(context, samples, report, tell, metric, options, fallback, cache)
@@ -144,7 +144,25 @@ def quantize(
     size = report.bytes_before if report.refused else report.bytes_after
     budget.check(None if report.refused else report.score, milliseconds, size)
     report.seconds = time.monotonic() - start
-    return base if result is None or report.refused else result
+    if result is None or report.refused:
+        return _optimized(original, Quantization()) if widened else base
+    return result
+
+
+def _optimized(model: ir.Model, report: Quantization, *, widened: bool = False) -> ir.Model:
+    """The floats; widened, those of 16 bits are float32, which integers stand for."""
+    run = Report()
+    result = optimization.optimize(
+        model,
+        level=2,
+        enable=["convert-float32"] if widened else [],
+        freeze_initializers=True,
+        report=run,
+    )
+    report.notes += [note for note in run.notes if "initializers" in note]
+    if widened:
+        report.notes.append("its floats of 16 bits are float32 first, which integers stand for")
+    return result
 
 
 def _made(work: Work, budget: Budget, *, figures: bool) -> tuple[ir.Model, ir.Model | None]:
@@ -157,7 +175,7 @@ def _made(work: Work, budget: Budget, *, figures: bool) -> tuple[ir.Model, ir.Mo
         smoothed = work.smooth()
     found = work.ways[report.method]()
     if found is None:
-        report.refused = _why_nothing(work.context.model)
+        report.refused = _why_nothing(work.context.model, report.method)
         return work.context.model, None
     report.steps = [*smoothed, *report.steps]
     ladder, result = found
@@ -173,13 +191,29 @@ def _made(work: Work, budget: Budget, *, figures: bool) -> tuple[ir.Model, ir.Mo
     return ladder.floats, chosen
 
 
-def _why_nothing(model: ir.Model) -> str:
+def _why_nothing(model: ir.Model, method: str) -> str:
     """Why there is nothing to quantize."""
     cells = sorted({n.op_type for n in model.graph if n.op_type in ("LSTM", "GRU", "RNN")})
     if cells:
         names = " and ".join(cells)
         return f"there are no integer kernels for its {names}: --method weights makes them smaller"
-    return _in_bodies(model) or "nothing in it can be quantized on this target"
+    bodies, types = _in_bodies(model), _types(model)
+    if bodies or not types:
+        return bodies or "it has no convolutions and no products with weights"
+    if ir.DataType.FLOAT not in types:
+        names = " and ".join(sorted(dtype.name for dtype in types))
+        return f"its weights are {names}, and only those of FLOAT are quantized"
+    return (
+        f"--method {method} takes none of its weights: they are too few, used more than once, or "
+        "of operators that it has no kernels for"
+    )
+
+
+def _types(model: ir.Model) -> set[ir.DataType]:
+    """Of the weights of convolutions, products and recurrences in the main graph."""
+    heavy = (node for node in model.graph if node.op_type in _HEAVY)
+    tensors = (ir.constant(value) for node in heavy for value in node.inputs[:2])
+    return {tensor.dtype for tensor in tensors if tensor is not None}
 
 
 def _in_bodies(model: ir.Model) -> str:

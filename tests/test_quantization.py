@@ -20,6 +20,7 @@ from graphopt.cli import main
 from graphopt.context import Context
 from graphopt.errors import GateError, InputError
 from graphopt.losses import measure_loss
+from graphopt.optimization import optimize
 from graphopt.passes.quantize_static import QuantizeStatic
 from graphopt.quantization import Quantization, quantize
 from graphopt.quantizer.budget import search
@@ -352,6 +353,40 @@ def test_slower_is_refused() -> None:
     assert "QuantizeLinear" not in {n.op_type for n in result.graph}
     with pytest.raises(InputError, match="a method is one of"):
         quantize(model, {"x": normal(64).reshape(16, 4)}, method="other")  # pyright: ignore
+
+
+def test_floats_of_16_bits_are_widened_first() -> None:
+    half = optimize(network(), passes="convert-float16{keep_io=False}")
+    assert half.graph.inputs[0].dtype == ir.DataType.FLOAT16
+    data = {name: array.astype(np.float16) for name, array in images().items()}
+    report = Quantization()
+    result = quantize(half, data, force=True, seconds=0, report=report)
+    assert "QuantizeLinear" in {node.op_type for node in result.graph}
+    assert result.graph.inputs[0].dtype == ir.DataType.FLOAT16
+    assert report.score is not None and (report.score.sqnr_db or 0) > 20
+    assert any("16 bits are float32 first" in note for note in report.notes)
+    data = {name: array[:2] for name, array in data.items()}
+    left = quantize(half, data, method="dynamic", seconds=0)
+    weights = {ir.constant(n.inputs[1]) for n in left.graph if n.op_type == "Conv"}
+    assert {tensor.dtype for tensor in weights if tensor is not None} == {ir.DataType.FLOAT16}
+
+
+@pytest.mark.parametrize(
+    ("body", "method", "reason"),
+    [
+        ("y = Tanh (x)", "static", "no convolutions and no products with weights"),
+        ("d = Cast <to = 11> (x) p = MatMul (d, w) y = Cast <to = 1> (p)", "static", "are DOUBLE"),
+        ("h = Cast <to = 1> (w) y = MatMul (x, h)", "dynamic", "dynamic takes none of its weights"),
+    ],
+)
+def test_why_nothing_is_quantized(body: str, method: Any, reason: str) -> None:
+    made: Any = proto(f"net (float[1,4] x) => (float[1,4] y) {{ {body} }}")
+    weights = normal(16).reshape(4, 4).astype(np.float64)
+    made.graph.initializer.append(onnx.numpy_helper.from_array(weights, "w"))
+    report = Quantization()
+    data = {"x": normal(16).reshape(4, 1, 4)}
+    quantize(files.load(made), data, method=method, seconds=0, report=report)
+    assert reason in report.refused
 
 
 def test_a_tiny_transformer_is_quantized_only_where_it_gains() -> None:
