@@ -95,7 +95,7 @@ def test_patterns_keep_what_they_fit(options: Any) -> None:
     _, whole = drop(64, options=options())
     _, less = drop(64, options=options(keep=("Conv", "Gem*->y")))
     kinds = [{t.dtype.name for t in ir.constants(model) if t.size > 64} for model in (whole, less)]
-    assert kinds[0] & {"INT8", "INT4"} and kinds[1] <= {"FLOAT"}, kinds
+    assert kinds[0] & {"INT8", "UINT4"} and kinds[1] <= {"FLOAT"}, kinds
 
 
 def test_names_that_fit_nothing_are_errors() -> None:
