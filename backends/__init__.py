@@ -15,6 +15,7 @@ import time
 import typing
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
@@ -225,11 +226,17 @@ def check_feeds(inputs: tuple[TensorInfo, ...], feeds: Mapping[str, Array]) -> N
         if info.dtype == "?" or "(" in info.dtype:
             continue  # sequences, maps and optionals are checked by the runtime
         feed = np.asarray(feeds[info.name])
-        dtype = "string" if feed.dtype.kind in "OSUT" else feed.dtype.name
+        dtype = _dtype_name(feed.dtype)
         if dtype != info.dtype:
             raise InputError(f"input {info.name!r} takes {info.dtype}, got {dtype}")
         if info.shape is not None and not _fits(feed.shape, info.shape):
             raise InputError(f"input {info.name!r} takes {info}, got {list(feed.shape)}")
+
+
+@lru_cache(64)
+def _dtype_name(dtype: np.dtype[Any]) -> str:
+    """As `TensorInfo` has it; numpy makes it anew each time."""
+    return "string" if dtype.kind in "OSUT" else dtype.name
 
 
 def timed(call: Callable[[], object], runs: int) -> npt.NDArray[np.int64]:
@@ -254,8 +261,9 @@ def series(once: Callable[[], int], runs: int) -> npt.NDArray[np.int64]:
 
 
 def _fits(shape: tuple[int, ...], wanted: tuple[int | str, ...]) -> bool:
-    return len(shape) == len(wanted) and all(
-        isinstance(w, str) or s == w for s, w in zip(shape, wanted, strict=True)
+    return shape == wanted or (
+        len(shape) == len(wanted)
+        and all(isinstance(w, str) or s == w for s, w in zip(shape, wanted, strict=True))
     )
 
 

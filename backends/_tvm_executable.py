@@ -34,6 +34,12 @@ ERRORS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, Asse
 """What TVM raises: Python's own classes, chosen by the text of the C++ error."""
 _REASON_LENGTH = 300
 _WARMUP = 3
+_ALIGNMENT = 64
+"""Bytes: where TVM's kernels expect tensors to begin."""
+_SHARED = frozenset({"bool", "float16", "float32", "float64"}) | {
+    f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)
+}
+"""The dtypes in which numpy and TVM see the same memory."""
 _SPREAD = -1
 """TVM's code for worker threads that are bound to no core."""
 
@@ -90,7 +96,10 @@ class TvmExecutable:
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Output]:
         """All outputs by name, as arrays of their own."""
         results = self._call(self._arguments(feeds))
-        return {info.name: value.numpy() for info, value in zip(self.outputs, results, strict=True)}
+        return {
+            info.name: _array(value, info)
+            for info, value in zip(self.outputs, results, strict=True)
+        }
 
     def benchmark(self, feeds: Mapping[str, Array], runs: int) -> npt.NDArray[np.int64]:
         """Nanoseconds of each run; the collector of garbage waits meanwhile."""
@@ -105,7 +114,10 @@ class TvmExecutable:
         return timed(call, runs)
 
     def profile(self, feeds: Mapping[str, Array], runs: int = 10) -> tuple[OpTime, ...]:
-        """Time per kernel, in the order in which they run; each call of one is a row of its own."""
+        """Time per kernel, in the order in which they run; each call of one is a row of its own.
+
+        The median of the runs: what interrupts one of them is no kernel's.
+        """
         arguments = self._arguments(feeds)
         watch = _Stopwatch(self._device.sync if self._on_gpu else _unwatched)
         self._machine.set_instrument(watch)
@@ -120,7 +132,7 @@ class TvmExecutable:
             self._machine.set_instrument(_unwatched)
         device = str(self._device)
         return tuple(
-            OpTime(name, kernel, device, calls=1, microseconds=spent / 1e3 / runs)
+            OpTime(name, kernel, device, calls=1, microseconds=float(np.median(spent)) / 1e3)
             for (name, kernel), spent in watch.rows.items()
         )
 
@@ -132,24 +144,33 @@ class TvmExecutable:
                 raise GraphoptError(f"input {name!r} has an index that is not below {size}")
         # threads are the process's, not the machine's: another executable may have asked for others
         _set_threads(self._threads)
-        return [
-            self._tvm.runtime.tensor(np.asarray(feeds[info.name], order="C"), self._device)
-            for info in self.inputs
-        ]
+        return [self._tensor(np.asarray(feeds[info.name]), info) for info in self.inputs]
+
+    def _tensor(self, array: Array, info: TensorInfo) -> Any:
+        """A copy of an array."""
+        if self._on_gpu or info.dtype not in _SHARED or not array.size:
+            return self._tvm.runtime.tensor(np.ascontiguousarray(array), self._device)
+        space = np.empty(array.nbytes + _ALIGNMENT, np.uint8)
+        start = -int(space.__array_interface__["data"][0]) % _ALIGNMENT
+        copy = space[start : start + array.nbytes].view(info.dtype).reshape(array.shape)
+        copy[...] = array
+        return self._tvm.runtime.from_dlpack(copy)
 
     def _call(self, arguments: list[Any]) -> list[Any]:
         try:
             result = self._main(*arguments)
         except ERRORS as error:
             raise GraphoptError(f"tvm: {last_line(error)}") from None
-        return [result] if hasattr(result, "numpy") else list(result)
+        if hasattr(result, "numpy"):
+            return [result]
+        return [result[index] for index in range(len(self.outputs))]
 
 
 class _Stopwatch:
     """An instrument of the virtual machine that times each call of a kernel."""
 
     def __init__(self, finish: Callable[[], object]) -> None:
-        self.rows: dict[tuple[str, str], int] = {}
+        self.rows: dict[tuple[str, str], list[int]] = {}
         self._finish = finish
         """Waits for what a call started."""
         self._calls: dict[str, int] = {}
@@ -170,7 +191,15 @@ class _Stopwatch:
         count = self._calls.get(name, 0)
         self._calls[name] = count + 1
         key = (f"{name}#{count}" if count else name, name)
-        self.rows[key] = self.rows.get(key, 0) + now - self._start
+        self.rows.setdefault(key, []).append(now - self._start)
+
+
+def _array(value: Any, info: TensorInfo) -> Array:
+    """A copy of a tensor."""
+    if info.dtype not in _SHARED or value.device.type != "cpu":
+        found: Array = value.numpy()
+        return found
+    return np.from_dlpack(value).copy()
 
 
 def _ranges(path: Path) -> dict[str, int]:

@@ -7,6 +7,7 @@ others keep the last axis in the lanes.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -14,9 +15,15 @@ from typing import Any
 from graphopt.backends._tvm_indices import number
 from graphopt.backends._tvm_tiles import Registers
 
+_ir: Any = importlib.import_module("tvm.ir")
+
 PARALLEL_ELEMENTS = 16384
 """Fewer are done before another thread has woken up."""
 _LONG_SUM = 2048
+_FEW = 4
+"""Elements of an axis that are not worth another order of loops."""
+_SQUARE = 64
+"""Elements of a row that are written before the next row's are read."""
 _SPATIAL = 0
 _UNKNOWN_EXTENT = 64
 
@@ -87,6 +94,12 @@ def elementwise(schedule: Any, block: Any, machine: Machine) -> None:
     widest = machine.registers.lanes(dtype_of(schedule, block))
     total = math.prod(extent(schedule, loop) for loop in loops)
     last = loops[-1]
+    across = _crossed(schedule, block)
+    if across is not None:
+        outer = _transpose(schedule, block, across, widest)
+        if total >= PARALLEL_ELEMENTS:
+            parallel(schedule, outer, machine.threads)
+        return
     if _is_pure(schedule, block) and lanes_for(schedule, last, widest) < widest:
         last = schedule.fuse(*loops) if len(loops) > 1 else last
         loops = [last]
@@ -104,6 +117,40 @@ def elementwise(schedule: Any, block: Any, machine: Machine) -> None:
         outer = loops
     if total >= PARALLEL_ELEMENTS and outer:
         parallel(schedule, outer, machine.threads)
+
+
+def _crossed(schedule: Any, block: Any) -> int | None:
+    """The axis along which something is stored that the block writes along its last one."""
+    details = schedule.get(block)
+    names = [str(axis.var) for axis in details.iter_vars]
+    loops = schedule.get_loops(block)
+    for read in details.reads:
+        last = str(read.region[-1].min) if read.region else ""
+        if last not in names[:-1] or len(loops) != len(names):
+            continue
+        ends = (loops[names.index(last)], loops[-1])
+        if all(is_static(schedule, loop) and extent(schedule, loop) >= _FEW for loop in ends):
+            return names.index(last)
+    return None
+
+
+def _transpose(schedule: Any, block: Any, across: int, widest: int) -> list[Any]:
+    """Squares of two axes, so that lines of the cache are used up; returns the loops over them."""
+    *outer, last = schedule.get_loops(block)
+    crossed = outer.pop(across)
+    bare = isinstance(schedule.get(block).body.value, _ir.TensorLoad)
+    lanes = lanes_for(schedule, last, _SQUARE if bare else widest)
+    above, column = schedule.split(crossed, [None, lanes_for(schedule, crossed, widest)])
+    parts, row = schedule.split(last, [None, lanes])
+    outer = [*outer, above, parts]
+    if bare:
+        schedule.reorder(*outer, row, column)
+        schedule.unroll(column)
+    else:
+        schedule.reorder(*outer, column, row)
+        if lanes > 1:
+            schedule.vectorize(row)
+    return outer
 
 
 def parallel(schedule: Any, loops: list[Any], threads: int) -> tuple[Any, int]:

@@ -9,6 +9,7 @@ from typing import Any
 from graphopt.backends._tvm_indices import number, ravel, same, simple
 from graphopt.backends._tvm_indices import product as count
 from graphopt.backends._tvm_loops import (
+    PARALLEL_ELEMENTS,
     Machine,
     by_kind,
     elementwise,
@@ -23,6 +24,7 @@ _tirx: Any = importlib.import_module("tvm.tirx")
 PRODUCT, PADDED = "product", "padded"
 _PARALLEL_WORK = 60_000
 """Multiplications below which another thread is not worth waking."""
+_IMAGE_AXES = 4
 
 
 def multiply(schedule: Any, machine: Machine) -> tuple[Any, str]:
@@ -216,7 +218,20 @@ class _Product:
                 s.compute_at(block, at, preserve_unit_loops=True)
                 self._vectorize_copy(block)
             else:
-                elementwise(s, block, self._machine)
+                self._pad(block)
+
+    def _pad(self, block: Any) -> None:
+        """A padded copy: each row in three parts, of which the middle asks for no edge."""
+        s = self._schedule
+        loops = s.get_loops(block)
+        if len(loops) < _IMAGE_AXES or not all(is_static(s, loop) for loop in loops[-2:]):
+            elementwise(s, block, self._machine)
+            return
+        total = math.prod(extent(s, loop) for loop in loops)
+        *outer, wide, deep = loops
+        s.annotate(s.fuse(wide, deep), "pragma_loop_partition_hint", 1)
+        if total >= PARALLEL_ELEMENTS:
+            parallel(s, outer, self._machine.threads)
 
     def _vectorize_copy(self, block: Any) -> None:
         s = self._schedule

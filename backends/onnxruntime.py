@@ -193,6 +193,11 @@ class OnnxRuntimeExecutable:
             _DEVICES[manifest.target.device] if chosen == "auto" else chosen
         ]
         self._options = options
+        dtypes = {info.dtype for info in (*self.inputs, *self.outputs)}
+        self._exchanged = all(dtype in _PLAIN or "(" in dtype for dtype in dtypes)
+        """Whether numpy has all types of inputs and outputs."""
+        self._quiet = _ort().RunOptions()
+        self._quiet.log_severity_level = _FATAL
         self._session = _session(path, _settings(options), self._providers)
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Output]:
@@ -252,11 +257,8 @@ class OnnxRuntimeExecutable:
         """A function that runs the session on feeds that are checked and converted once."""
         check_feeds(self.inputs, feeds)
         plain = {name: _plain(feed) for name, feed in feeds.items()}
-        quiet = _ort().RunOptions()
-        quiet.log_severity_level = _FATAL
-        errors = _errors()
-        dtypes = {info.dtype for info in (*self.inputs, *self.outputs)}
-        if all(dtype in _PLAIN or "(" in dtype for dtype in dtypes):
+        errors, quiet = _errors(), self._quiet
+        if self._exchanged:
 
             def call() -> list[Output]:
                 try:

@@ -66,6 +66,24 @@ def test_sums_are_not_on_the_heap() -> None:
 
 
 @needs_tvm
+@pytest.mark.parametrize(
+    ("shape", "order"),
+    [
+        ((2, 16, 7, 48), [0, 3, 1, 2]),
+        ((1, 13, 13, 32), [0, 3, 1, 2]),
+        ((5, 64, 12), [0, 2, 1]),
+        ((3, 8, 64), [2, 0, 1]),
+        ((100, 100), [1, 0]),
+    ],
+)
+def test_transpositions(tmp_path: Path, shape: tuple[int, ...], order: list[int]) -> None:
+    text = f"g (float{list(shape)} x) => (float y, float z) "
+    text += f"{{ y = Transpose <perm = {order}> (x) n = Tanh (x) "
+    text += f"z = Transpose <perm = {order}> (n) }}"
+    agree(parse(text), {"x": random(*shape)}, tmp_path / "a", "stages", tolerance=1e-6)
+
+
+@needs_tvm
 def test_a_gate_is_computed_once(tmp_path: Path) -> None:
     """Not with every position of the map that it is multiplied into, all of them unrolled."""
     text = """
