@@ -17,6 +17,7 @@ from pathlib import Path
 
 from graphopt import files, ir
 from graphopt.context import Context
+from graphopt.errors import InputError
 from graphopt.pass_manager import load_pass
 from graphopt.passes.convert_float16 import ConvertFloat16
 from graphopt.passes.correct_biases import CorrectBiases
@@ -36,7 +37,7 @@ from graphopt.quantizer.recurrent import integer_lstms, lstms
 from graphopt.quantizer.report import Quantization
 from graphopt.quantizer.scoring import Metric, score
 from graphopt.quantizer.sensitivity import sensitivity
-from graphopt.quantizer.sketch import Sketch
+from graphopt.quantizer.sketch import Sketch, Sketches
 from graphopt.quantizer.static import Static
 from graphopt.runner import Runner
 from graphopt.samples import Samples
@@ -89,6 +90,10 @@ class Work:
     fallback: str
     """The rung that operators go to first; empty for the target's."""
     cache: Path | None
+    blind: bool = False
+    """Whether the samples are nobody's: nothing is learnt from them, and nothing compared."""
+    seen: Sketches | None = None
+    """What calibration saw of the float model, where that was done before."""
 
     @functools.cached_property
     def large(self) -> bool:
@@ -106,9 +111,11 @@ class Work:
         With None, where channels stand out and there is less noise, also on samples that calibrate
         nothing.
         """
+        if wanted and self.seen is not None:
+            raise InputError("a calibration is of the model as it is, not of one that is rotated")
         single = RotateResidual()
         context = self._copy(self.context.model)
-        if wanted is not False and not (wanted is None and self.large):
+        if wanted or (wanted is None and not (self.large or self.blind or self.seen)):
             single.run(context)
         if not context.record.rewrites:
             if wanted:
@@ -179,7 +186,7 @@ class Work:
         result, noise = self._ranged(chosen)
         if result is None:
             return None
-        poor = not self.large and noise > 10 ** (-_POOR_DB / 10)
+        poor = self.seen is None and noise > 10 ** (-_POOR_DB / 10)
         equalized = self._equalized(options) if poor else None
         if equalized is not None:
             other, less = self._ranged(equalized)
@@ -278,7 +285,7 @@ class Work:
         products, means hardly move, and what a few samples say of them is no better. Nor is it
         where fewer answers agree: then what is gained lies where nobody looks.
         """
-        if self.large:
+        if self.large or self.blind:
             return result
         model = self._correct(ladder, result)
         runner, part = Runner(ladder.floats, optimize=True), self.samples.take(_SCORED)
@@ -335,15 +342,16 @@ class Work:
     def _ranged(self, way: Way) -> tuple[ir.Model | None, float]:
         """The result with the least noise on some of the samples, of several ways to set ranges.
 
-        None where there is nothing to quantize. Of a large model there is one way, whose noise is
-        not measured.
+        None where there is nothing to quantize. Of a large model, and without samples, there is
+        one way, whose noise is not measured.
         """
         static, options = way.static(self), way.options
         part = self.samples.take(_SCORED)
-        floats = None if self.large else Runner(way.model, optimize=True)
+        single = self.large or self.blind
+        floats = None if single else Runner(way.model, optimize=True)
         best: ir.Model | None = None
         least = math.inf
-        for ranges in [static.ranges] if options.ranges or self.large else _RANGES:
+        for ranges in [static.ranges] if options.ranges or single else _RANGES:
             static.ranges = ranges
             self.tell(f"quantization: {ranges.method}")
             context = self._copy(way.model)
@@ -372,7 +380,7 @@ class Work:
         return Context(
             files.copy(model),
             target=self.context.target,
-            samples=samples or self.samples,
+            samples=None if self.blind else samples or self.samples,
             progress=self.tell,
         )
 
@@ -404,10 +412,11 @@ class Way:
                 options.table(work.context),
                 work.samples,
                 options.how(),
-                options.rounding,
+                "nearest" if work.blind else options.rounding,
                 work.cache,
                 work.tell,
                 options.wider(work.context),
+                work.seen,
             )
         return self._made
 

@@ -8,7 +8,7 @@ that is not faster is not returned unless it is wanted anyway.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -18,19 +18,23 @@ from graphopt.context import Context
 from graphopt.cost import node_cost
 from graphopt.errors import InputError
 from graphopt.passes.quantize_dynamic import QuantizeDynamic
-from graphopt.passes.quantize_static import QuantizeStatic
+from graphopt.passes.quantize_static import QuantizeStatic, raise_opset
 from graphopt.passes.quantize_weights import QuantizeWeights
 from graphopt.quantizer.budget import Budget
+from graphopt.quantizer.calibration import calibrate as calibrate_tensors
+from graphopt.quantizer.calibration import fingerprint
 from graphopt.quantizer.measuring import measure, why_slow
 from graphopt.quantizer.recurrent import lstms
 from graphopt.quantizer.report import Quantization
 from graphopt.quantizer.scoring import Metric
+from graphopt.quantizer.shards import Shard, combine
+from graphopt.quantizer.static import Static
 from graphopt.report import Report
 from graphopt.samples import Samples, SamplesLike, bindings, open_samples
 from graphopt.samples.images import Images
 from graphopt.target import Target
 
-__all__ = ["Quantization", "quantize"]
+__all__ = ["Quantization", "calibrate", "quantize"]
 
 Method = Literal["auto", "static", "dynamic", "weights"]
 Fallback = Literal["", "int16", "float16", "float"]
@@ -49,8 +53,9 @@ _ASKED: dict[type, Method] = {QuantizeDynamic: "dynamic", QuantizeWeights: "weig
 
 def quantize(
     model: files.ModelLike,
-    data: SamplesLike,
+    data: SamplesLike | None = None,
     *,
+    calibration: Sequence[Path] = (),
     target: str | Target = "cpu",
     method: Method = "auto",
     options: Options | None = None,
@@ -73,7 +78,10 @@ def quantize(
 
     Args:
         model: a path, bytes, an `onnx.ModelProto`, an `onnx_ir.Model` or torch's `ONNXProgram`.
-        data: see `graphopt.samples.open_samples`; the same samples calibrate and score.
+        data: see `graphopt.samples.open_samples`; the same samples calibrate and score. Dynamic
+            ranges and weights that are rounded each by itself do without.
+        calibration: files of `calibrate`, all parts of one; static quantization takes its ranges
+            from them, and does without samples too.
         target: what it shall run on, see `Target.names`.
         method: `static` (ranges fixed by the samples), `dynamic` (ranges found at run time),
             `weights` (which are stored with few bits, and computed with in floats), or chosen by
@@ -113,18 +121,30 @@ def quantize(
     report = report if report is not None else Quantization()
     tell = progress or _silent
     original = files.load(model)
-    samples = open_samples(data, original, limit=limit, options=images)
+    blind = data is None
+    if blind and (metric is not None or max_drop is not None or figures):
+        raise InputError("a metric, a limit of the drop and a report's figures need data: --data")
+    given = "random" if data is None else data
+    samples = open_samples(given, original, limit=1 if blind else limit, options=images)
     aim = Target.parse(target)
     report.source = str(model) if isinstance(model, str | Path) else original.graph.name or ""
-    report.target, report.where, report.random = aim.name, samples.where, samples.random
+    report.target, report.where = aim.name, "" if blind else samples.where
+    report.random = samples.random and not blind
     tell("optimization")
     widened = bool(_types(original) & _HALF)
     base = _optimized(original, report, widened=widened)
-    context = Context(files.copy(base), target=aim, samples=samples)
+    context = Context(files.copy(base), target=aim, samples=None if blind else samples)
     options = options or QuantizeStatic()
-    work = Work(context, samples, report, tell, metric, options, fallback, cache)
+    seen = combine(calibration, fingerprint(base)) if calibration else None
+    work = Work(context, samples, report, tell, metric, options, fallback, cache, blind, seen)
     asked = _ASKED.get(type(options), method)
+    if seen is not None:
+        asked = "static" if asked == "auto" else asked
+        if asked != "static":
+            raise InputError(f"a calibration is for static quantization, not for {asked}")
     report.method, report.reason = _choose(context, samples, aim, asked)
+    if report.method == "static" and blind and seen is None:
+        raise InputError("static quantization needs data (--data), or a calibration of it")
     budget = Budget(max_drop, max_latency, max_size)
     turned = work.rotate(rotate)
     floats, result = _made(work, budget, figures=figures)
@@ -132,9 +152,13 @@ def quantize(
     bodies = _in_bodies(base)
     if bodies and not report.refused:
         report.notes.append(bodies)
-    report.samples = len(samples)
+    report.samples = 0 if blind else len(samples)
     models = (original, base, floats, result or base)
-    measure(report, models, samples, aim, metric=metric, seconds=seconds, tell=tell)
+    measure(report, models, samples, aim, blind=blind, metric=metric, seconds=seconds, tell=tell)
+    if blind:
+        report.notes.append(
+            "without samples nothing says how accurate it is; run times are of random inputs"
+        )
     slow = why_slow(report)
     if slow and (force or report.method == "weights"):
         report.notes.append(slow)
@@ -165,13 +189,53 @@ def _optimized(model: ir.Model, report: Quantization, *, widened: bool = False) 
     return result
 
 
+def calibrate(
+    model: files.ModelLike,
+    data: SamplesLike,
+    *,
+    shard: tuple[int, int] = (0, 1),
+    target: str | Target = "cpu",
+    options: QuantizeStatic | None = None,
+    limit: int | None = None,
+    images: Images | None = None,
+    cache: Path | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Shard:
+    """See what values a model's tensors have on a part of the samples, for `quantize`.
+
+    What all parts saw is added up there, and is what one run over all samples sees. What needs the
+    samples themselves is not done then: smoothing and equalization of channels.
+
+    Args:
+        data: all samples, or what this machine has of them.
+        shard: this part's number, from 0, and how many there are; it takes every so many-th sample.
+        options: those that say where the target wants integers.
+        cache: a folder from which a run that was cut off goes on.
+
+    See `quantize` for the others. Raises InputError for what cannot be used, as it does.
+    """
+    original = files.load(model)
+    samples = open_samples(data, original, limit=limit, options=images).part(*shard)
+    tell = progress or _silent
+    tell("optimization")
+    base = _optimized(original, Quantization(), widened=bool(_types(original) & _HALF))
+    context = Context(files.copy(base), target=Target.parse(target))
+    table = (options or QuantizeStatic()).table(context)
+    raise_opset(context, table)
+    names = Static(context.model, table, samples).tensors()
+    if not names:
+        raise InputError(_why_nothing(context.model, "static"))
+    seen = calibrate_tensors(context.model, names, samples, cache=cache, progress=tell)
+    return Shard(fingerprint(base), *shard, seen)
+
+
 def _made(work: Work, budget: Budget, *, figures: bool) -> tuple[ir.Model, ir.Model | None]:
     """The floats that were quantized, and the result; None, with the reason in the report."""
     report = work.report
     smoothed: list[str] = []
     if work.large:
         report.notes.append(f"more than 1 GB of weights: without {_WITHOUT[report.method]}")
-    elif report.method != "weights":
+    elif report.method != "weights" and not work.blind and work.seen is None:
         smoothed = work.smooth()
     found = work.ways[report.method]()
     if found is None:

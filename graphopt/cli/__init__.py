@@ -8,6 +8,7 @@ from graphopt import __version__
 from graphopt.cli._common import Group
 from graphopt.cli.bench import bench
 from graphopt.cli.bisect import bisect
+from graphopt.cli.calibrate import calibrate
 from graphopt.cli.compare import diff, verify
 from graphopt.cli.compile import compile_command, run, serve_rpc
 from graphopt.cli.compress import compress
@@ -36,7 +37,7 @@ def main() -> None:
     """
 
 
-main.add_section("Smaller and faster", optimize, quantize, prune, compress)
+main.add_section("Smaller and faster", optimize, quantize, calibrate, prune, compress)
 main.add_section("Look and compare", inspect, verify, diff, bench, check, explain, bisect)
 main.add_section("Deploy", compile_command, run, serve_rpc)
 main.add_section("Change", extract, edit, merge, split)

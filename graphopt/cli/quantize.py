@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ import click
 
 from graphopt.cli._common import (
     MODEL,
+    F,
     Size,
     check_output,
     console,
@@ -26,15 +28,35 @@ if TYPE_CHECKING:
     from graphopt.quantization import Quantization
     from graphopt.samples.images import Images
 
+DATA = "Samples: .npz, .npy, a folder, file.py:function (which is executed), or `random`."
 _WORST = 8  # layers that are shown
+
+
+def image_options(command: F) -> F:
+    """Give a command the options that say how images are read."""
+    for option in (
+        click.option(
+            "--order", type=click.Choice(["rgb", "bgr"]), default="rgb", show_default=True
+        ),
+        click.option("--layout", type=click.Choice(["nchw", "nhwc"])),
+        click.option("--std", help="Likewise."),
+        click.option(
+            "--mean", help="Of images, in pixels of 0 to 255: one number, or one per colour."
+        ),
+        click.option("--image-size", metavar="HxW", help="Of a folder of images."),
+    ):
+        command = option(command)
+    return command
 
 
 @click.command(no_args_is_help=True)
 @click.argument("model", type=MODEL)
+@click.option("--data", help=DATA)
 @click.option(
-    "--data",
-    required=True,
-    help="Samples: .npz, .npy, a folder, file.py:function (which is executed), or `random`.",
+    "--calibration",
+    multiple=True,
+    metavar="FILES",
+    help="What `calibrate` wrote: a folder, a file or a pattern in quotes (repeatable).",
 )
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="The file to write.")
 @click.option("--target", default="cpu", show_default=True)
@@ -102,11 +124,7 @@ _WORST = 8  # layers that are shown
 @click.option("--overwrite", is_flag=True)
 @click.option("--cache", type=click.Path(file_okay=False, path_type=Path))
 @click.option("--no-cache", is_flag=True, help="Forget what calibration saw.")
-@click.option("--image-size", metavar="HxW", help="Of a folder of images.")
-@click.option("--mean", help="Of images, in pixels of 0 to 255: one number, or one per colour.")
-@click.option("--std", help="Likewise.")
-@click.option("--layout", type=click.Choice(["nchw", "nhwc"]))
-@click.option("--order", type=click.Choice(["rgb", "bgr"]), default="rgb", show_default=True)
+@image_options
 @click.option(
     "--seconds",
     type=click.FloatRange(0),
@@ -122,7 +140,9 @@ def quantize(model: Path, **options: Any) -> None:
     """Quantize MODEL on samples; say what that cost and gained.
 
     Where the result is not faster than floats, nothing is written and the exit code is 1, unless
-    --force says otherwise.
+    --force says otherwise. Ranges of run time (--method dynamic) and weights that are rounded each
+    by itself (--method weights, --rounding rtn, mse or hqq) need no samples; static ranges, gptq
+    and adaround do.
 
     \b
     graphopt quantize model.onnx --data samples.npz -o int8.onnx
@@ -130,6 +150,8 @@ def quantize(model: Path, **options: Any) -> None:
     graphopt quantize model.onnx --data feeds.py:feeds --target arm64 --max-drop 0.01 -o int8.onnx
     graphopt quantize model.onnx --data samples.npz --method weights --weights uint4 -o small.onnx
     graphopt quantize model.onnx --data samples.npz --method weights --average 4.6 -o small.onnx
+    graphopt quantize model.onnx --method weights -o small.onnx
+    graphopt quantize model.onnx --calibration 'parts/*.npz' -o int8.onnx
     graphopt quantize model.onnx --data samples.npz -o int8.onnx --report int8.html
     """
     from graphopt import files, quantization
@@ -145,11 +167,12 @@ def quantize(model: Path, **options: Any) -> None:
         result = quantization.quantize(
             model,
             options["data"],
+            calibration=_parts(options["calibration"]),
             target=options["target"],
             method=options["method"],
             options=_pass(options),
             limit=options["limit"],
-            images=_images(options),
+            images=images(options),
             metric=_metric(options["metric"]),
             max_drop=options["max_drop"],
             max_latency=options["max_latency"],
@@ -158,7 +181,7 @@ def quantize(model: Path, **options: Any) -> None:
             rotate=options["rotate"],
             figures=page is not None,
             force=options["force"],
-            cache=_cache(options),
+            cache=cache(options),
             seconds=options["seconds"],
             progress=show,
             report=report,
@@ -211,12 +234,27 @@ def _refuse(chosen: dict[str, Any], known: set[str], method: str) -> None:
         raise InputError(f"--{unused[0].replace('_', '-')} is not for --method {method}")
 
 
-def _cache(options: dict[str, Any]) -> Path | None:
+def cache(options: dict[str, Any]) -> Path | None:
+    """The folder that calibration goes on from."""
     from graphopt import places
 
     if options["no_cache"]:
         return None
     return options["cache"] or places.cache("calibration")
+
+
+def _parts(given: Sequence[str]) -> list[Path]:
+    """The files that paths, folders and patterns name."""
+    found: list[Path] = []
+    for text in given:
+        path = Path(text)
+        files = sorted(path.glob("*.npz")) if path.is_dir() else [path]
+        if not path.exists():
+            files = sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor))))
+        if not files:
+            raise InputError(f"{text}: no such file, or no .npz in it")
+        found += files
+    return found
 
 
 def _metric(text: str | None) -> Any:
@@ -235,7 +273,8 @@ def _metric(text: str | None) -> Any:
     return metric
 
 
-def _images(options: dict[str, Any]) -> Images:
+def images(options: dict[str, Any]) -> Images:
+    """What the options of `image_options` say."""
     from graphopt.samples.images import Images
 
     size = None

@@ -31,6 +31,7 @@ def measure(
     samples: Samples,
     target: Target,
     *,
+    blind: bool,
     metric: Metric | None,
     seconds: float,
     tell: Callable[[str], None],
@@ -39,15 +40,16 @@ def measure(
 
     `models` are the original, the optimized float model, what was made of it to be quantized, whose
     values have other scales, and the result. Time and kernels are left out where this machine is
-    not the target.
+    not the target; with `blind`, whatever says more of the samples than of the model is, too.
     """
     original, base, floats, result = models
     report.bytes_before, report.bytes_after = weight_bytes(original), weight_bytes(result)
     if report.refused:
         return
-    report.score = score(original, result, samples, metric=metric, progress=tell)
-    tell("layers")
-    report.layers = layers(floats, result, samples)
+    if not blind:
+        report.score = score(original, result, samples, metric=metric, progress=tell)
+        tell("layers")
+        report.layers = layers(floats, result, samples)
     foreign = target.foreign()
     if target.device != "cpu" or foreign is not None:
         reason = foreign or "this machine has no such device for ONNX Runtime"

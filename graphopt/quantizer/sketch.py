@@ -210,6 +210,10 @@ class Sketches:
 
     def save(self, path: Path) -> None:
         """Write them to a .npz, whole or not at all. InputError for a place that cannot be."""
+        npz.write(path, self.arrays())
+
+    def arrays(self) -> dict[str, Array]:
+        """What a file holds of them."""
         names = list(self.tensors)
         sketches = [self.tensors[name] for name in names]
         arrays: dict[str, Array] = {
@@ -225,12 +229,16 @@ class Sketches:
         for index, seen in enumerate(self.channels.values()):
             arrays[f"channel{index}"] = np.stack([seen.low, seen.high, seen.sum])
             arrays[f"axis{index}"] = np.array([seen.axis, seen.count])
-        npz.write(path, arrays)
+        return arrays
 
     @classmethod
     def load(cls, path: Path) -> Sketches:
         """Read what `save` wrote. InputError for another file."""
-        arrays = npz.read(path)
+        return cls.of(npz.read(path), path)
+
+    @classmethod
+    def of(cls, arrays: Mapping[str, Array], path: Path) -> Sketches:
+        """Those that a file's arrays hold. InputError, with its path, for others."""
         try:
             made = cls(samples=int(arrays["samples"]))
             rows = zip(

@@ -6,7 +6,7 @@ when a layer stays in floats costs the making of a graph and nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -43,6 +43,8 @@ class Static:
     progress: Callable[[str], None] | None = None
     wider: Table | None = None
     """The table of operators whose activations are to have 16 bits."""
+    seen: Sketches | None = None
+    """What calibration saw, where somebody knows it already."""
     _sketches: Sketches | None = None
     _grams: dict[str, Gram] | None = None
     _rounded: dict[Rounded, ir.TensorProtocol] = field(
@@ -61,6 +63,11 @@ class Static:
     def sketches(self) -> Mapping[str, Sketch]:
         """What calibration saw of each tensor, by name."""
         return self._calibrated().tensors
+
+    def tensors(self) -> list[str]:
+        """Names of all that is quantized where nothing is kept."""
+        everything = self.plan(self.model, Shapes(self.model))
+        return [value.name or "" for value in everything.tensors]
 
     def settle(self) -> None:
         """Drop the sums of XᵀX: weights that are rounded stay so, and others will be to nearest."""
@@ -92,8 +99,11 @@ class Static:
     def _calibrated(self) -> Sketches:
         """Sketches of every tensor that is quantized where none is kept."""
         if self._sketches is None:
-            everything = self.plan(self.model, Shapes(self.model))
-            names = [value.name or "" for value in everything.tensors]
+            names = self.tensors()
+            if self.seen is not None:
+                check_seen(self.seen, names)
+                self._sketches = self.seen
+                return self._sketches
             self._sketches = calibrate(
                 self.model, names, self.samples, cache=self.cache, progress=self.progress
             )
@@ -113,6 +123,13 @@ class Static:
         return grams(
             self.model, affordable(nodes), samples, rows=_GRAM_ROWS, progress=self.progress
         )
+
+
+def check_seen(seen: Sketches, names: Sequence[str]) -> None:
+    """Raise InputError where calibration did not look at a tensor."""
+    for name in names:
+        if name not in seen.tensors:
+            raise InputError(f"calibration did not look at {name!r}: give it the same options")
 
 
 def choose(made: Plan, sketches: Sketches, how: Ranges) -> dict[ir.Value, tuple[float, float]]:
