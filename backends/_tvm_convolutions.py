@@ -78,14 +78,19 @@ def _convolved(call: Call, x: Any, weights: Any, dtype: str | None = None) -> An
 
 
 def conv_transpose(call: Call) -> Any:
-    """ConvTranspose over two axes with constant weights."""
+    """ConvTranspose over one or two axes with constant weights."""
     x, weights, bias = call.inputs[0], call.inputs[1], call.get(2)
-    if x.ty.ndim != 4 or not is_constant(weights):
-        raise NotImplementedError("a transposed convolution not over two axes, or of two inputs")
+    axes = x.ty.ndim - 2
+    if axes > 2 or not is_constant(weights):
+        raise NotImplementedError("a transposed convolution over three axes, or of two inputs")
     kernel, groups = weights.value.numpy(), int(call.attribute("group", 1))
-    strides = [int(s) for s in call.attribute("strides", [1, 1])]
-    dilations = [int(d) for d in call.attribute("dilations", [1, 1])]
+    strides = [int(s) for s in call.attribute("strides", [1] * axes)]
+    dilations = [int(d) for d in call.attribute("dilations", [1] * axes)]
     pads = _transposed_pads(call, kernel.shape[2:], strides, dilations)
+    if axes == 1:
+        kernel, strides, dilations = np.expand_dims(kernel, 2), [1, *strides], [1, *dilations]
+        pads = [0, pads[0], 0, pads[1]]
+        x = call.emit(_op.expand_dims(x, 2))
     n, c, high, wide = x.ty.shape.values
     if strides != [1, 1]:
         x = call.emit(_op.reshape(x, (n, c, high, 1, wide, 1)))
@@ -104,7 +109,7 @@ def conv_transpose(call: Call) -> Any:
     turned = turned.transpose(0, 2, 1, 3, 4).reshape(groups * per_group, channels // groups, *size)
     plain = relax.const(np.ascontiguousarray(turned))
     result = call.emit(_op.nn.conv2d(x, plain, [1, 1], around, dilations, groups=groups))
-    return _biased(call, result, bias)
+    return _biased(call, call.emit(_op.squeeze(result, [2])) if axes == 1 else result, bias)
 
 
 def _biased(call: Call, result: Any, bias: Any) -> Any:
@@ -148,15 +153,17 @@ def _transposed_pads(
     call: Call, kernel: tuple[int, ...], strides: list[int], dilations: list[int]
 ) -> list[int]:
     """What is cut off before and after along each axis; negative where outputs are added."""
-    extra = [int(e) for e in call.attribute("output_padding", [0, 0])]
+    axes = len(kernel)
+    extra = [int(e) for e in call.attribute("output_padding", [0] * axes)]
     wanted = call.attribute("output_shape", None)
     auto = call.attribute("auto_pad", "NOTSET")
     if wanted is None and auto in ("NOTSET", "VALID", ""):
-        pads = [0] * 4 if auto == "VALID" else list(call.attribute("pads", [0] * 4))
-        return [*pads[:2], pads[2] - extra[0], pads[3] - extra[1]]
+        none = [0] * 2 * axes
+        pads = none if auto == "VALID" else list(call.attribute("pads", none))
+        return pads[:axes] + [pad - more for pad, more in zip(pads[axes:], extra, strict=True)]
     before: list[int] = []
     after: list[int] = []
-    for axis in range(2):
+    for axis in range(axes):
         reach = (kernel[axis] - 1) * dilations[axis] + 1
         total = reach + extra[axis] - strides[axis]
         if wanted is not None:
@@ -164,7 +171,7 @@ def _transposed_pads(
             if size is None:
                 raise NotImplementedError("output_shape of a size known at run time only")
             total = strides[axis] * (size - 1) + extra[axis] + reach
-            total -= int(wanted[len(wanted) - 2 + axis])
+            total -= int(wanted[len(wanted) - axes + axis])
         cut = max(total, 0)
         first = cut - cut // 2 if auto == "SAME_LOWER" else cut // 2
         before.append(first)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+import itertools
+import re
 import warnings
 from collections.abc import Generator, Mapping, Sequence
 from typing import Any
@@ -27,6 +29,8 @@ tvm: Any = importlib.import_module("tvm")
 relax: Any = importlib.import_module("tvm.relax")
 _frontend: Any = importlib.import_module("tvm.relax.frontend.onnx.onnx_frontend")
 
+_OPERATORS = re.compile(r"[-+*/()]+")
+"""Of formulas in names of dimensions."""
 _AFTER_FIXING = "fold-constants,fold-shapes,inline-if,eliminate-identity,eliminate-dead"
 """Passes that make use of sizes that are numbers now."""
 
@@ -93,7 +97,31 @@ def _fixed(model: ir.Model, sizes: Mapping[str, int]) -> ir.Model:
     if sizes:
         for value in copy.graph.outputs:
             value.shape = None
+    _rename_formulas(copy.graph.inputs)
     return copy
+
+
+def _rename_formulas(inputs: Sequence[ir.Value]) -> None:
+    """Give dimensions named as formulas plain names, save where the importer can compute them.
+
+    It reads `past + 1` where another dimension is named `past`; but it knows neither precedence nor
+    parentheses, and what only formulas name has no value at run time.
+    """
+    shapes = [value.shape for value in inputs if value.shape is not None]
+    named = dict.fromkeys(
+        str(dim.value) for shape in shapes for dim in shape if isinstance(dim, ir.SymbolicDim)
+    )
+    plain = {name for name in named if not _OPERATORS.search(name)}
+    fresh: dict[str, str] = {}
+    for name in named:
+        words = [word.strip() for word in _OPERATORS.split(name)]
+        if len(words) > 2 or not all(word in plain or word.isdecimal() for word in words):
+            numbered = (f"formula_{number}" for number in itertools.count(len(fresh)))
+            fresh[name] = next(new for new in numbered if new not in named)
+    for shape in shapes:
+        for axis, dim in enumerate(shape):
+            if isinstance(dim, ir.SymbolicDim) and dim.value in fresh:
+                shape[axis] = fresh[dim.value]
 
 
 class _Importer:
@@ -206,9 +234,8 @@ class _Importer:
         result = None if own is None else own(call)
         if result is None:
             if node.domain or node.op_type not in _known():
-                raise NotImplementedError(
-                    f"TVM's importer has no {node.domain or ''}{node.op_type}"
-                )
+                name = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
+                raise NotImplementedError(f"TVM's importer has no {name}")
             opset = self._tvm.opset
             result = self._tvm._convert_operator(node.op_type, inputs, attributes, opset)
         self._bind(node, list(proto.output), result)
@@ -313,19 +340,11 @@ class _Importer:
     def _stand_in(self, node: ir.Node) -> None:
         """Fresh values for what a refused node computes, so that the others are looked at."""
         for value in node.outputs:
-            rank = None if value.shape is None else len(value.shape)
-            dtype = "float32"
-            if value.dtype is not None and _is_numeric(value):
-                dtype = value.dtype.numpy().name
-            shape: Any = None
-            if rank is not None and value.shape is not None:
-                shape = [
-                    dim if isinstance(dim, int) else tvm.tirx.Var(f"{value.name}_{i}", "int64")
-                    for i, dim in enumerate(value.shape)
-                ]
-            self._nodes[value.name or ""] = relax.Var(
-                value.name, relax.TensorType(shape=shape, dtype=dtype)
-            )
+            dtype = self._sizes.dtype(value)
+            if dtype is None or not _is_numeric(value):
+                dtype = ir.DataType.FLOAT
+            kind = relax.TensorType(shape=self._sizes.cast(value), dtype=dtype.numpy().name)
+            self._nodes[value.name or ""] = relax.Var(value.name, kind)
 
 
 _ANY_RANK = -1
