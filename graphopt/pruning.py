@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from graphopt import files, ir
 from graphopt.accuracy import sampled_top1
@@ -16,25 +15,14 @@ from graphopt.losses import measure_loss
 from graphopt.lowrank import is_plane, sides
 from graphopt.measurement import measure
 from graphopt.optimization import optimize
-from graphopt.pruner.distillation import for_refitting, train
-from graphopt.pruner.estimating import Size
-from graphopt.pruner.fitting import Fit
-from graphopt.pruner.pruning import (
-    Options,
-    Pruning,
-    Survey,
-    cut,
-    parse_ratios,
-    silent,
-    survey,
-)
+from graphopt.pruner.distillation import train
+from graphopt.pruner.pruning import Options, Pruning, Survey, parse_ratios, silent, survey
 from graphopt.pruner.records import record_of
 from graphopt.pruner.recovery import Recovery
-from graphopt.pruner.recovery import recover as refit
+from graphopt.pruner.reporting import PruneReport
 from graphopt.pruner.selection import Unreachable
-from graphopt.pruner.sensitivity import Curves, gap
 from graphopt.pruner.splitting import weight_shape
-from graphopt.report import Loss
+from graphopt.rounds import Outcome, Rounds
 from graphopt.samples import Samples, SamplesLike, open_samples
 from graphopt.target import Target
 from graphopt.timing import Plan
@@ -46,65 +34,6 @@ Tell = Callable[[str], None]
 _ATTEMPTS = 6
 _FASTER = 0.97
 _BATCH = 32
-
-
-@dataclass
-class PruneReport:
-    """What pruning did: sizes before and after, what it cost, what stayed and why."""
-
-    source: str = ""
-    before: Size | None = None
-    after: Size | None = None
-    families: dict[str, tuple[int, int]] = field(default_factory=dict[str, tuple[int, int]])
-    """Weight that makes the channels → groups before and after."""
-    ranks: dict[str, tuple[int, int]] = field(default_factory=dict[str, tuple[int, int]])
-    """Weight of a layer that became two thinner ones → the rank it could have had, and has."""
-    frozen: dict[str, str] = field(default_factory=dict[str, str])
-    """Weight and axis → why it stays as it is."""
-    unknown: dict[str, int] = field(default_factory=dict[str, int])
-    """Operators that pruning has no rule for, and how often they hold something back."""
-    curves: Curves = field(default_factory=dict[str, dict[float, float]])
-    """Of the sensitivity scan: weight → share of its channels that goes → what outputs lose."""
-    masked_error: float | None = None
-    """Largest relative difference from the original with all that went set to zero."""
-    fits: list[Fit] = field(default_factory=list[Fit])
-    training: tuple[float, float] | None = None
-    """Error of the outputs before and after training, relative to their variance."""
-    loss: Loss | None = None
-    accuracy: tuple[float, float] | None = None
-    """Before and after, on data with labels."""
-    latency_ms: tuple[float, float] | None = None
-    """Medians before and after on the target."""
-    latency_ratio: float | None = None
-    notes: list[str] = field(default_factory=list[str])
-
-    @property
-    def drop(self) -> float | None:
-        """What was lost: of the accuracy, else of the agreement, else the relative error."""
-        if self.accuracy is not None:
-            return self.accuracy[0] - self.accuracy[1]
-        if self.loss is None:
-            return None
-        if self.loss.agreement is not None:
-            return 1 - self.loss.agreement
-        noise = self.loss.sqnr_db
-        return 0.0 if noise is None else 10 ** (-noise / 20)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data; what is not finite becomes None."""
-
-        def plain(value: object) -> object:
-            if isinstance(value, float):
-                return value if math.isfinite(value) else None
-            if isinstance(value, dict):
-                items = cast("dict[str, object]", value).items()
-                return {key: plain(item) for key, item in items}
-            if isinstance(value, list | tuple):
-                return [plain(item) for item in cast("Sequence[object]", value)]
-            return value
-
-        data = cast("dict[str, Any]", plain(dataclasses.asdict(self)))
-        return {**data, "drop": plain(self.drop)}
 
 
 @ir.paused_gc()
@@ -126,6 +55,7 @@ def prune(
     only: Sequence[str] = (),
     exact: bool = False,
     iterations: int = 1,
+    keep_resolution: bool = False,
     data: SamplesLike | None = None,
     recover: bool | Recovery = False,
     target: str | Target = "portable",
@@ -160,6 +90,9 @@ def prune(
         ignore, only: patterns of nodes and weights that stay as they are, or are the only to go.
         exact: leave alone what statistics such as LayerNormalization's run over.
         iterations: in so many rounds of pruning (and recovery).
+        keep_resolution: never make images smaller inside. Otherwise, with data, that is one of the
+            ways to `flops`, `latency` or `max_drop`, unless layers are named or there are several
+            iterations; the one that loses least on the data is gone.
         data: samples, see `graphopt.samples.open_samples`.
         recover: refit what is left on the data; True, or how.
         target: where latency is measured (portable: this machine) and what is rounded for.
@@ -207,7 +140,9 @@ def prune(
         wanted = "recovery" if recover else "scope sensitivity"
         raise InputError(f"{wanted} needs data: --data")
     how = Recovery() if recover is True else recover or None
-    job = _Job(original, options, samples, how, iterations, aim, progress or silent, report)
+    tell = progress or silent
+    rounds = Rounds(samples, how, tell, resizing=not keep_resolution and iterations == 1)
+    job = _Job(original, options, samples, how, iterations, aim, tell, report, rounds)
     return job.run(latency, max_drop, benchmark)
 
 
@@ -237,6 +172,7 @@ class _Job:
     target: Target
     tell: Tell
     report: PruneReport
+    rounds: Rounds
     surveyed: Survey | None = None
     """Of the cleaned model, once it was needed."""
     accuracy: float | None = None
@@ -264,9 +200,7 @@ class _Job:
 
     def _rounds(self, clean: ir.Model, options: Options) -> ir.Model:
         """All rounds of pruning and recovery, noted in the report."""
-        report, rounds = self.report, self.iterations
-        report.fits, report.ranks = [], {}
-        share = 1 / rounds
+        share = 1 / self.iterations
         part = dataclasses.replace(
             options,
             ratio=1 - (1 - options.ratio) ** share,
@@ -276,43 +210,13 @@ class _Job:
         if self.surveyed is None:  # the same for each ratio that is tried
             self.surveyed = survey(files.copy(clean), part, self.samples, self.tell)
         model, first = clean, None
-        for _ in range(rounds):
+        for _ in range(self.iterations):
             found = survey(model, part, self.samples, self.tell) if first else self.surveyed
-            done, report.fits = self._round(found, part)
+            done = self.rounds.best(found, part)
             self._note(done, first)
-            first = first or done
-            model = done.model
+            first = first or done.pruning
+            model = done.pruning.model
         return model
-
-    def _round(self, found: Survey, options: Options) -> tuple[Pruning, list[Fit]]:
-        """A round of pruning and recovery, the better of two where ranks can be lowered.
-
-        What ranks cost one by one says less than for channels, whose loss the layers behind them
-        make up for; so both ways are gone, and samples that neither has seen decide.
-        """
-        best: tuple[float, Pruning, list[Fit]] | None = None
-        for way in (options, dataclasses.replace(options, ranks=False)):
-            try:
-                done = cut(found, way, self.samples, self.tell)
-            except Unreachable:
-                if best is None:
-                    raise
-                break
-            record = record_of(done.model)
-            if self.recovery is None or self.samples is None or record is None:
-                return done, []
-            lowered = bool(done.ranks)
-            data, judged = for_refitting(
-                done.model, record, self.samples, self.recovery, spare=bool(found.layers)
-            )
-            fits = refit(done.model, record, data, self.recovery, self.tell)
-            if best is None and not lowered:
-                return done, fits
-            loss = gap(record.teacher, done.model, judged)
-            if best is None or loss < best[0]:
-                best = loss, done, fits
-        assert best is not None
-        return best[1:]
 
     def _train(self, result: ir.Model) -> None:
         """Train the result once, as that takes longer than all else and is no part of a search."""
@@ -324,22 +228,26 @@ class _Job:
         if report.training is None and self.recovery.epochs < 0:
             report.notes.append("not trained: too large, or an operator's gradient is not known")
 
-    def _note(self, done: Pruning, first: Pruning | None) -> None:
-        report = self.report
-        report.before = done.before if first is None else first.before
-        report.after = done.after
+    def _note(self, outcome: Outcome, first: Pruning | None) -> None:
+        report, done = self.report, outcome.pruning
+        report.fits, report.after = outcome.fits, done.after
         if first is None:
-            report.families, report.notes = done.counts, list(done.notes)
+            report.before, report.families, report.ranks = done.before, done.counts, {}
+            report.notes = list(done.notes)
+            if not done.changed and outcome.resolution is None:
+                report.notes.append("the ratio is too small for any group: nothing was pruned")
         else:
             report.families = {
                 name: (count, done.counts.get(name, (0, left))[1])
                 for name, (count, left) in report.families.items()
             }
+        smaller = outcome.resolution.resized if outcome.resolution is not None else []
+        report.resized = {item.input: (item.before, item.after) for item in smaller}
         for node, rank in done.ranks.items():
             shape = weight_shape(node)
             name = node.inputs[1].name if node.inputs[1] is not None else None
             report.ranks[name or ""] = min(sides(node, shape, plane=is_plane(node, shape))), rank
-        report.frozen = done.groups.frozen
+        report.frozen = {**done.groups.frozen, **self.rounds.refused}
         report.unknown = dict(done.groups.unknown)
         report.masked_error = done.error
         if first is None and self.surveyed is not None:
@@ -362,12 +270,28 @@ class _Job:
                 kept = dict(vars(self.report))
             else:
                 high = ratio
+        lost = self.report.drop or 0.0
+        smaller = self._fewer_pixels(limit)
+        if smaller is not None:
+            after = None if best is None else kept["after"]
+            if after is None or smaller.pruning.after.flops < after.flops:
+                self._note(smaller, None)
+                return smaller.pruning.model
         if best is None:
-            raise GateError(
-                f"even ratio {high:.3f} loses {self.report.drop:.4f}, more than {limit:g} allowed"
-            )
+            raise GateError(f"even ratio {high:.3f} loses {lost:.4f}, more than {limit:g} allowed")
         for name, value in kept.items():
             setattr(self.report, name, value)
+        return best
+
+    def _fewer_pixels(self, limit: float) -> Outcome | None:
+        """The smallest images at which the drop stays within the limit, all channels left."""
+        best: Outcome | None = None
+        assert self.surveyed is not None
+        for outcome in self.rounds.smaller(self.surveyed, self.options):
+            self._judge(outcome.pruning.model)
+            if (self.report.drop or 0.0) > limit:
+                break
+            best = outcome
         return best
 
     def _within_latency(self, clean: ir.Model, limit: float) -> ir.Model:

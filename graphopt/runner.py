@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
 import threading
 from collections.abc import Generator, Mapping, Sequence
 from importlib import import_module
@@ -48,6 +49,7 @@ def onnxruntime() -> Any:
 def one_line(error: Exception) -> str:
     """ONNX Runtime's message without its code, source file and line breaks."""
     text = " ".join(str(error).split())
+    text = re.sub(r"/onnxruntime_src/\S+ .*? was false\. (?=\S)", "", text)
     text = text.split(" Status Message: ")[-1] if " Status Message: " in text else text
     text = (
         text.split("] : ", 1)[-1].split(" : ", 2)[-1] if text.startswith("[ONNXRuntime") else text

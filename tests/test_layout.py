@@ -38,9 +38,9 @@ FLOORS = [
     "losses profiles partition splicing rebatching attachments quantizer pruner",
     "passes",
     "backends timing accuracy chain",
-    "optimization _ways quantization pruning compression surgery explanation compilation building "
-    "selection worker rpc machine measurement bisection differences inspection _foreign "
-    "graphsurgeon onnxscript cli __init__ __main__",
+    "optimization _ways quantization pruning resolution rounds compression surgery explanation "
+    "compilation building selection worker rpc machine measurement bisection differences "
+    "inspection _foreign graphsurgeon onnxscript cli __init__ __main__",
 ]
 PUBLIC = {
     *("GraphoptError", "Model", "PassManager", "Refuse", "Report", "Target"),

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from graphopt.pruner.recovery import Recovery
-    from graphopt.pruning import PruneReport
+    from graphopt.pruner.reporting import PruneReport
 
 _SHARE = click.FLOAT
 _LISTED = 5  # weights named for each reason
@@ -76,6 +76,11 @@ _LISTED = 5  # weights named for each reason
 @click.option("--ignore", multiple=True, metavar="PATTERN", help="Nodes or weights that stay.")
 @click.option("--only", multiple=True, metavar="PATTERN", help="All but these stay.")
 @click.option("--exact", is_flag=True, help="Leave alone what LayerNorms and means run over.")
+@click.option(
+    "--keep-resolution",
+    is_flag=True,
+    help="Never make images smaller inside, which is one way to --flops, --latency, --max-drop.",
+)
 @click.option("--iterations", type=click.INT, default=1, show_default=True, metavar="N")
 @click.option("--data", metavar="DATA", help="Samples: .npz, folder, file.py:name, or `random`.")
 @click.option("--recover", is_flag=True, help="Refit what is left on the data; no labels needed.")
@@ -131,7 +136,7 @@ def prune(model: Path, **options: Any) -> None:
     passed = (
         *("ratio", "criterion", "scope", "ratios", "params", "flops", "size", "latency"),
         *("max_drop", "round_to", "ignore", "only", "exact", "iterations", "data", "target"),
-        *("seed", "scan"),
+        *("seed", "scan", "keep_resolution"),
     )
     with limits(options["time_limit"], None), progress(options["quiet"]) as show:
         result = pruning.prune(
@@ -201,6 +206,8 @@ def _tell(out: Console, report: PruneReport, output: Path, *, verbose: bool) -> 
         first, then = report.latency_ms
         out.print(f"  {'latency':<11} {first:.3g} -> {then:.3g} ms  ({report.latency_ratio:.1%})")
     _tell_loss(out, report)
+    for name, (old, new) in report.resized.items():
+        out.print(f"{name} resized from {old} to {new} inside")
     cut = [(n, a, b) for n, (a, b) in report.families.items() if b < a]
     groups = sum(a - b for _, a, b in cut)
     out.print(f"{groups} groups of coupled channels went, of {len(cut)} families")

@@ -119,7 +119,9 @@ class _Training:
             model, record = student, Record(teacher, record.kept)
         self._tape = Tape(model, self._names)
         self._teacher = _Teacher(model, record, self._tape.reached)
-        first = self._tape.forward(next(iter(samples)), self.weights)
+        sample = next(iter(samples))
+        first = self._tape.forward(sample, self.weights)
+        self._teacher.leave_out_others(sample, first)
         size = sum(array.nbytes for array in first.values())
         rows = min(max(_VALUES // max(size, 1), 1), batch)
         self._data = _Data(model, samples, batch, rows)
@@ -224,6 +226,7 @@ class _Teacher:
         self._kept = {name: record.kept.get(name, {}) for name in marks}
         shown = tapped(record.teacher, [*self.outputs, *marks])
         self._runner = Runner(shown, optimize=True, seconds=BATCH_SECONDS)
+        self._strange: set[str] = set()
 
     def __call__(self, feeds: Feeds) -> dict[str, Array]:
         """The values by name, of channels that are left."""
@@ -233,10 +236,17 @@ class _Teacher:
             for name, value in self._runner.run(given).items()
             if isinstance(value, np.ndarray)
         }
+        for name in self._strange:
+            del found[name]
         for name, axes in self._kept.items():
-            for axis, positions in axes.items():
+            for axis, positions in axes.items() if name in found else ():
                 found[name] = np.take(found[name], positions, axis)
         return {n: array for n, array in found.items() if array.dtype == np.float32 and array.size}
+
+    def leave_out_others(self, feeds: Feeds, values: Feeds) -> None:
+        """Of values on the way those that have another shape in a model on smaller images."""
+        shapes = {name: array.shape for name, array in self(feeds).items()}
+        self._strange = {n for n, shape in shapes.items() if shape != values[n].shape}
 
 
 def _scores(value: ir.Value) -> ir.Value:

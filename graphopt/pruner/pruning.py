@@ -128,6 +128,11 @@ class Pruning:
     """Layers of the traced model that are to become two, with their ranks."""
 
     @property
+    def changed(self) -> bool:
+        """Whether anything went."""
+        return bool(self.kept.gone.any()) or bool(self.ranks)
+
+    @property
     def counts(self) -> dict[str, tuple[int, int]]:
         """Groups of each family: how many there were, how many are left."""
         return {
@@ -200,8 +205,6 @@ def cut(
         notes=list(found.notes),
         ranks=choice.ranks,
     )
-    if not choice.gone.size and not choice.ranks:
-        result.notes.append("the ratio is too small for any group: nothing was pruned")
     if check:
         tell("comparing with the masked original")
         result.error = _verify(result, samples)
