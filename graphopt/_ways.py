@@ -18,7 +18,8 @@ from pathlib import Path
 from graphopt import files, ir
 from graphopt.context import Context
 from graphopt.errors import InputError
-from graphopt.pass_manager import load_pass
+from graphopt.pass_manager import Pass, load_pass
+from graphopt.passes.convert_bfloat16 import ConvertBfloat16
 from graphopt.passes.convert_float16 import ConvertFloat16
 from graphopt.passes.correct_biases import CorrectBiases
 from graphopt.passes.quantize_dynamic import Integers, QuantizeDynamic
@@ -203,7 +204,8 @@ class Work:
             kept = {*options.keep, *rungs} - wide
             static.insert(context, kept, {*options.wide, *wide})
             integer_lstms(context, {*options.keep, *rungs})
-            _halve(context, {name for name, rung in rungs.items() if rung == "float16"})
+            for rung in _HALVES:
+                _halve(context, {name for name, own in rungs.items() if own == rung}, rung)
             return context.model
 
         left = [name for name in nodes if name not in {*options.keep, *options.wide}]
@@ -337,6 +339,9 @@ class Work:
 
     def _rungs(self) -> tuple[str, ...]:
         first = self.fallback or ("float16" if self.context.target.device == "cuda" else "float")
+        target = self.context.target
+        if first == "bfloat16" and (first not in target.dtypes or target.device == "cpu"):
+            raise InputError(f"the runtime of target {target.name!r} has no bfloat16 kernels")
         return ("float",) if first == "float" else (first, "float")
 
     def _ranged(self, way: Way) -> tuple[ir.Model | None, float]:
@@ -421,8 +426,15 @@ class Way:
         return self._made
 
 
-def _halve(context: Context, names: set[str]) -> None:
-    """Let some operators compute in float16."""
+def _halve(context: Context, names: set[str], rung: str) -> None:
+    """Let some operators compute in a float type of 16 bits."""
     if names:
         others = (label for node in context.model.graph if (label := ir.label(node)) not in names)
-        ConvertFloat16(keep=tuple(map(escape, others)), check_range=False).run(context)
+        _HALVES[rung](tuple(map(escape, others))).run(context)
+
+
+_HALVES: dict[str, Callable[[tuple[str, ...]], Pass]] = {
+    "float16": lambda keep: ConvertFloat16(keep, check_range=False),
+    "bfloat16": ConvertBfloat16,
+}
+"""By rung, what leaves all but some operators as they are."""

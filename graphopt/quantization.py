@@ -37,7 +37,7 @@ from graphopt.target import Target
 __all__ = ["Quantization", "calibrate", "quantize"]
 
 Method = Literal["auto", "static", "dynamic", "weights"]
-Fallback = Literal["", "int16", "float16", "float"]
+Fallback = Literal["", "int16", "float16", "bfloat16", "float"]
 
 _MEASURE_SECONDS = 0.6
 _HEAVY = ("Conv", "ConvTranspose", "MatMul", "Gemm", "LSTM", "GRU", "RNN")
@@ -97,7 +97,8 @@ def quantize(
         max_latency: milliseconds that a run on the first sample may take.
         max_size: bytes that the weights may take.
         fallback: what operators become, to stay within the drop, before they become floats:
-            `int16` (activations of 16 bits) or `float16`; weights of less than 8 bits get 8.
+            `int16` (activations of 16 bits), `float16` or `bfloat16`; weights of less than 8 bits
+            get 8. Models whose weights are bfloat16 go back to it where the target has it.
         rotate: turn residual streams so that no channel stands out (`rotate-residual`); by default
             where some do and samples that calibrate nothing have less noise.
         figures: fill in what the report draws too: sensitivity and histograms.
@@ -116,7 +117,8 @@ def quantize(
     if method not in get_args(Method):
         raise InputError(f"a method is one of {', '.join(get_args(Method))}, not {method!r}")
     if fallback not in get_args(Fallback):
-        raise InputError(f"operators fall back to int16, float16 or float, not {fallback!r}")
+        kinds = ", ".join(kind for kind in get_args(Fallback) if kind)
+        raise InputError(f"operators fall back to one of {kinds}, not {fallback!r}")
     start = time.monotonic()
     report = report if report is not None else Quantization()
     tell = progress or _silent
@@ -136,6 +138,8 @@ def quantize(
     context = Context(files.copy(base), target=aim, samples=None if blind else samples)
     options = options or QuantizeStatic()
     seen = combine(calibration, fingerprint(base)) if calibration else None
+    if not fallback and ir.DataType.BFLOAT16 in _types(original) and aim.device == "cuda":
+        fallback = "bfloat16" if "bfloat16" in aim.dtypes else fallback
     work = Work(context, samples, report, tell, metric, options, fallback, cache, blind, seen)
     asked = _ASKED.get(type(options), method)
     if seen is not None:

@@ -75,18 +75,39 @@ def test_sensitivity_is_that_of_whole_runs() -> None:
         assert np.allclose(list(found.values()), list(whole.values()), rtol=1e-2)
 
 
-@pytest.mark.parametrize(("fallback", "kind"), [("int16", "UINT16"), ("float16", "FLOAT16")])
-def test_rungs(fallback: Any, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("fallback", "kind", "target"),
+    [
+        ("int16", "UINT16", "cpu"),
+        ("float16", "FLOAT16", "cpu"),
+        ("bfloat16", "BFLOAT16", "cuda:sm_80"),
+    ],
+)
+def test_rungs(fallback: Any, kind: str, target: str) -> None:
     metric = distance(network())
-    plain, _ = drop(metric=metric, max_drop=1e9)
+    plain, _ = drop(metric=metric, max_drop=1e9, target=target)
     limit = plain.tried[0][2] * 0.7
-    report, result = drop(metric=metric, max_drop=limit, fallback=fallback)
+    report, result = drop(metric=metric, max_drop=limit, fallback=fallback, target=target)
     assert report.rung == fallback and report.kept
     assert report.score is not None and report.score.after is not None
     assert -report.score.after <= limit
     types = {tensor.dtype.name for tensor in ir.constants(result)}
     assert {kind, "INT8"} <= types
     assert [rung for rung, _, _ in report.tried].count(fallback) >= 2
+
+
+def test_bfloat16_is_for_targets_that_run_it() -> None:
+    """Weights that were bfloat16 go back to it; a runtime without kernels for it is an error."""
+    for target in ("cpu", "cuda:sm_75"):
+        with pytest.raises(InputError, match="has no bfloat16 kernels"):
+            drop(fallback="bfloat16", target=target, max_drop=1.0)
+    short = optimization.optimize(network(), passes="convert-bfloat16", verify="off")
+    report = Quantization()
+    metric = distance(network())
+    quantize(
+        short, images(), metric=metric, max_drop=1e-6, target="cuda:sm_80", seconds=0, report=report
+    )
+    assert report.tried[1][0] == "bfloat16"
 
 
 @pytest.mark.parametrize("options", [QuantizeStatic, QuantizeWeights])

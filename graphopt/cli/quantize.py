@@ -102,8 +102,9 @@ def image_options(command: F) -> F:
 )
 @click.option(
     "--fallback",
-    type=click.Choice(["int16", "float16", "float"]),
-    help="What operators become first where the drop is too large; then floats.",
+    type=click.Choice(["int16", "float16", "bfloat16", "float"]),
+    help="What operators become first where the drop is too large; then floats. "
+    "bfloat16 for targets whose runtime has it: cuda:sm_80 and later.",
 )
 @click.option(
     "--rotate/--no-rotate",

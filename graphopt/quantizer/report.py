@@ -36,7 +36,7 @@ class Quantization:
     kept: list[str] = field(default_factory=list[str])
     """Operators that are more exact than the rest, to stay within a budget."""
     rung: str = ""
-    """What they are instead: int8, int16, float16 or float."""
+    """What they are instead: int8, int16, float16, bfloat16 or float."""
     sensitivity: dict[str, float] = field(default_factory=dict[str, float])
     """Noise over signal at the outputs for each operator quantized alone, where a budget asked."""
     tried: list[tuple[str, int, float]] = field(default_factory=list[tuple[str, int, float]])
