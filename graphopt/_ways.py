@@ -163,7 +163,8 @@ class Work:
         static = self.options if isinstance(self.options, QuantizeStatic) else QuantizeStatic()
         table = static.table(context)
         single = SmoothActivations(self.report.method == "dynamic")
-        nodes = QuantizeDynamic(keep=keep).products(context)
+        products = QuantizeDynamic(keep=keep).products(context)
+        nodes = [node for node in products if node.graph is context.model.graph]
         if not single.dynamic:
             nodes = list(plan(context.model, context.shapes, table, keep).linear)
         single = dataclasses.replace(single, multiply=single.dynamic or not table.outputs)

@@ -160,6 +160,13 @@ def graphs(model: Model) -> Iterator[Graph]:
     return (graph for graph, _ in scopes(model))
 
 
+def nested_nodes(model: Model) -> Iterator[Node]:
+    """Every node of the main graph and of bodies in it, outer graphs first; none of functions."""
+    for graph, root in scopes(model):
+        if root is model.graph:
+            yield from graph
+
+
 def all_nodes(model: Model) -> Iterator[Node]:
     """Every node of `graphs(model)`, in graph order."""
     for graph in graphs(model):

@@ -153,7 +153,7 @@ def quantize(
     turned = work.rotate(rotate)
     floats, result = _made(work, budget, figures=figures)
     report.steps = [*turned, *report.steps]
-    bodies = _in_bodies(base)
+    bodies = _in_bodies(base, report.method)
     if bodies and not report.refused:
         report.notes.append(bodies)
     report.samples = 0 if blind else len(samples)
@@ -265,7 +265,7 @@ def _why_nothing(model: ir.Model, method: str) -> str:
     if cells:
         names = " and ".join(cells)
         return f"there are no integer kernels for its {names}: --method weights makes them smaller"
-    bodies, types = _in_bodies(model), _types(model)
+    bodies, types = _in_bodies(model, method), _types(model)
     if bodies or not types:
         return bodies or "it has no convolutions and no products with weights"
     if ir.DataType.FLOAT not in types:
@@ -278,19 +278,22 @@ def _why_nothing(model: ir.Model, method: str) -> str:
 
 
 def _types(model: ir.Model) -> set[ir.DataType]:
-    """Of the weights of convolutions, products and recurrences in the main graph."""
-    heavy = (node for node in model.graph if node.op_type in _HEAVY)
+    """Of the weights of convolutions, products and recurrences."""
+    heavy = (node for node in ir.nested_nodes(model) if node.op_type in _HEAVY)
     tensors = (ir.constant(value) for node in heavy for value in node.inputs[:2])
     return {tensor.dtype for tensor in tensors if tensor is not None}
 
 
-def _in_bodies(model: ir.Model) -> str:
-    """What is left alone since it stands in the body of another operator."""
+def _in_bodies(model: ir.Model, method: str) -> str:
+    """What is left alone, or not looked at, since it stands in the body of another operator."""
     main = sum(node.op_type in _HEAVY for node in model.graph)
     inner = sum(node.op_type in _HEAVY for node in ir.all_nodes(model)) - main
     if not inner:
         return ""
-    return f"{inner} of its operators are in bodies of If or Loop, which stay as they are"
+    text = f"{inner} of its operators are in bodies of If or Loop"
+    if method == "static":
+        return f"{text}, which stay as they are: --method dynamic and weights take products there"
+    return f"{text}, where weights are rounded to nearest"
 
 
 def _choose(context: Context, samples: Samples, target: Target, method: Method) -> tuple[str, str]:
@@ -309,6 +312,8 @@ def _choose(context: Context, samples: Samples, target: Target, method: Method) 
         weights = any(ir.constant(v) is not None for v in node.inputs[1:2])
         if node.op_type in _HEAVY and weights:
             work[kind] += node_cost(node, context.shapes, sizes).flops
+    if not any(work.values()) and _in_bodies(context.model, "dynamic"):
+        return "dynamic", "what it computes is in bodies of If or Loop"
     if work["recurrence"] > work["conv"] + work["product"]:
         return "dynamic", "recurrences are most of the work"
     if work["conv"] >= work["product"]:

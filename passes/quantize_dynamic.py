@@ -44,7 +44,7 @@ _SMALLEST = 1 << 10  # weights: below, a product in floats costs less than round
 
 @dataclass(frozen=True)
 class QuantizeDynamic(Pass):
-    """Dynamic quantization of the main graph's products."""
+    """Dynamic quantization of products, in bodies of If and Loop too."""
 
     lossy: ClassVar[bool] = True
 
@@ -65,7 +65,7 @@ class QuantizeDynamic(Pass):
         They are those of the float model, whatever is kept of it. Where they would not fit into
         memory, the widest operators have none.
         """
-        nodes = self.products(context)
+        nodes = [n for n in self.products(context) if n.graph is context.model.graph]
         if not nodes or self.rounding == "nearest" or context.samples is None:
             return {}
         samples = context.samples.take(_SAMPLES)
@@ -91,12 +91,12 @@ class QuantizeDynamic(Pass):
         """The nodes that qualify, in a model that is converted to opset 11 where anything does."""
         if self.rounding not in ("nearest", "gptq"):
             raise InputError(f"weights are rounded nearest or by gptq, not {self.rounding!r}")
-        nodes = [node for node in context.model.graph if self._wanted(context, node)]
+        nodes = [n for n in ir.nested_nodes(context.model) if self._wanted(context, n)]
         if nodes and ir.opset(context.model.graph) < 11:
             ConvertOpset(11, at_least=True).run(context)
             if ir.opset(context.model.graph) < 11:
                 raise InputError("quantize-dynamic needs opset 11, and the model stays below it")
-            nodes = [node for node in context.model.graph if self._wanted(context, node)]
+            nodes = [n for n in ir.nested_nodes(context.model) if self._wanted(context, n)]
         return nodes
 
     def _wanted(self, context: Context, node: ir.Node) -> bool:
@@ -175,14 +175,15 @@ class _Maker:
             for value, word in zip(node.outputs, ("quantized", "scale", "zero_point"), strict=True):
                 value.name = self.context.unique(f"{x.name}_{word}")
             node.name = self.context.unique_node(f"{x.name}_quantized")
-            graph = self.context.model.graph
             producer = x.producer()
+            graph = x.graph if producer is None else producer.graph
+            assert graph is not None
             if producer is None:
                 graph.insert_before(next(iter(graph)), node)
             else:
                 graph.insert_after(producer, node)
             node.meta[ir.SOURCES] = ir.sources(place)
-            self.context.shapes.update(node, graph)
+            self.context.shapes.update(node, self.context.model.graph)
             self.rounded[x] = list(node.outputs)
         return self.rounded[x]
 
@@ -196,7 +197,7 @@ class _Maker:
         node.outputs[0].name = self.context.unique(hint)
         node.name = self.context.unique_node(hint)
         node.meta[ir.SOURCES] = ir.sources(place)
-        graph = self.context.model.graph
-        graph.insert_before(place, node)
-        self.context.shapes.update(node, graph)
+        assert place.graph is not None
+        place.graph.insert_before(place, node)
+        self.context.shapes.update(node, self.context.model.graph)
         return list(node.outputs)

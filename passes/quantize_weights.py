@@ -3,8 +3,8 @@
 Why: a model that waits for its weights, or that has to be small, gains what they lose in bits.
 Numerics: lossy.
 Needs: float32 weights that one operator uses; samples for gptq, adaround and an average of bits
-that is spent where it helps most. Opset 21 for 4 bits, 25 for 2, unless the target has
-MatMulNBits.
+that is spent where it helps most; in bodies of If and Loop weights are rounded without. Opset 21
+for 4 bits, 25 for 2, unless the target has MatMulNBits.
 
 Formats: DequantizeLinear with a scale per channel (Conv, ConvTranspose, LSTM, GRU) or per block of
 the inputs that an output adds up (Gemm, MatMul); on targets with ONNX Runtime's own operators
@@ -13,6 +13,7 @@ MatMulNBits and GatherBlockQuantized.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -69,10 +70,10 @@ class QuantizeWeights(Pass):
         """The linear operators whose weights are rounded."""
         scheme = Scheme(self.bits, self.symmetric, self.block)
         chosen = choose(context, scheme, bits=self._bits(), keep=self.keep)
-        return [node for node, _ in (*chosen.linear, *chosen.recurrent)]
+        return [node for node, _ in (*chosen.linear, *chosen.inner, *chosen.recurrent)]
 
     def run(self, context: Context) -> None:
-        """Round the weights of the main graph, and store them."""
+        """Round the weights of the main graph and of bodies in it, and store them."""
         check(context.model, (*self.keep, *self._bits()))
         method = self._method(context)
         scheme = Scheme(self.bits, self.symmetric, self.block)
@@ -93,11 +94,15 @@ class QuantizeWeights(Pass):
                     f"weights of {self.bits} bits take {taken:.2f} with their "
                     f"scales, more than the average of {self.average:g}: choose larger blocks"
                 )
-        for node, codes in self._rounded(context, chosen.linear, method):
+        simple = method if method in ("rtn", "hqq") else "mse"
+        codes_of = itertools.chain(
+            self._rounded(context, chosen.linear, method),
+            self._alone(context, chosen.inner, simple),
+        )
+        for node, codes in codes_of:
             label = ir.label(node)
             made = storage.store(context, node, codes, vendor=vendor, level=self.level)
             context.changed(f"{codes.scheme.bits} bits", [label], [made])
-        simple = method if method in ("rtn", "hqq") else "mse"
         for node, own in chosen.tables:
             self._store_table(context, node, own, simple, vendor=vendor)
         for node, own in chosen.recurrent:
@@ -123,6 +128,12 @@ class QuantizeWeights(Pass):
                 progress=context.tell,
             ).items()
             return
+        yield from self._alone(context, layers, method)
+
+    def _alone(
+        self, context: Context, layers: Sequence[tuple[ir.Node, Scheme]], method: str
+    ) -> Iterator[tuple[ir.Node, Codes]]:
+        """The codes of each layer, without a look at what it reads."""
         for node, scheme in layers:
             context.check_time()
             context.tell(f"rounding: {ir.label(node)}")
@@ -151,7 +162,7 @@ class QuantizeWeights(Pass):
     def _raise_opset(self, context: Context, chosen: Chosen, *, vendor: bool) -> None:
         """Convert the model to the opset that the formats need."""
         wanted = 0
-        for node, own in (*chosen.linear, *chosen.recurrent):
+        for node, own in (*chosen.linear, *chosen.inner, *chosen.recurrent):
             weights = ir.array(node.inputs[1])
             assert weights is not None
             if vendor and storage.fits_nbits(node, own):

@@ -185,17 +185,40 @@ def test_bad_options(
     assert done.output.count("\n") == 1
 
 
-def test_what_stays_in_bodies_is_said() -> None:
+@pytest.mark.parametrize(
+    ("method", "wanted"), [("static", "which stay as they are"), ("auto", "rounded to nearest")]
+)
+def test_what_stays_in_bodies_is_said(method: Any, wanted: str) -> None:
     made = parse(
         "net (bool c, float[1,4] x) => (float[1,4] y) {"
         " y = If (c) <then_branch = one () => (float[1,4] a) { w = Constant <value = float[4,4] {"
         f" {', '.join(['1'] * 16)} }}> () a = MatMul (x, w) }},"
         " else_branch = two () => (float[1,4] b) { b = Neg (x) }> }"
     )
-    report = Quantization()
     data = [{"c": np.array(True), "x": np.ones((1, 4), np.float32)}]
-    result = quantize(made, data, seconds=0, report=report)
-    assert (
-        report.refused == "1 of its operators are in bodies of If or Loop, which stay as they are"
-    )
+    report = Quantization()
+    result = quantize(made, data, method=method, seconds=0, report=report)
+    assert report.refused.startswith("1 of its operators are in bodies of If or Loop")
+    assert wanted in report.refused
     assert [node.op_type for node in result.graph] == ["If"]
+
+
+@pytest.mark.parametrize("method", ["dynamic", "weights"])
+def test_a_loop_is_quantized_inside(method: Any) -> None:
+    """Products of a body, with the weights of a loop's own and of the graph around it."""
+    weights = np.random.default_rng(1).standard_normal(1024) / 6
+    made = parse(
+        "net (int64 times, float[2,32] x) => (float[2,32] y) <float[32,32] w = {"
+        f" {', '.join(f'{w:.4f}' for w in weights)} }}>"
+        " { keep = Constant <value = bool {1}> () y = Loop (times, keep, x) <body = one"
+        " (int64 i, bool c, float[2,32] s) => (bool d, float[2,32] t) { d = Identity (c)"
+        " m = MatMul (s, w) t = Tanh (m) }> }"
+    )
+    x = np.random.default_rng(0).standard_normal((6, 2, 32)).astype(np.float32)
+    data = [{"times": np.array(3), "x": rows} for rows in x]
+    report = Quantization()
+    result = quantize(made, data, method=method, force=True, seconds=0, report=report)
+    kinds = {node.op_type for node in ir.nested_nodes(result)}
+    assert "Loop" in kinds and kinds & {"MatMulInteger", "MatMulNBits"}
+    assert report.bytes_after < 0.4 * report.bytes_before
+    assert report.score is not None and (report.score.sqnr_db or 0) > (30, 6)[method == "weights"]

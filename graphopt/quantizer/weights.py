@@ -38,6 +38,8 @@ class Chosen:
     """Nodes whose weights are rounded, each kind in graph order, and how."""
 
     linear: list[tuple[ir.Node, Scheme]] = field(default_factory=list[tuple[ir.Node, Scheme]])
+    inner: list[tuple[ir.Node, Scheme]] = field(default_factory=list[tuple[ir.Node, Scheme]])
+    """Linear operators in bodies of If, Loop and Scan, whose inputs nobody looks at."""
     tables: list[tuple[ir.Node, Scheme]] = field(default_factory=list[tuple[ir.Node, Scheme]])
     recurrent: list[tuple[ir.Node, Scheme]] = field(default_factory=list[tuple[ir.Node, Scheme]])
 
@@ -50,7 +52,7 @@ def choose(
     keep: Sequence[str] = (),
     tables: bool = True,
 ) -> Chosen:
-    """The weights of the main graph that a scheme suits; blocks go to matrices, not to kernels.
+    """The weights that a scheme suits, in bodies too; blocks go to matrices, not to kernels.
 
     `bits` and `keep` are patterns of nodes and weights: other bits (32 for none), and none. A
     refusal is recorded for weights that are shared.
@@ -61,7 +63,7 @@ def choose(
         **dict.fromkeys(RECURRENT, chosen.recurrent),
         "Gather": chosen.tables,
     }
-    for node in context.model.graph:
+    for node in ir.nested_nodes(context.model):
         found = kinds.get(node.op_type) if node.domain in ("", "ai.onnx") else None
         index = 0 if node.op_type == "Gather" else 1
         tensor = ir.constant(node.inputs[index]) if found is not None else None
@@ -83,7 +85,9 @@ def choose(
         if own < 16:
             whole = node.op_type in (*RECURRENT, "Conv", "ConvTranspose")
             block = 0 if whole else scheme.block
-            found.append((node, replace(scheme, bits=own, block=block)))
+            outer = found is not chosen.linear or node.graph is context.model.graph
+            taken = found if outer else chosen.inner
+            taken.append((node, replace(scheme, bits=own, block=block)))
     return chosen
 
 
