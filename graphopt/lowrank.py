@@ -18,9 +18,10 @@ import numpy as np
 import numpy.typing as npt
 
 from graphopt import ir
+from graphopt.errors import GraphoptError
 from graphopt.gram import weight_tensor
 
-__all__ = ["Halves", "Truncation", "can_split", "halves", "is_plane", "sides"]
+__all__ = ["Halves", "Truncation", "can_split", "factor", "halves", "is_plane", "sides"]
 
 Floats = npt.NDArray[np.float64]
 
@@ -67,6 +68,28 @@ def sides(node: ir.Node, shape: Sequence[int], *, plane: bool) -> tuple[int, int
     return math.prod(shape[1:]), shape[0]
 
 
+def factor(moment: Floats) -> Floats:
+    """The lower Cholesky factor of sums of xxᵀ, [..., k, k].
+
+    Where channels depend on each other, rounding leaves such a sum with eigenvalues below zero:
+    then its diagonal grows by the least power of ten of its mean that suffices.
+
+    Raises:
+        GraphoptError: elements that are not finite.
+    """
+    if not np.all(np.isfinite(moment)):
+        raise GraphoptError("sums of products of activations are not finite")
+    share, unit = 0.0, np.eye(moment.shape[-1])
+    size = np.maximum(np.trace(moment, axis1=-2, axis2=-1) / len(unit), 1e-30)
+    while True:
+        try:
+            lower: Floats = np.linalg.cholesky(moment + share * size[..., None, None] * unit)
+        except np.linalg.LinAlgError:
+            share = max(10 * share, _DAMPING)
+        else:
+            return lower
+
+
 class Truncation:
     """A layer's best approximations of all ranks, from one decomposition.
 
@@ -94,7 +117,7 @@ class Truncation:
             matrix = weights.T
         damped = column.copy()
         damped[np.diag_indices(len(damped))] += _DAMPING * float(np.mean(np.diag(column))) + 1e-12
-        root = np.linalg.cholesky(damped).T
+        root = factor(damped).T
         left, values, right = np.linalg.svd(root @ matrix, full_matrices=False)
         self.values: Floats = cast("Floats", values)
         """Singular values, the largest first: what each rank adds to the results, squared."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -36,8 +36,11 @@ def unpack(data: bytes) -> dict[str, Array]:
 def write(path: Path, arrays: Mapping[str, Any]) -> None:
     """Write arrays by name; strings become fixed-width text.
 
+    The items of a sequence are `NAME.0`, `NAME.1` …; a classifier's list of maps is one array with
+    a column for each key, and `NAME.keys`.
+
     Raises:
-        InputError: a value that is no array, or a place that cannot be written.
+        InputError: a value that is none of these, or a place that cannot be written.
     """
     plain = _plain(arrays)
     atomic.write(path, lambda file: _save(file, plain))
@@ -73,12 +76,26 @@ def _read(source: Path | io.BytesIO, name: str) -> dict[str, Array]:
     return {key: a.astype(object) if a.dtype.kind in "US" else a for key, a in arrays.items()}
 
 
-def _plain(arrays: Mapping[str, Any]) -> dict[str, Array]:
+def _plain(values: Mapping[str, Any]) -> dict[str, Array]:
     """Arrays that need no pickle."""
     plain: dict[str, Array] = {}
-    for name, value in arrays.items():
-        if not isinstance(value, np.ndarray):
-            raise InputError(f"output {name!r} is a {type(value).__name__}; .npz holds arrays only")
-        array = cast(Array, value)
-        plain[name] = array.astype(str) if array.dtype.kind == "O" else array
+    for name, value in values.items():
+        for part, array in _parts(name, value):
+            plain[part] = array.astype(str) if array.dtype.kind == "O" else array
     return plain
+
+
+def _parts(name: str, value: Any) -> Iterator[tuple[str, Array]]:
+    """A value as arrays: a sequence's items by number, maps of scores as a column per key."""
+    if isinstance(value, np.ndarray):
+        yield name, cast(Array, value)
+        return
+    kind = type(value)
+    items: list[Any] = value if kind is list else []
+    if items and all(isinstance(x, dict) and x.keys() == items[0].keys() for x in items):
+        yield name, np.array([[*one.values()] for one in items])
+        yield f"{name}.keys", np.array([*items[0]])
+    elif items and all(isinstance(item, np.ndarray) for item in items):
+        yield from ((f"{name}.{index}", item) for index, item in enumerate(items))
+    else:
+        raise InputError(f"output {name!r} is a {kind.__name__}; .npz holds arrays only")

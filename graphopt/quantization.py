@@ -265,6 +265,8 @@ def _why_nothing(model: ir.Model, method: str) -> str:
     if cells:
         names = " and ".join(cells)
         return f"there are no integer kernels for its {names}: --method weights makes them smaller"
+    if any("QuantizeLinear" in n.op_type or n.op_type.startswith("QLinear") for n in model.graph):
+        return "it is quantized already"
     bodies, types = _in_bodies(model, method), _types(model)
     if bodies or not types:
         return bodies or "it has no convolutions and no products with weights"

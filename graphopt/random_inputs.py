@@ -148,13 +148,26 @@ def _feeds(
     tracer = Tracer(model, shapes)
     inputs = required_inputs(model)
     sizes = _sizes([_dims(v, shapes) for v in inputs], bindings, guess)
+    forms: list[tuple[int, ...]] = []
+    for dims in (_dims(value, shapes) for value in inputs):
+        forms.append(_any_shape(guess) if dims is None else _concrete(dims, sizes))
     feeds: dict[str, Any] = {}
-    for index, value in enumerate(inputs):
-        dims = _dims(value, shapes)
-        shape = _any_shape(guess) if dims is None else _concrete(dims, sizes)
+    for index, (value, shape) in enumerate(zip(inputs, forms, strict=True)):
         rng = np.random.default_rng([seed, index])
-        feeds[value.name or ""] = _value(value, shape, tracer.trace(value), rng, guess)
+        most = replace(guess, length=_longest(shape, forms, guess.length))
+        feeds[value.name or ""] = _value(value, shape, tracer.trace(value), rng, most)
     return feeds
+
+
+def _longest(shape: tuple[int, ...], forms: Sequence[tuple[int, ...]], usual: int) -> int:
+    """The length that each of so many items may have: no more than there are places for it."""
+    if len(shape) != 1:
+        return usual
+    sides = [list(form) for form in forms if len(form) > 1]
+    for form in sides:
+        if shape[0] in form:
+            form.remove(shape[0])  # the items themselves
+    return min((usual, *(size for form in sides for size in form if size)))
 
 
 def _any_shape(guess: _Guess) -> tuple[int, ...]:

@@ -31,6 +31,15 @@ _SMALL = 1024
 """Elements of the constants that a conversion may look at: axes, bounds, pads, scales."""
 _OLDEST = 7
 
+_UNRUN = 22
+"""A version that only added types to these operators; ONNX Runtime has none of them in it."""
+_UNRUN_TYPES = frozenset(
+    (
+        *("RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli"),
+        *("Multinomial", "RoiAlign", "MaxRoiPool", "GlobalLpPool"),
+    )
+)
+
 
 @dataclass(frozen=True)
 class ConvertOpset(Pass):
@@ -39,32 +48,39 @@ class ConvertOpset(Pass):
     version: int = 0
     """The version of the default domain to convert to; 0 leaves the model as it is."""
     at_least: bool = False
-    """Leave alone what follows that version or a newer one."""
+    """Leave alone what follows that version or a newer one, and stay below what cannot be run."""
 
     def run(self, context: Context) -> None:
         newest = onnx.defs.onnx_opset_version()
-        if not self.version:
+        version = self.version
+        if not version:
             return
-        if not _OLDEST <= self.version <= newest:
-            raise InputError(f"no opset {self.version}: there are {_OLDEST} to {newest}")
-        before = {ir.opset(root) for root in _roots(context.model)} - {0, self.version}
+        if not _OLDEST <= version <= newest:
+            raise InputError(f"no opset {version}: there are {_OLDEST} to {newest}")
+        if self.at_least and any(_is_unrun(node) for node in ir.all_nodes(context.model)):
+            version = min(version, _UNRUN - 1)
+        before = {ir.opset(root) for root in _roots(context.model)} - {0, version}
         if self.at_least:
-            before = {version for version in before if version < self.version}
+            before = {older for older in before if older < version}
         if not before or context.exhausted or _tells_unknown(context, newest):
             return
         work = Context(files.copy(context.model), deadline=context.deadline)
         work.record = context.record
         roots = [root for root in _roots(work.model) if ir.opset(root) in before]
-        converted = [_Conversion(work, root).to(self.version) for root in roots]
+        converted = [_Conversion(work, root).to(version) for root in roots]
         if not all(converted):
             return
-        imports = [onnx.helper.make_opsetid("", self.version)]
+        imports = [onnx.helper.make_opsetid("", version)]
         needed = onnx.helper.find_min_ir_version_for(imports, ignore_unknown=True)
         work.model.ir_version = max(work.model.ir_version, needed)
         context.model = work.model
         context.refresh()
-        names = [f"opset {version}" for version in sorted(before)]
-        context.changed("converted_opset", names, [f"opset {self.version}"])
+        names = [f"opset {older}" for older in sorted(before)]
+        context.changed("converted_opset", names, [f"opset {version}"])
+
+
+def _is_unrun(node: ir.Node) -> bool:
+    return node.op_type in _UNRUN_TYPES and not node.domain
 
 
 def _tells_unknown(context: Context, newest: int) -> bool:

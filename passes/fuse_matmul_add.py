@@ -62,6 +62,17 @@ def _addend(gemm: ir.Node) -> ir.Value | None:
 
 
 @rewrite.on("Gemm")
+def flatten_bias(op: Op, node: ir.Node) -> ir.Value | None:
+    """A constant row that a Gemm adds is a vector, which is what runtimes take for a bias."""
+    addend = _addend(node)
+    array = op.const(addend)
+    if array is None or array.ndim < 2 or array.size != array.shape[-1] or array.size == 1:
+        return None
+    bias = op.initializer(array.reshape(-1))
+    return op.build("Gemm", [*node.inputs[:2], bias], dict(node.attributes))[0]
+
+
+@rewrite.on("Gemm")
 def fuse_transpose_gemm(op: Op, node: ir.Node) -> ir.Value | None:
     """A Gemm reads the operand of a Transpose the other way round."""
     inputs: list[Any] = list(node.inputs)

@@ -237,3 +237,18 @@ def test_arrays_of_any_name_are_written(tmp_path: Path) -> None:
         assert list(read) == list(arrays)
         for name, array in arrays.items():
             assert (read[name].dtype, read[name].tolist()) == (array.dtype, array.tolist())
+
+
+def test_sequences_and_maps_are_written_as_arrays(tmp_path: Path) -> None:
+    """What a classifier of scikit-learn puts out, and what a sequence holds."""
+    items = [np.ones(2, np.float32), np.zeros((3, 1), np.float32)]
+    scores = [{"cat": 0.25, "dog": 0.75}, {"cat": 1.0, "dog": 0.0}]
+    npz.write(tmp_path / "out.npz", {"s": items, "p": scores})
+    read = npz.read(tmp_path / "out.npz")
+    assert {name: array.tolist() for name, array in read.items()} == {
+        **{"s.0": [1.0, 1.0], "s.1": [[0.0], [0.0], [0.0]]},
+        **{"p": [[0.25, 0.75], [1.0, 0.0]], "p.keys": ["cat", "dog"]},
+    }
+    for odd in ({"m": {"cat": 1.0}}, {"m": [{"cat": 1.0}, {"dog": 1.0}]}, {"m": None}):
+        with pytest.raises(InputError, match="holds arrays only"):
+            npz.write(tmp_path / "odd.npz", odd)

@@ -10,8 +10,9 @@ import numpy.typing as npt
 import pytest
 
 from graphopt import ir
+from graphopt.errors import GraphoptError
 from graphopt.gram import columns, weight_matrix
-from graphopt.lowrank import Truncation, can_split, halves, is_plane
+from graphopt.lowrank import Truncation, can_split, factor, halves, is_plane
 from graphopt.pruner.splitting import rank_of, saving, split
 from graphopt.runner import Runner
 from tests.test_gram import model_of
@@ -98,3 +99,18 @@ def test_attributes_of_a_plane() -> None:
     assert [w.shape for w in made.weights] == [(4, 16, 3, 1), (16, 4, 1, 3)]
     assert found[0] == {"strides": (2, 1), "pads": (1, 0, 2, 0)}
     assert found[1] == {"strides": (1, 1), "pads": (0, 0, 0, 1)}
+
+
+def test_a_factor_of_what_rounding_made_indefinite() -> None:
+    """The diagonal grows by as little as makes it one; sums of nothing have one, too."""
+    x = np.random.default_rng(0).standard_normal((50, 4))
+    x = np.concatenate([x, x], axis=1)
+    moment = x.T @ x - 1e-9 * np.eye(8)
+    with pytest.raises(np.linalg.LinAlgError):
+        np.linalg.cholesky(moment)
+    for sums in (moment, np.stack([moment, np.eye(8)]), np.zeros((8, 8))):
+        lower = factor(sums)
+        near = 2e-4 * max(float(sums.max()), 1e-9)
+        assert np.allclose(lower @ lower.swapaxes(-1, -2), sums, rtol=0, atol=near)
+    with pytest.raises(GraphoptError, match="not finite"):
+        factor(np.full((2, 2), np.nan))

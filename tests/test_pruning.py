@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ from graphopt.report import Report
 from graphopt.runner import Runner
 from graphopt.samples import Samples, open_samples
 from tests._architectures import ARCHITECTURES
-from tests._models import parse
+from tests._models import normal, parse
+from tests._text import proto
 
 onnx: Any = importlib.import_module("onnx")
 
@@ -114,6 +116,28 @@ def test_budgets(scope: str, data: Path, tmp_path: Path) -> None:
         (tmp_path / "scan.json").write_text("{}")
         with pytest.raises(InputError, match="holds no sensitivity scan"):
             prune(CNN, scope=scope, data=data, scan=str(tmp_path / "scan.json"), benchmark=False)
+
+
+def test_operations_are_those_of_the_samples() -> None:
+    """Of a model with free sizes, which a strided layer would shrink to nothing if they were 1."""
+    made: Any = proto(
+        "net (float[N,3,H,W] x) => (float[N,2] y) {"
+        "  a = Conv <strides = [4, 4]> (x, w)  b = Relu (a)  c = Conv <strides = [2, 2]> (b, v)"
+        "  p = GlobalAveragePool (c)  f = Flatten (p)  y = MatMul (f, m) }"
+    )
+    shapes = {"w": (16, 3, 4, 4), "v": (16, 16, 2, 2), "m": (16, 2)}
+    for seed, (name, shape) in enumerate(shapes.items()):
+        array = normal(math.prod(shape), seed).reshape(shape)
+        made.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
+    counted: list[int] = []
+    for size in (16, 32):
+        report = PruneReport()
+        data = {"x": normal(8 * 3 * size * size).reshape(8, 1, 3, size, size)}
+        prune(made, flops=0.6, scope="sensitivity", data=data, benchmark=False, report=report)
+        assert report.before is not None and report.after is not None
+        assert report.after.flops <= 0.6 * report.before.flops
+        counted.append(report.before.flops)
+    assert counted[1] > 3.5 * counted[0]
 
 
 def test_layers_become_two(data: Path) -> None:

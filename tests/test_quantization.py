@@ -389,6 +389,23 @@ def test_why_nothing_is_quantized(body: str, method: Any, reason: str) -> None:
     assert reason in report.refused
 
 
+def test_scores_as_maps_and_rows_of_biases() -> None:
+    """What converters of scikit-learn write: biases [1, n], and a ZipMap at the end."""
+    made: Any = onnx.parser.parse_model("""
+        <ir_version: 10, opset_import: ["" : 20, "ai.onnx.ml" : 1]>
+        net (float[N,4] x) => (seq(map(int64, float)) scores) <float[1,3] b = {1, 2, 3}> {
+          h = MatMul (x, w)  a = Add (h, b)  p = Softmax (a)
+          scores = ai.onnx.ml.ZipMap <classlabels_int64s = [0, 1, 2]> (p)
+        }""")
+    weights = normal(12).reshape(4, 3)
+    made.graph.initializer.append(onnx.numpy_helper.from_array(weights, "w"))
+    report = Quantization()
+    data = {"x": normal(64).reshape(16, 1, 4)}
+    result = quantize(files.load(made), data, method="static", force=True, seconds=0, report=report)
+    assert "QuantizeLinear" in {node.op_type for node in result.graph}
+    assert "p" in {layer.name for layer in report.layers}
+
+
 def test_a_tiny_transformer_is_quantized_only_where_it_gains() -> None:
     """At 17 tokens of 16 channels rounding costs what integers gain: floats stay, with figures."""
     report = Quantization()

@@ -8,10 +8,13 @@ from dataclasses import dataclass
 
 from graphopt import ir
 from graphopt.cost import model_cost, node_cost
+from graphopt.errors import GraphoptError
+from graphopt.feeds import random_feeds
 from graphopt.pruner.adjusting import Kept
 from graphopt.pruner.atoms import Axis
 from graphopt.pruner.groups import Groups
 from graphopt.pruner.splitting import saving
+from graphopt.regions import named_sizes
 from graphopt.samples import Samples, bindings
 from graphopt.shapes import Shapes
 
@@ -35,11 +38,13 @@ def operations(model: ir.Model, samples: Samples) -> int:
 class Estimator:
     """Costs as `graphopt.cost` counts them, as products of what is left of the axes.
 
-    Sizes that are not known count as 1. Bodies of control flow count once.
+    Free sizes are those of the first sample, or of random inputs; bodies of control flow count
+    once.
     """
 
-    def __init__(self, groups: Groups) -> None:
+    def __init__(self, groups: Groups, samples: Samples | None = None) -> None:
         trace = groups.trace
+        sizes = _sizes(groups, samples)
         self._constants: list[tuple[int, int, list[Axis]]] = []
         self._nodes: dict[ir.Node, tuple[float, list[Axis]]] = {}
         self._trace = trace
@@ -51,7 +56,7 @@ class Estimator:
                 self._constants.append((count, tensor.nbytes, lively))
         live: dict[int, bool] = {}
         for node in ir.all_nodes(groups.model):
-            flops = node_cost(node, trace.shapes).flops
+            flops = node_cost(node, trace.shapes, sizes).flops
             if not flops or not node.outputs:
                 continue
             axes = [*trace.axes.get(node.outputs[0], ()), *_summed(groups, node)]
@@ -82,9 +87,19 @@ class Estimator:
             if saved is not None:
                 parameters -= saved[0] * math.prod(shape)
                 size -= saved[0] * math.prod(shape) * weights.const_value.dtype.itemsize
-                count, axes = self._nodes[node]
+                count, axes = self._nodes.get(node, (0.0, []))
                 flops -= saved[1] * count * math.prod(map(share, axes))
         return Size(round(parameters), round(size), round(flops))
+
+
+def _sizes(groups: Groups, samples: Samples | None) -> dict[str, int]:
+    """Numbers for the free sizes of a model's inputs, by name."""
+    model, shapes = groups.model, groups.trace.shapes
+    try:
+        feeds = random_feeds(model, shapes) if samples is None else next(iter(samples))
+    except GraphoptError:
+        return {}
+    return named_sizes(model, shapes, feeds)
 
 
 def _summed(groups: Groups, node: ir.Node) -> list[Axis]:

@@ -180,7 +180,8 @@ def survey(
     found: dict[str, ir.Node] = {}
     if options.ranks and options.scope == "sensitivity" and not options.exact:
         found = layers(model, options.ignore, options.only)
-    return Survey(groups, rank(groups, options, samples, tell), Estimator(groups), notes, found)
+    scores, estimate = rank(groups, options, samples, tell), Estimator(groups, samples)
+    return Survey(groups, scores, estimate, notes, found)
 
 
 def cut(

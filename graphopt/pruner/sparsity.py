@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from graphopt.errors import InputError
+from graphopt.lowrank import factor
 
 Floats = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
@@ -101,7 +102,7 @@ def _surgeon(weights: Floats, xtx: Floats, pattern: Pattern) -> Floats:
     w[:, dead] = 0.0
     h[np.diag_indices(k)] += _DAMPING * float(np.mean(np.diag(h)))
     # The upper factor of the inverse holds, row by row, what remains after each column is settled.
-    inverse = np.linalg.cholesky(np.linalg.inv(h)).T
+    inverse = factor(np.linalg.inv(h).astype(np.float64)).T
     costs = np.diag(inverse)
     dropped = np.zeros(w.shape, np.bool_)
     for start in range(0, k, _BLOCK):

@@ -193,7 +193,10 @@ class _Planner:
         if node.op_type == "Gemm" and (ir.attribute(node, "transA", 0) or not plain):
             return False
         bias = node.inputs[2] if len(node.inputs) > 2 else None
-        return bias is None or ir.constant(bias) is not None
+        if bias is None:
+            return True
+        addend, out = ir.constant(bias), tensor.shape[0 if ir.attribute(node, "transB", 0) else -1]
+        return addend is not None and (node.op_type != "Gemm" or list(addend.shape) == [out])
 
     def _reduce(self) -> bool:
         """Drop operators that do not stand between quantized ones; whether there were any."""

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from graphopt.lowrank import factor
+
 __all__ = ["Codes", "Scheme", "descend", "gptq", "hqq", "loss", "nearest", "refit"]
 
 Floats = npt.NDArray[np.float64]
@@ -262,7 +264,7 @@ def _upper(hessian: Floats, order: npt.NDArray[np.intp]) -> npt.NDArray[np.float
     reverse = order[:, ::-1]
     turned = np.take_along_axis(hessian, reverse[:, :, None], axis=1)
     turned = np.take_along_axis(turned, reverse[:, None, :], axis=2)
-    lower = np.linalg.cholesky(turned)
+    lower = factor(turned)
     lower /= np.einsum("gii->gi", lower)[:, None, :]
     return lower[:, ::-1, ::-1].astype(np.float32)
 

@@ -16,6 +16,7 @@ from graphopt import ir
 from graphopt.errors import InputError
 from graphopt.runner import Runner
 from graphopt.samples import Samples
+from graphopt.shapes import Shapes
 from graphopt.taps import groups, tap
 
 Array = npt.NDArray[Any]
@@ -193,9 +194,11 @@ def layers(
     memory_limit: int = 1 << 27,
 ) -> list[Layer]:
     """Every float tensor that both models have by the same name, in the first one's order."""
+    known = Shapes(before)
     own = {v.name: v for node in before.graph for v in node.outputs if v.name}
     other = {v.name for node in after.graph for v in node.outputs}
-    names = [name for name in own if name in other]
+    types = {name: known.dtype(v) for name, v in own.items()}
+    names = [n for n, kind in types.items() if n in other and kind and kind.is_floating_point()]
     part = samples.take(limit)
     found: dict[str, Signal] = {}
     for group in groups(before, names, next(iter(part)), memory_limit=memory_limit):
