@@ -19,11 +19,15 @@ from graphopt.backends._tvm_loops import (
 )
 from graphopt.backends._tvm_statements import prefetch
 
+_ir: Any = importlib.import_module("tvm.ir")
 _tirx: Any = importlib.import_module("tvm.tirx")
 
 PRODUCT, PADDED = "product", "padded"
 _PARALLEL_WORK = 60_000
 """Multiplications below which another thread is not worth waking."""
+_MUCH = 20
+"""Operations on a sum from which on not all sums are kept in registers."""
+_OPERANDS = ("a", "b", "condition", "true_value", "false_value", "value", "body")
 _IMAGE_AXES = 4
 
 
@@ -84,6 +88,15 @@ def _last_alike(schedule: Any, tail: list[Any]) -> Any:
     return max(alike, key=tail.index)
 
 
+def _operations(value: Any) -> int:
+    """How many operations and numbers an expression is made of, apart from what it loads."""
+    if isinstance(value, _ir.TensorLoad):
+        return 0
+    parts = [getattr(value, name) for name in _OPERANDS if hasattr(value, name)]
+    operands = [*parts, *getattr(value, "args", ())]
+    return bool(operands) + sum(map(_operations, operands))
+
+
 class _Product:
     """One product: its block, the stage that stores it, what comes before, its tile, its dot."""
 
@@ -127,8 +140,7 @@ class _Product:
             written.append(inner)
         s.reorder(*order, *sums, *written, rows, vectors, lanes, *group)
         s.set_scope(product, 0, "local")
-        s.reverse_compute_at(self._result, order[-1], preserve_unit_loops=True)
-        self._store(len(order))
+        self._store(order)
         for loop in (*written, rows, vectors):
             s.unroll(loop)
         if not self._dot:
@@ -178,19 +190,34 @@ class _Product:
         bands, inside = s.split(row, [None, band])
         return [*batch, bands, inside, *inner], bands
 
-    def _store(self, depth: int) -> None:
-        """The result's stage: vectors along the columns, everything unrolled."""
-        s = self._schedule
-        loops = s.get_loops(self._result)[depth:]
-        shape = s.get(self._result).writes[0].source.ty.shape
-        columns = number(shape[-1])
+    def _store(self, order: list[Any]) -> None:
+        """The result's stage: vectors along the columns, everything unrolled.
+
+        Where much is computed of each sum, the sums leave their registers first, and are taken up
+        one after the other: written out for all, it would need them.
+        """
+        s, at, depth = self._schedule, order[-1], len(order)
+        much = _operations(s.get(self._result).body.value) > _MUCH
+        if much:
+            reads = [str(read.source.name) for read in s.get(self._result).reads]
+            sums = str(s.get(self._product).writes[0].source.name)
+            kept = s.cache_read(self._result, reads.index(sums), "local")
+            s.reverse_compute_at(kept, at, preserve_unit_loops=True)
+            self._write_out(s.get_loops(kept)[depth:], self._tile["lanes"])
+        s.reverse_compute_at(self._result, at, preserve_unit_loops=True)
+        columns = number(s.get(self._result).writes[0].source.ty.shape[-1])
         lanes = math.gcd(columns, self._tile["lanes"]) if columns else 1
-        last = loops[-1]
+        self._write_out(s.get_loops(self._result)[depth:], lanes, serial=much)
+
+    def _write_out(self, loops: list[Any], lanes: int, serial: bool = False) -> None:
+        s = self._schedule
         if lanes > 1:
-            rest, inner = s.split(last, [None, lanes])
+            rest, inner = s.split(loops[-1], [None, lanes])
             s.vectorize(inner)
-            s.unroll(rest)
-        for loop in loops[:-1]:
+            loops = [*loops[:-1], rest]
+        else:
+            loops = loops[:-1]
+        for loop in [] if serial else loops:
             s.unroll(loop)
 
     def _share(self, order: list[Any], work: int, bands: Any) -> int:

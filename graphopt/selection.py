@@ -152,7 +152,8 @@ def fastest(
         artifact.publish(out, overwrite=overwrite) as staging,
         tempfile.TemporaryDirectory(prefix="graphopt-auto-") as scratch,
     ):
-        search = Search(model, feeds or _feeds(model), Path(scratch), progress or silent)
+        inputs = feeds or _feeds(model, _sizes(chosen, options))
+        search = Search(model, inputs, Path(scratch), progress or silent)
         for backend in chosen:
             _candidates(search, backend, compile_with, options, minutes)
         best = search.best()
@@ -246,13 +247,23 @@ def _rewrite(folder: Path, **changes: Any) -> None:
         trust.sign(folder)
 
 
-def _feeds(model: ir.Model) -> dict[str, Array]:
+def _sizes(chosen: Sequence[Backend], options: Mapping[str, Any]) -> dict[str, int]:
+    """The sizes of free dimensions that options name."""
+    sizes: dict[str, int] = {}
+    for backend in chosen:
+        known = backends.describe_options(backend)
+        own = {name: value for name, value in options.items() if name in known}
+        sizes |= backends.make_options(backend, own).sizes()
+    return sizes
+
+
+def _feeds(model: ir.Model, sizes: Mapping[str, int]) -> dict[str, Array]:
     """Random feeds, of batch 1 where that is free and runs."""
     from graphopt.feeds import single_feeds
     from graphopt.runner import Runner
     from graphopt.shapes import Shapes
 
-    return single_feeds(model, Shapes(model), Runner(model).run)
+    return single_feeds(model, Shapes(model), Runner(model).run, bindings=sizes)
 
 
 @contextlib.contextmanager

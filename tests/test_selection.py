@@ -18,6 +18,7 @@ from graphopt.report import Report
 from graphopt.target import host
 from graphopt.worker import Worker
 from tests._text import model
+from tests.test_tvm import needs_tvm
 
 TEXT = """
 net (float[n,2] x) => (float[n,2] y) <float[2] one = {1, 1}> {
@@ -72,6 +73,17 @@ def test_auto_measures_with_feeds_that_the_model_takes(tmp_path: Path) -> None:
     """A batch of one is none of them: its two numbers make no square."""
     out = compilation.compile(model(PAIRS), "cpu", tmp_path / "a", backend="auto")
     assert artifact.read(out).measured
+
+
+@needs_tvm
+@pytest.mark.usefixtures("quick")
+def test_auto_measures_with_the_sizes_that_are_set(tmp_path: Path) -> None:
+    text = "g (float[n,8] x) => (float[n,8] y) { y = Relu (x) }"
+    options = {"dims": "n=3", "tune": 1}
+    out = compilation.compile(
+        model(text), "cpu", tmp_path / "a", backend="tvm", options=options, tune=0.001
+    )
+    assert compilation.load(out, trust=True).inputs[0].shape == (3, 8)
 
 
 @pytest.mark.usefixtures("quick")

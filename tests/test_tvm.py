@@ -183,6 +183,7 @@ def test_functions_over_their_range(tmp_path: Path) -> None:
     ("body", "size"),
     [
         ("y = MatMul (x, w)", 24),
+        ("m = MatMul (x, w) y = Sigmoid (m)", 24),
         ("t = Transpose <perm = [0, 2, 1]> (x) s = MatMul (x, t) y = Softmax <axis = -1> (s)", 24),
         ("y = ReduceMean (x)", 24),
         ("z = Shape (x) r = Expand (x, z) y = Relu (r)", 5),
