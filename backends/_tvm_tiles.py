@@ -19,6 +19,8 @@ _MOST_UNROLLED = 8
 _BAND = 8
 _IN_FLIGHT = 8
 """Sums that hide the latency of a multiplication: four cycles of two units."""
+_MANY = 1 << 19
+"""Elements of a product that do not stay in the cache of a core."""
 
 
 @dataclass(frozen=True)
@@ -170,10 +172,14 @@ def _cost(rows: int | None, columns: int, tile: Tile) -> float:
     waste = -(-columns // width) * width / columns
     if rows is not None:
         waste *= -(-rows // tile.rows) * tile.rows / rows
-        if rows % tile.rows:
-            waste *= 1.03  # rows are copied to a buffer that ends with the tile
+        if rows % tile.rows:  # rows are copied to a buffer that ends with the tile
+            waste *= 1.03 + 6 / columns
+        if columns > width and rows * columns > _MANY:
+            waste *= 1.05  # another pass over more than the nearer caches hold
     sums = tile.rows * tile.vectors
     loads = (tile.rows + tile.vectors) / sums
     idle = max(1.0, _IN_FLIGHT / sums)
     # columns come from further away than what is broadcast, each once for all rows
-    return waste * (max(idle, 0.5 + loads / 2) + 0.15 * loads + 0.1 / tile.rows)
+    # code that is long, and rows that no prefetcher follows
+    far = 0.0015 * max(sums - 16, 0) + 0.004 * max(tile.rows - 16, 0)
+    return waste * (max(idle, 0.5 + loads / 2) + 0.15 * loads + 0.1 / tile.rows + far)
