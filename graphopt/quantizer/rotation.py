@@ -27,6 +27,7 @@ _NARROWEST = 16  # channels: fewer have nothing to spread an outlier over
 _WIDEST = 1 << 14  # channels: the matrix is their square
 _EVEN = 4.0  # times the average, of what the largest channel has: nothing stands out
 _LESS = 0.7  # of the largest channel, what a rotation has to leave at most
+_LOOKED = 4  # rows of a weight for each channel, that say how even channels are
 _PART = 1 << 22  # elements that are turned at a time
 
 
@@ -87,8 +88,11 @@ def _worth(stream: Stream, matrix: Floats) -> bool:
     for writes in (True, False):
         moment = np.zeros(matrix.shape)
         for edit in stream.edits:
+            if edit.writes != writes:
+                continue
             rows = _rows(edit, stream.width)
-            if edit.writes == writes and len(rows) > 1:
+            rows = rows[:: max(1, len(rows) // (_LOOKED * stream.width))]
+            if len(rows) > 1:
                 own = rows.T @ rows
                 moment += own / max(float(np.trace(own)), 1e-300)
         before = np.diag(moment)

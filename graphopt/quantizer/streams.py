@@ -29,6 +29,7 @@ _NORMS = ("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalizatio
 _SAME = ("Identity", "Neg")
 _MEANS = ("ReduceMean", "ReduceSum")
 _LENGTHS = ("ReduceL2", "ReduceSumSquare")
+_SMALLEST = 1e-4  # of the largest factor: below, its inverse would drown what is beside it
 _ASKS_SHAPE = ("Shape", "Size")
 
 
@@ -415,12 +416,13 @@ def _reshaped(shape: Sequence[object], result: Sequence[object], axis: int) -> i
 def _inverse(factor: Floats | None, array: ir.Array, behind: int) -> Floats | None:
     """What a constant is multiplied by that is added behind a factor per channel.
 
-    None without a factor, and where the constant reaches a channel whose factor is zero.
+    None without a factor, and where the constant reaches a channel whose factor is next to zero.
     """
     if factor is None:
         return None
     whole = array.reshape((1,) * max(0, behind + 1 - array.ndim) + array.shape)
     channels = np.moveaxis(whole, whole.ndim - 1 - behind, -1) != 0
-    if np.any(channels & (factor == 0)):
+    large = np.abs(factor) > _SMALLEST * np.abs(factor).max()
+    if np.any(channels & ~large):
         return None
-    return np.divide(1.0, factor, out=np.zeros_like(factor), where=factor != 0)
+    return np.divide(1.0, factor, out=np.zeros_like(factor), where=large)
