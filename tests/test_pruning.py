@@ -392,6 +392,18 @@ NETS = {
     "more norms": "a = Conv (x, w, b) i = InstanceNormalization (a, s, s)"
     " h = GroupNormalization <num_groups = 2> (i, s, b) r = RMSNormalization (h, s) d = Mul(r, a)"
     " l = LogSoftmax <axis = 1> (d) p = GlobalAveragePool(l) f = Flatten(p) y = MatMul(f, n)",
+    "more activations": "a = Conv (x, w, b) d = Selu(a) e = Celu<alpha = 0.7>(d) f = Softsign(e)"
+    " h = Mish(f) i = Sin(h) j = Cos(i) k = Sign(e) l = Mul(k, j) p = GlobalAveragePool(l)"
+    " q = Flatten(p) y = MatMul(q, n)",
+    "blocks": "a = Conv (x, w, b) d = DepthToSpace <blocksize = 2> (a)"
+    " e = SpaceToDepth <blocksize = 2> (d) f = Mul(e, a)"
+    ' h = DepthToSpace <blocksize = 2, mode = "CRD"> (f) i = SpaceToDepth <blocksize = 4> (h)'
+    " o = Constant <value_ints = [2, 3]> () p = ReduceL2 <keepdims = 0> (i, o) y = MatMul(p, m2)",
+    "sums": "a = Conv (x, w, b) o = Constant <value_int = 2> () d = CumSum(a, o)"
+    " t = Constant <value_int = 3> () e = CumSum <exclusive = 1, reverse = 1> (d, t)"
+    " f = CumSum <exclusive = 1> (e, t) h = Tanh(f) i = Constant <value_ints = [2, 3]> ()"
+    " j = ReduceLogSumExp <keepdims = 0> (h, i) k = ReduceSumSquare <keepdims = 0> (h, i)"
+    " l = ReduceL1 <keepdims = 0> (h, i) q = Sum(j, k, l) y = MatMul(q, n)",
     "norms": "a = Conv (x, w, b) l = LayerNormalization <axis = -1> (a, s, s) e = Gelu(l)"
     " q = Softmax(e) z = Mul(q, l) p = GlobalAveragePool(z) f = Flatten(p) y = MatMul(f, n)",
 }
@@ -427,7 +439,7 @@ def test_gradients(body: str) -> None:
     rng = np.random.default_rng(0)
     shapes = {
         **{"w": (4, 4, 3, 3), "b": (4,), "g": (4, 2, 3, 3), "m": (3, 16), "c": (3,)},
-        **{"n": (4, 3), "s": (4,)},
+        **{"n": (4, 3), "s": (4,), "m2": (16, 3)},
     }
     held: dict[str, npt.NDArray[np.float32]] = {}
     for value in [v for node in model.graph for v in node.inputs if v is not None]:
@@ -457,9 +469,9 @@ def test_gradients(body: str) -> None:
 def test_gradients_that_are_not_known() -> None:
     """The operator is named."""
     model = parse(
-        "net (float[2,4] x) => (float[2,4] y) <float[4] w = {1,2,3,4}> { a = Add(x, w) y = Sin(a) }"
+        "net (float[2,4] x) => (float[2,4] y) <float[4] w = {1,2,3,4}> { a = Add(x, w) y = Tan(a) }"
     )
-    with pytest.raises(InputError, match="no gradient is known of Sin"):
+    with pytest.raises(InputError, match="no gradient is known of Tan"):
         Tape(model, ["w"])
 
 

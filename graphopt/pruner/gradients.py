@@ -23,8 +23,8 @@ __all__ = ["Tape", "unknown", "with_inputs"]
 
 Values = Mapping[str, Array]
 _FLAT = frozenset(
-    {"And", "ArgMax", "ArgMin", "Equal", "Greater", "GreaterOrEqual", "IsInf", "IsNaN", "Less"}
-    | {"LessOrEqual", "Not", "Or", "Shape", "Size", "Xor"}
+    {"And", "ArgMax", "ArgMin", "Ceil", "Equal", "Floor", "Greater", "GreaterOrEqual", "IsInf"}
+    | {"IsNaN", "Less", "LessOrEqual", "Not", "Or", "Round", "Shape", "Sign", "Size", "Xor"}
 )
 """What these compute does not answer to small changes."""
 _RULES = {**LINEAR, **MOVES, **POINTWISE}

@@ -82,6 +82,44 @@ def _largest(node: ir.Node, x: list[Array], y: Array, g: Array) -> Gradients:
     return [same * (g.reshape(kept) / same.sum(tuple(axes), keepdims=True))]
 
 
+def _length(node: ir.Node, x: list[Array], y: Array, g: Array) -> Gradients:
+    """Of norms, of sums of squares, and of the logarithm of a sum of powers."""
+    axes = _axes(node, x)
+    kept = [1 if axis in axes else size for axis, size in enumerate(x[0].shape)]
+    size, slope = y.reshape(kept), g.reshape(kept)
+    if node.op_type == "ReduceSumSquare":
+        return [2 * slope * x[0]]
+    if node.op_type == "ReduceL1":
+        return [slope * np.sign(x[0])]
+    if node.op_type == "ReduceL2":
+        return [slope * np.divide(x[0], size, out=np.zeros_like(x[0]), where=size != 0)]
+    return [slope * np.exp(x[0] - size)]
+
+
+def _blocks(node: ir.Node, x: list[Array], y: Array, g: Array) -> Gradients:
+    """DepthToSpace and SpaceToDepth, by undoing them."""
+    size = integer(node, "blocksize", 1)
+    count, channels, height, width = x[0].shape
+    if node.op_type == "SpaceToDepth":
+        parts = g.reshape(count, size, size, channels, height // size, width // size)
+        return [parts.transpose(0, 3, 4, 1, 5, 2).reshape(x[0].shape)]
+    columns_first = str(ir.attribute(node, "mode", "DCR")) == "CRD"
+    parts = g.reshape(count, channels // size**2, height, size, width, size)
+    order = (0, 1, 3, 5, 2, 4) if columns_first else (0, 3, 5, 1, 2, 4)
+    return [parts.transpose(order).reshape(x[0].shape)]
+
+
+def _running_sum(node: ir.Node, x: list[Array], y: Array, g: Array) -> Gradients:
+    """A running sum from the other end."""
+    axis = int(x[1].item())
+    forward = bool(integer(node, "reverse", 0))
+    turned = g if forward else np.flip(g, axis)
+    sums = np.cumsum(turned, axis)
+    if integer(node, "exclusive", 0):
+        sums -= turned
+    return [sums if forward else np.flip(sums, axis)]
+
+
 def _expand(node: ir.Node, x: list[Array], y: Array, g: Array) -> Gradients:
     return [fit(g, x[0].shape)]
 
@@ -146,19 +184,26 @@ def _result(model: bytes, shape: tuple[int, ...]) -> Array:
 
 MOVES: dict[str, Rule] = {
     "Concat": _concat,
+    "CumSum": _running_sum,
+    "DepthToSpace": _blocks,
     "Expand": _expand,
     "Flatten": _reshape,
     "Gather": _gather,
     "GlobalAveragePool": _mean,
     "GlobalMaxPool": _largest,
     "Pad": _pad,
+    "ReduceL1": _length,
+    "ReduceL2": _length,
+    "ReduceLogSumExp": _length,
     "ReduceMax": _largest,
     "ReduceMean": _mean,
     "ReduceMin": _largest,
     "ReduceSum": _mean,
+    "ReduceSumSquare": _length,
     "Reshape": _reshape,
     "Resize": _resize,
     "Slice": _slice,
+    "SpaceToDepth": _blocks,
     "Split": _split,
     "Squeeze": _reshape,
     "Tile": _tile,

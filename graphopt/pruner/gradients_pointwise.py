@@ -11,6 +11,9 @@ from graphopt.pruner.backward import Array, Gradients, Rule, fit, real
 
 __all__ = ["POINTWISE"]
 
+_SELU = (("alpha", 1.6732632423543772), ("gamma", 1.0507009873554805))
+"""The attributes' defaults, ONNX's specification of Selu."""
+
 
 def _add(node: ir.Node, x: list[Array], y: Array, g: Array) -> Gradients:
     second = -g if node.op_type == "Sub" else g
@@ -113,6 +116,30 @@ def _elu(node: ir.Node, x: list[Array], y: Array, g: Array) -> Gradients:
     return [np.where(x[0] > 0, g, g * (y + g.dtype.type(real(node, "alpha", 1.0))))]
 
 
+def _celu(node: ir.Node, x: list[Array], y: Array, g: Array) -> Gradients:
+    steep = g.dtype.type(real(node, "alpha", 1.0))
+    return [np.where(x[0] > 0, g, g * (y / steep + 1))]
+
+
+def _selu(node: ir.Node, x: list[Array], y: Array, g: Array) -> Gradients:
+    alpha, gamma = (g.dtype.type(real(node, *default)) for default in _SELU)
+    return [np.where(x[0] > 0, g * gamma, g * (y + alpha * gamma))]
+
+
+def _softsign(node: ir.Node, x: list[Array], y: Array, g: Array) -> Gradients:
+    return [g * np.square(1 - np.abs(y))]
+
+
+def _mish(node: ir.Node, x: list[Array], y: Array, g: Array) -> Gradients:
+    inner = np.tanh(np.logaddexp(x[0], g.dtype.type(0)))
+    gate = (1 + np.tanh(x[0] / 2)) / 2
+    return [g * (inner + x[0] * (1 - inner * inner) * gate)]
+
+
+def _wave(node: ir.Node, x: list[Array], y: Array, g: Array) -> Gradients:
+    return [g * np.cos(x[0]) if node.op_type == "Sin" else -g * np.sin(x[0])]
+
+
 def _swish(node: ir.Node, x: list[Array], y: Array, g: Array) -> Gradients:
     steep = g.dtype.type(real(node, "alpha", 1.0))
     gate = (1 + np.tanh(steep * x[0] / 2)) / 2
@@ -133,7 +160,9 @@ POINTWISE: dict[str, Rule] = {
     "Abs": _magnitude,
     "Add": _add,
     "Cast": _cast,
+    "Celu": _celu,
     "Clip": _clip,
+    "Cos": _wave,
     "Div": _mul,
     "Dropout": _identity,
     "Elu": _elu,
@@ -147,14 +176,18 @@ POINTWISE: dict[str, Rule] = {
     "Log": _log,
     "Max": _extreme,
     "Min": _extreme,
+    "Mish": _mish,
     "Mul": _mul,
     "Neg": _negate,
     "PRelu": _leaky,
     "Pow": _pow,
     "Reciprocal": _reciprocal,
     "Relu": _relu,
+    "Selu": _selu,
     "Sigmoid": _sigmoid,
+    "Sin": _wave,
     "Softplus": _softplus,
+    "Softsign": _softsign,
     "Sqrt": _sqrt,
     "Sub": _add,
     "Sum": _sum,
