@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from graphopt import ir
+from graphopt.backends._tvm_indices import number, same, sizes
 from graphopt.backends._tvm_shapes import Sizes
 
 Converter = Callable[["Call"], Any]
@@ -42,6 +43,23 @@ class Call:
         if shape is None:
             raise NotImplementedError("the shape of its output is known at run time only")
         return shape
+
+    def matched(self, value: Any, wanted: Sequence[Any], free: int | None = None) -> Any:
+        """A tensor with free sizes that are the wanted ones, as TVM cannot tell; the run checks it.
+
+        The last axes are those of `wanted`; the one numbered `free` stays as it is.
+        """
+        own = sizes(value)
+        if own is None:
+            return value
+        before = len(wanted) - len(own)
+        cast = [
+            size if at + before == free or number(size) is not None else wanted[at + before]
+            for at, size in enumerate(own)
+        ]
+        if all(map(same, own, cast)):
+            return value
+        return self.builder.match_cast(value, _relax.TensorType(cast, value.ty.dtype))
 
     def attribute(self, name: str, default: Any) -> Any:
         """An attribute's plain value, or the default."""

@@ -24,6 +24,7 @@ from graphopt.backends._tvm_shapes import Sizes
 from graphopt.context import Context
 from graphopt.errors import GraphoptError, InputError
 from graphopt.pass_manager import PassManager, parse_pipeline
+from graphopt.passes._layout import BROADCASTING
 
 tvm: Any = importlib.import_module("tvm")
 relax: Any = importlib.import_module("tvm.relax")
@@ -231,6 +232,11 @@ class _Importer:
         _require_rank(inputs)
         own = OPERATORS.get((node.domain, node.op_type))
         call = Call(self._bb, list(inputs), node, self._sizes, self._nodes)
+        if node.op_type in BROADCASTING and not node.domain:
+            wanted = self._sizes.shape(node.outputs[0])
+            if wanted is not None:
+                given = [None if v is None else call.matched(v, wanted) for v in inputs]
+                call.inputs[:] = inputs[:] = given
         result = None if own is None else own(call)
         if result is None:
             if node.domain or node.op_type not in _known():
@@ -287,6 +293,7 @@ class _Importer:
     def _bind(self, node: ir.Node, names: list[str], result: Any) -> None:
         if isinstance(result, relax.Expr) and not isinstance(result, relax.Tuple):
             result = self._bb.normalize(result)
+            _require_shape(result)
             if isinstance(result.ty, relax.TupleType):
                 fields = range(len(result.ty.fields))
                 result = [self._bb.emit(relax.TupleGetItem(result, index)) for index in fields]
@@ -371,6 +378,19 @@ def _require_rank(values: Sequence[Any]) -> None:
     """Kernels have loops, whose number the compiler has to know."""
     if any(getattr(getattr(value, "ty", None), "ndim", 0) == _ANY_RANK for value in values):
         raise NotImplementedError("the rank of its input is known at run time only")
+
+
+def _require_shape(result: Any) -> None:
+    """Of what is computed, save by the few operators that TVM lowers without."""
+    if not (isinstance(result, tvm.ir.Call) and isinstance(result.op, tvm.ir.Op)):
+        return
+    shaped = not isinstance(result.ty, relax.TensorType) or result.ty.shape is not None
+    if not shaped and not any(result.op.get_attr(name) for name in _WITHOUT_SHAPES):
+        raise NotImplementedError("the shape of its output is known at run time only")
+
+
+_WITHOUT_SHAPES = ("FDataDependent", "FCallPacked")
+"""What TVM says of these operators."""
 
 
 def _known() -> Mapping[str, Any]:

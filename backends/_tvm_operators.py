@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import operator
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import numpy as np
 from graphopt.backends import _tvm_convolutions, _tvm_quantized, _tvm_recurrent, _tvm_trees
 from graphopt.backends._tvm_call import Call, Converter, is_constant
 from graphopt.backends._tvm_elementwise import ELEMENTWISE
-from graphopt.backends._tvm_indices import number
+from graphopt.backends._tvm_indices import number, sizes
 from graphopt.backends._tvm_norms import NORMALIZATIONS
 from graphopt.backends._tvm_shapes import ENDLESS
 
@@ -178,12 +179,23 @@ def _cumulative(function: Any) -> Converter:
     return convert
 
 
+def _concat(call: Call) -> Any:
+    """Of tensors whose other sizes TVM cannot tell to be equal."""
+    first = sizes(call.inputs[0])
+    if first is None or len(first) < 2:
+        return None
+    axis = int(call.attribute("axis", 0)) % len(first)
+    wanted = call.sizes.shape(call.node.outputs[0]) or first
+    parts = [call.matched(value, wanted, axis) for value in call.inputs]
+    return None if all(map(operator.is_, parts, call.inputs)) else _op.concat(parts, axis)
+
+
 def _split(call: Call) -> Any:
     """By constant sizes, of which some may be zero."""
-    sizes: Any = call.get(1)
-    if sizes is not None and not is_constant(sizes):
+    wanted: Any = call.get(1)
+    if wanted is not None and not is_constant(wanted):
         return None
-    given = call.attribute("split", ()) if sizes is None else sizes.value.numpy().ravel()
+    given = call.attribute("split", ()) if wanted is None else wanted.value.numpy().ravel()
     widths = [int(n) for n in given]
     if all(widths):
         return None
@@ -232,6 +244,7 @@ OPERATORS: dict[tuple[str, str], Converter] = {
     ("", "QLinearMatMul"): _tvm_quantized.qlinear_matmul,
     ("", "ConvInteger"): _tvm_convolutions.conv_integer,
     ("", "QLinearConv"): _tvm_convolutions.qlinear_conv,
+    ("", "Concat"): _concat,
     ("", "Gather"): _gather,
     ("", "Slice"): _slice,
     ("", "Resize"): _resize,

@@ -111,4 +111,7 @@ class Sizes:
         return result
 
 
-_OPERATIONS = {"//": tirx.floordiv, "min": tirx.min, "max": tirx.max}
+_OPERATIONS = {
+    **{"//": tirx.floordiv, "min": tirx.min, "max": tirx.max},
+    "broadcast": tirx.max,  # of sizes that are equal where none is 1
+}

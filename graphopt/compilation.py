@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from graphopt import __version__, artifact, backends
 from graphopt.artifact import Manifest
 from graphopt.digests import sha256
-from graphopt.errors import InputError, MissingError, VerificationError
+from graphopt.errors import InputError, MissingError, TimeLimitError, VerificationError
 from graphopt.target import Target
 
 if TYPE_CHECKING:
@@ -189,6 +189,8 @@ def _checked(
     if reason is None:
         try:
             reason = verify_artifact(folder, model, feeds, bindings=options.sizes())
+        except TimeLimitError as error:
+            reason = str(error)
         except VerificationError as error:
             raise VerificationError(
                 f"{backend.name} computes something else than the model: {error}; "

@@ -19,7 +19,13 @@ from onnx import parser
 import graphopt
 from graphopt import artifact, backends, compilation, files, ir
 from graphopt.building import verify_artifact
-from graphopt.errors import GraphoptError, InputError, MissingError, VerificationError
+from graphopt.errors import (
+    GraphoptError,
+    InputError,
+    MissingError,
+    TimeLimitError,
+    VerificationError,
+)
 from graphopt.files import ModelLike
 from graphopt.report import Report
 from graphopt.target import Target
@@ -276,3 +282,20 @@ def test_machine_code_is_compared_where_it_runs(
     )
     elsewhere = chosen.can_run(target) is not None
     assert any("was not compared" in note for note in report.notes) == elsewhere
+
+
+def test_a_comparison_that_takes_too_long_is_none(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow(*_: object, **__: object) -> None:
+        raise TimeLimitError("a run takes more than 10 s")
+
+    monkeypatch.setattr("graphopt.building.verify_artifact", slow)
+    missing, report = backends.get("tvm").can_compile(Target.parse("cpu")), Report()
+    if missing is not None:
+        pytest.skip(missing)
+    compilation.compile(
+        source, "cpu", tmp_path / "a", backend="tvm", cache=False, level=0, report=report
+    )
+    said = "what was made was not compared with the model: a run takes more than 10 s"
+    assert said in report.notes

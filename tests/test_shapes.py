@@ -312,6 +312,10 @@ ARITHMETIC = """g (float[n,m] x, int64 k) => (int64 y) {
     nn = Squeeze(n, i0)
     range = Range(zero, nn, one)
     range2 = Range(k, nn, one)
+    f0 = Constant<value_float = 0.0>()
+    f2 = Constant<value_float = 2.0>()
+    fln = Squeeze(fl, i0)
+    range3 = Range(f0, fln, f2)
     cum = CumSum(s, i0)
     y = Identity(h)
 }"""
@@ -324,7 +328,7 @@ def test_values_hold_for_every_size() -> None:
         for m in range(6):
             feeds = {"x": np.zeros((n, m), np.float32), "k": np.array(n - 2 + m % 5)}
             result = agreement(shapes, session.run(feeds))
-            assert not result.errors and result.checked >= 60
+            assert not result.errors and result.checked >= 64
 
 
 HOSTILE = [

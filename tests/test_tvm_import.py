@@ -9,7 +9,7 @@ import pytest
 
 from graphopt import artifact, compilation, ir
 from graphopt.backends._tvm_options import Options
-from graphopt.errors import InputError
+from graphopt.errors import GraphoptError, InputError
 from tests._models import parse
 from tests.test_tvm import BACKEND, CPU, expected, needs_tvm, random, with_weights
 
@@ -112,3 +112,27 @@ def test_sizes_named_as_formulas(tmp_path: Path, first: str, second: str) -> Non
     feeds = {"x": random(2, 3), "z": random(2, 4)}
     found = compilation.load(folder, trust=True).run(feeds)["y"]
     np.testing.assert_array_equal(np.asarray(found), np.concatenate([*feeds.values()], axis=1))
+
+
+@needs_tvm
+@pytest.mark.parametrize("join", ["y = Add (r, u)", "y = Concat <axis = 1> (u, r)"])
+def test_sizes_that_are_equal_when_it_runs(tmp_path: Path, join: str) -> None:
+    """As where a detector doubles a size that it halved before, which an even one survives."""
+    text = f"""
+        g (float[n,4,h,w] x, float[] k) => (float y) <float[4] s = {{1, 1, 2, 2}}>
+        {{
+            r = Relu (x) d = MaxPool <kernel_shape = [2, 2], strides = [2, 2], ceil_mode = 1> (r)
+            c = Conv (d, k) u = Resize <mode = "nearest"> (c, , s) {join}
+        }}
+    """
+    model = with_weights(text, k=random(4, 4, 1, 1))
+    folder = tmp_path / "a"
+    compilation.compile(model, CPU, folder, backend="tvm", level=0, verify="off")
+    assert not artifact.read(folder).fallback
+    executable = compilation.load(folder, trust=True)
+    for shape in ((1, 4, 6, 8), (2, 4, 2, 10)):
+        feeds = {"x": random(*shape)}
+        found = np.asarray(executable.run(feeds)["y"])
+        np.testing.assert_allclose(found, expected(model, feeds)[0], rtol=1e-4, atol=1e-5)
+    with pytest.raises(GraphoptError, match="tvm:"):
+        executable.run({"x": random(1, 4, 5, 8)})

@@ -33,10 +33,13 @@ def range_(c: Call) -> list[Shape | None]:
 
 
 def _steps(c: Call, start: Scalar, limit: Scalar, delta: Scalar) -> DimLike:
-    """How often delta fits; floats only as numbers."""
+    """How often delta fits; floats are numbers, whole ones beside a size."""
     if isinstance(start, float) and isinstance(limit, float) and isinstance(delta, float):
         return max(math.ceil((limit - start) / delta), 0)
-    span, step = dim(limit) - dim(start), dim(delta)
+    first, last, step = (
+        dim(int(n) if isinstance(n, float) and n.is_integer() else n) for n in (start, limit, delta)
+    )
+    span = last - first
     if bounds(step)[0] > 0:
         return positive(c, ceil_div(span, step))
     return positive(c, ceil_div(-span, -number(step)))
