@@ -23,6 +23,7 @@ _CENTRES = (0.1, 0.18, 0.25, 0.32, 0.4, 0.48, 0.56, 0.65, 0.8)
 _REACHES = (0.5, 0.65, 0.8, 1.0)
 """The largest value that has a code, likewise."""
 _FITS = 12  # rounds in which the best scales and the codes are fitted to each other
+_PART = 1 << 16  # weights that are looked at together
 _TRIED = 256  # weights of a channel that trials look at
 
 
@@ -42,6 +43,14 @@ def codes(rows: npt.NDArray[Any], bits: int) -> tuple[Codes, Floats, Floats]:
         Codes [channels, n] from -2**(bits - 1) to 2**(bits - 1) - 1; scales [channels, 1], each
         exactly a float32.
     """
+    step = max(1, _PART // max(1, rows.shape[1]))
+    parts = [_part(rows[i : i + step], bits) for i in range(0, max(1, len(rows)), step)]
+    whole, fine, coarse = (np.concatenate(found) for found in zip(*parts, strict=True))
+    return whole, fine, coarse
+
+
+def _part(rows: npt.NDArray[Any], bits: int) -> tuple[Codes, Floats, Floats]:
+    """Those of so many channels as stay in the cache."""
     exact = rows.astype(np.float64)
     some = exact[:, :: max(1, exact.shape[1] // _TRIED)]
     largest = np.abs(exact).max(axis=1, keepdims=True, initial=0.0)
