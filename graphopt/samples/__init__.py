@@ -100,7 +100,7 @@ class Samples:
         if not 0 <= index < count:
             raise InputError(f"there is no part {index} of {count}: they are counted from 0")
         known = None if self._count is None else len(range(index, self._count, count))
-        where = f"{self.where}, part {index} of {count}"
+        where = f"{self.where}, part {index + 1} of {count}"
         return self._some(slice(index, None, count), known, where)
 
     def without(self, index: int, count: int) -> Samples:
