@@ -80,14 +80,13 @@ def factor(moment: Floats) -> Floats:
     if not np.all(np.isfinite(moment)):
         raise GraphoptError("sums of products of activations are not finite")
     share, unit = 0.0, np.eye(moment.shape[-1])
-    size = np.maximum(np.trace(moment, axis1=-2, axis2=-1) / len(unit), 1e-30)
+    size: Any = np.maximum(np.trace(moment, axis1=-2, axis2=-1) / len(unit), 1e-30)
     while True:
+        raised: Floats = moment + share * size[..., None, None] * unit
         try:
-            lower: Floats = np.linalg.cholesky(moment + share * size[..., None, None] * unit)
+            return cast("Floats", np.linalg.cholesky(raised))
         except np.linalg.LinAlgError:
             share = max(10 * share, _DAMPING)
-        else:
-            return lower
 
 
 class Truncation:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -87,15 +87,18 @@ def _plain(values: Mapping[str, Any]) -> dict[str, Array]:
 
 def _parts(name: str, value: Any) -> Iterator[tuple[str, Array]]:
     """A value as arrays: a sequence's items by number, maps of scores as a column per key."""
+    items = _items(value)
     if isinstance(value, np.ndarray):
         yield name, cast(Array, value)
-        return
-    kind = type(value)
-    items: list[Any] = value if kind is list else []
-    if items and all(isinstance(x, dict) and x.keys() == items[0].keys() for x in items):
+    elif items and all(isinstance(x, dict) and x.keys() == items[0].keys() for x in items):
         yield name, np.array([[*one.values()] for one in items])
         yield f"{name}.keys", np.array([*items[0]])
     elif items and all(isinstance(item, np.ndarray) for item in items):
         yield from ((f"{name}.{index}", item) for index, item in enumerate(items))
     else:
-        raise InputError(f"output {name!r} is a {kind.__name__}; .npz holds arrays only")
+        raise InputError(f"output {name!r} is a {type(value).__name__}; .npz holds arrays only")
+
+
+def _items(value: object) -> list[Any]:
+    """Those of a list; none of what is none."""
+    return [*cast("Iterable[Any]", value)] if isinstance(value, list) else []
