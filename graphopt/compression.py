@@ -43,6 +43,8 @@ SCHEMES = {
 int4 has a scale for 32 weights of a product (for a channel of a convolution) and makes up for its
 errors where there are samples; piecewise-4 two scales for a channel, palette-4 none."""
 _LOADS = 3
+_OPSET = 11
+"""The oldest in which palettes have their operators."""
 
 
 @dataclass(frozen=True)
@@ -89,8 +91,13 @@ def compress(
     text = SCHEMES.get(scheme, scheme)
     if scheme not in SCHEMES and not text.partition("{")[0].endswith(("-weights", "-float16")):
         raise InputError(f"no scheme is named {scheme!r}; there are {', '.join(SCHEMES)}")
+    source = files.load(model)
+    if text.startswith(
+        ("palettize-weights", "quantize-piecewise")
+    ):  # the others see to that themselves
+        text = f"convert-opset{{version={_OPSET},at_least=true}},{text}"
     return optimize(
-        model,
+        source,
         passes=text or [],
         verify="end" if text else "off",
         data=data if text else None,
@@ -139,7 +146,8 @@ def try_scheme(
     except GraphoptError as error:
         return Scheme(name, SCHEMES.get(name, name), reason=str(error)), None
     rolled_back = [r.rolled_back for r in report.passes if r.rolled_back]
-    unchanged = bool(SCHEMES.get(name, name)) and not any(r.rewrites for r in report.passes)
+    stored = any(r.rewrites for r in report.passes if r.name != "convert-opset")
+    unchanged = bool(SCHEMES.get(name, name)) and not stored
     if rolled_back or unchanged:
         why = rolled_back[0] if rolled_back else "no weight here is worth it"
         return Scheme(name, report.pipeline, reason=why), None

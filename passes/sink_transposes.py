@@ -97,7 +97,18 @@ class _Region:
         inside = {*passed, self._bottom}
         if any(u not in inside for n in passed for u in n.outputs[0].consumers()):
             return False
-        return sum(self._fringe_cost(value, inside) for value in fringe) < 1
+        slowed = sum(map(self._slows, passed))
+        return slowed + sum(self._fringe_cost(value, inside) for value in fringe) < 1
+
+    def _slows(self, node: ir.Node) -> bool:
+        """Whether a Softmax leaves the last axis.
+
+        Around such a one ONNX Runtime permutes by itself: no loss only where two Transposes vanish.
+        """
+        if node.op_type not in ("Softmax", "LogSoftmax"):
+            return False
+        last = len(self._perm) - 1
+        return self._op.attr(node, "axis", -1) in (-1, last) and self._perm[last] != last
 
     def _passes(self, node: ir.Node) -> bool:
         return node in self._candidates and self._through(node) < 1
@@ -116,7 +127,8 @@ class _Region:
 
     def _through(self, node: ir.Node) -> int:
         values = dict.fromkeys(node.inputs[index] for index in self._candidates[node])
-        return sum(self._cost(value) for value in values if value is not None)
+        above = sum(self._cost(value) for value in values if value is not None)
+        return above + self._slows(node)
 
     def _fringe_cost(self, value: ir.Value, inside: set[ir.Node]) -> int:
         """Transposes gained by permuting a value that nothing is moved across."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
@@ -13,6 +15,9 @@ import graphopt
 from graphopt import compression, files, models
 from graphopt.cli import main
 from graphopt.errors import InputError
+
+onnx: Any = importlib.import_module("onnx")
+importlib.import_module("onnx.parser")
 
 MODEL = models.path("digits_cnn")
 
@@ -49,6 +54,17 @@ def test_none_is_good_enough() -> None:
 def test_a_scheme_that_is_not_for_a_model_says_why() -> None:
     (found,) = compression.survey(MODEL, ["palettize-weights{keep=['*']}"])
     assert found.reason == "no weight here is worth it"
+
+
+def test_an_old_model_gets_the_operators_that_a_palette_takes() -> None:
+    for size, reason in ((64, ""), (4, "no weight here is worth it")):
+        made: Any = onnx.parser.parse_model(f"""
+            <ir_version: 4, opset_import: ["" : 9]>
+            net (float[1,{size}] x) => (float[1,{size}] y) {{ y = MatMul (x, w) }}""")
+        weights = np.linspace(-1, 1, size * size, dtype=np.float32).reshape(size, size)
+        made.graph.initializer.append(onnx.numpy_helper.from_array(weights, "w"))
+        for found in compression.survey(made, ["palette-4", "piecewise-4"]):
+            assert found.reason == reason
 
 
 def test_the_function() -> None:

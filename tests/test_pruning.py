@@ -140,6 +140,23 @@ def test_operations_are_those_of_the_samples() -> None:
     assert counted[1] > 3.5 * counted[0]
 
 
+def test_sizes_that_another_tensor_lends() -> None:
+    """Resized to the shape of a tensor that had as many channels, and has fewer now."""
+    made: Any = proto(
+        "net (float[1,3,H,W] x) => (float[1,2,H,W] y) {"
+        "  a = Conv (x, w)  p = MaxPool <kernel_shape = [2, 2], strides = [2, 2]> (x)"
+        "  b = Conv (p, v)  s = Shape (a)  r = Resize (b, , , s)  c = Concat <axis = 1> (a, r)"
+        "  y = Conv (c, m) }"
+    )
+    shapes = {"w": (8, 3, 1, 1), "v": (8, 3, 1, 1), "m": (2, 16, 1, 1)}
+    for seed, (name, shape) in enumerate(shapes.items()):
+        array = normal(math.prod(shape), seed).reshape(shape)
+        made.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
+    thin = prune(made, ratio=0.5, ignore=["v"], benchmark=False)
+    found = Runner(thin).run({"x": normal(3 * 48).reshape(1, 3, 6, 8)})
+    assert found["y"].shape == (1, 2, 6, 8)
+
+
 def test_layers_become_two(data: Path) -> None:
     """A budget with recovery may take ranks; what is left is counted right and accurate."""
     report = PruneReport()

@@ -52,6 +52,34 @@ class Kept:
         axes = self.trace.axes[value]
         return {i: self.count(axis) for i, axis in enumerate(axes) if self.gone[axis].any()}
 
+    def listed(self, node: ir.Node, index: int) -> dict[int, int]:
+        """What to put into an input that lists the result's sizes.
+
+        Where it is computed from a shape that loses something, that is every size that is known:
+        the list may have been right only as long as two tensors were of one size.
+        """
+        changes, value = self.sizes(node.outputs[0]), optional(node, index)
+        if value is None or ir.array(value) is not None or not self._shrinks(value):
+            return changes
+        axes = self.trace.axes[node.outputs[0]]
+        return {i: self.count(axis) for i, axis in enumerate(axes) if axis.size}
+
+    def _shrinks(self, value: ir.Value) -> bool:
+        """Whether a list is computed from the shape of something that loses channels."""
+        stack, seen = [value], {value}
+        while stack:
+            node = stack.pop().producer()
+            if node is None:
+                continue
+            if node.op_type in ("Shape", "Size"):
+                if any(self.gone[axis].any() for axis in self.axes(node.inputs[0])):
+                    return True
+                continue
+            new = {v for v in node.inputs if v is not None} - seen
+            seen |= new
+            stack += new
+        return False
+
     def integers(self, node: ir.Node, index: int, name: str, changes: Mapping[int, int]) -> None:
         """Put numbers into a list that is an attribute, a constant input or a computed one."""
         if not changes:
@@ -139,7 +167,7 @@ def _conv(kept: Kept, node: ir.Node) -> None:
 
 def _reshape(kept: Kept, node: ir.Node) -> None:
     target = ir.array(node.inputs[1]) if len(node.inputs) > 1 else None
-    changes = kept.sizes(node.outputs[0])
+    changes = kept.listed(node, 1)
     if target is not None:
         allow = bool(ir.attribute(node, "allowzero", 0))
         numbers = target.tolist()
@@ -218,13 +246,13 @@ def _pad(kept: Kept, node: ir.Node) -> None:
 
 
 def _expand(kept: Kept, node: ir.Node) -> None:
-    kept.integers(node, 1, "shape", kept.sizes(node.outputs[0]))
+    kept.integers(node, 1, "shape", kept.listed(node, 1))
 
 
 def _resize(kept: Kept, node: ir.Node) -> None:
     axes = ir.attribute(node, "axes")
     if optional(node, 3) is not None and axes is None:
-        kept.integers(node, 3, "sizes", kept.sizes(node.outputs[0]))
+        kept.integers(node, 3, "sizes", kept.listed(node, 3))
 
 
 def _recurrent(kept: Kept, node: ir.Node) -> None:
