@@ -29,6 +29,7 @@ __all__ = [
     "affordable",
     "column_blocks",
     "columns",
+    "geometry",
     "grams",
     "padding",
     "weight_matrix",
@@ -181,7 +182,7 @@ def accumulate(
     readers: dict[tuple[object, ...], tuple[ir.Node, Sequence[int]]] = {}
     for node in nodes:
         shape = _weight_shape(node, (shapes or {}).get(node.name or ""))
-        key = _geometry(node, shape)
+        key = geometry(node, shape)
         named[ir.label(node)] = key
         readers.setdefault(key, (node, shape))
     sums: dict[tuple[object, ...], _Sum] = {}
@@ -281,8 +282,9 @@ def _thinned(array: Reals, axes: range, rows: int | None, phase: int) -> Reals:
     return picked
 
 
-def _geometry(node: ir.Node, shape: Sequence[int]) -> tuple[object, ...]:
-    """What the columns of an operator depend on."""
+def geometry(node: ir.Node, shape: Sequence[int] | None = None) -> tuple[object, ...]:
+    """What the columns of an operator depend on; `shape` is as for `columns`."""
+    shape = _weight_shape(node, shape)
     attributes = {
         name: ir.attribute(node, name)
         for name in node.attributes

@@ -6,21 +6,31 @@ Numerics: lossy; the report says how far results moved.
 Needs: samples for `sparsegpt` (which is the default where there are any) and `wanda`. Layers that
 share weights with what is no Conv, Gemm or MatMul stay as they are; of layers that share them
 among each other the first one's inputs count.
+
+With `sparsegpt` layers go one after the other: each is first adapted to what those before it now
+give it, and then loses weights.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from graphopt import gram, ir
+from graphopt import files, gram, ir
 from graphopt.context import Context
 from graphopt.errors import InputError
 from graphopt.pass_manager import Pass
 from graphopt.passes._grams import by_parts
-from graphopt.pruner.sparsity import Floats, Method, Pattern, sparsify
+from graphopt.pruner.drifting import drift
+from graphopt.pruner.estimating import operations
+from graphopt.pruner.sparsity import Floats, Method, Pattern, caught_up, sparsify
 from graphopt.wildcards import check, fits, names
 
+_EFFORT = 4e12
+"""Operations that looking at the samples takes, about; beyond that there are fewer steps."""
+_BYTES = 1 << 28
+"""Of sums held at once."""
 _LEAST = 256  # weights below which there is nothing to gain
 
 Layers = dict[ir.Value, list[ir.Node]]
@@ -47,6 +57,9 @@ class SparsifyWeights(Pass):
         if method == "magnitude":
             for node in firsts:
                 _store(context, node, pattern, method, None)
+            return
+        if method == "sparsegpt":
+            _catch_up(context, firsts, pattern)
             return
         for part, grams in by_parts(context, firsts):
             for node in part:
@@ -86,13 +99,58 @@ def _form(node: ir.Node) -> tuple[object, ...]:
     return node.op_type, ir.attribute(node, "group", 1), ir.attribute(node, "transB", 0)
 
 
+def _catch_up(context: Context, nodes: Sequence[ir.Node], pattern: Pattern) -> None:
+    """Take layers in steps, each adapted first to what the steps before it left of its inputs."""
+    assert context.samples is not None
+    whole = files.copy(context.model)
+    each = 2 * operations(whole, context.samples) * len(context.samples)
+    steps = max(int(_EFFORT / max(each, 1)), 1)
+    for part in _steps(nodes, steps):
+        context.check_time()
+        sums = drift(context.model, whole, part, context.samples)
+        for node in part:
+            _store(context, node, pattern, "sparsegpt", *sums[ir.label(node)])
+
+
+def _steps(nodes: Sequence[ir.Node], count: int) -> Iterator[list[ir.Node]]:
+    """About so many parts, more where sums take too much room; readers of a value stay together."""
+    inputs: dict[ir.Value | None, list[ir.Node]] = {}
+    for node in nodes:
+        inputs.setdefault(node.inputs[0], []).append(node)
+    most = -(-len(inputs) // count)
+    part: list[list[ir.Node]] = []
+    held = 0
+    for readers in inputs.values():
+        size = 0
+        for node in readers:
+            array = ir.array(node.inputs[1])
+            assert array is not None
+            groups, _, k = gram.weight_matrix(node, array).shape
+            size = max(size, 16 * groups * k * k)
+        if part and (len(part) == most or held + size > _BYTES):
+            yield [node for some in part for node in some]
+            part, held = [], 0
+        part.append(readers)
+        held += size
+    if part:
+        yield [node for some in part for node in some]
+
+
 def _store(
-    context: Context, node: ir.Node, pattern: Pattern, method: Method, xtx: Floats | None
+    context: Context,
+    node: ir.Node,
+    pattern: Pattern,
+    method: Method,
+    xtx: Floats | None,
+    cross: Floats | None = None,
 ) -> None:
     weight = node.inputs[1]
     array = ir.array(weight)
     assert weight is not None and array is not None and weight.dtype is not None
-    matrix = sparsify(gram.weight_matrix(node, array), pattern, method, xtx)
+    whole = gram.weight_matrix(node, array)
+    if xtx is not None and cross is not None:
+        whole = caught_up(whole, xtx, cross)
+    matrix = sparsify(whole, pattern, method, xtx)
     data: Any = gram.weight_tensor(node, matrix, array.shape).astype(weight.dtype.numpy())
     weight.const_value = ir.Tensor(data, dtype=weight.dtype, name=weight.name)
     users = list(weight.consumers())

@@ -12,7 +12,7 @@ Matrices are [groups, out, k] as `gram.weight_matrix` makes them, XᵀX [groups,
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,7 @@ Mask = npt.NDArray[np.bool_]
 Method = Literal["magnitude", "wanda", "sparsegpt"]
 
 _DAMPING = 0.01
+_TURNS, _EFFORT = 8, 1e11  # of refitting what is left, at most; and its operations for a matrix
 _BLOCK = 128  # columns for which a mask is chosen at once; corrections go through in such blocks
 
 
@@ -93,6 +94,20 @@ def sparsify(
     return np.stack([_surgeon(w, h, pattern) for w, h in zip(exact, xtx, strict=True)])
 
 
+def caught_up(weights: npt.NDArray[Any], xtx: Floats, cross: Floats) -> Floats:
+    """Weights [groups, out, k] that make of inputs X what these made of the earlier X₀.
+
+    By ridge regression, from XᵀX and X₀ᵀX [groups, k, k]: errors of earlier layers are made up for
+    (He et al., "Channel Pruning for Accelerating Very Deep Neural Networks", 2017).
+    """
+    k = xtx.shape[-1]
+    damping = _DAMPING * np.einsum("gkk->g", xtx) / k
+    held = np.maximum(damping, 1e-12)[:, None, None] * np.eye(k)
+    aim = np.matmul(weights.astype(np.float64), cross + held)
+    found = cast("Floats", np.linalg.solve(xtx + held, aim.transpose(0, 2, 1)))
+    return found.transpose(0, 2, 1)
+
+
 def _surgeon(weights: Floats, xtx: Floats, pattern: Pattern) -> Floats:
     """SparseGPT for one matrix [out, k]; columns with an input that is always zero go first."""
     w, h = weights.copy(), xtx.copy()
@@ -100,6 +115,7 @@ def _surgeon(weights: Floats, xtx: Floats, pattern: Pattern) -> Floats:
     dead = np.diag(h) == 0
     h[dead, dead] = 1.0
     w[:, dead] = 0.0
+    whole = w.copy()
     h[np.diag_indices(k)] += _DAMPING * float(np.mean(np.diag(h)))
     # The upper factor of the inverse holds, row by row, what remains after each column is settled.
     inverse = factor(np.linalg.inv(h).astype(np.float64)).T
@@ -122,4 +138,25 @@ def _surgeon(weights: Floats, xtx: Floats, pattern: Pattern) -> Floats:
             errors[:, column - start] = error
         w[:, stop:] -= errors @ inverse[start:stop, stop:]
     w[dropped] = 0.0
+    turns = min(_TURNS, int(_EFFORT / (2 * len(w) * k * k)))
+    return _settled(w, ~dropped, h, whole @ h, turns)
+
+
+def _settled(w: Floats, kept: Mask, h: Floats, aim: Floats, turns: int) -> Floats:
+    """What is left of each row [out, k] brought nearer to w @ h = aim, its least squares.
+
+    Corrections only went to the right until here. By conjugate gradients, all rows at once, after
+    division by the diagonal (Saad, "Iterative methods for sparse linear systems", 2003).
+    """
+    scale = 1 / np.diag(h)
+    rest = np.where(kept, aim - w @ h, 0.0)
+    step = ahead = rest * scale
+    size = np.sum(rest * ahead, axis=1, keepdims=True)
+    for _ in range(turns):
+        turned = np.where(kept, step @ h, 0.0)
+        length = size / np.maximum(np.sum(step * turned, axis=1, keepdims=True), 1e-300)
+        w, rest = w + length * step, rest - length * turned
+        ahead = rest * scale
+        before, size = size, np.sum(rest * ahead, axis=1, keepdims=True)
+        step = ahead + size / np.maximum(before, 1e-300) * step
     return w
