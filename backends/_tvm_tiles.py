@@ -161,7 +161,7 @@ def _depthwise(
     if wide is None:
         return Tile(4, vectors, lanes)
     fits = [rows for rows in range(1, most + 1) if wide % rows == 0]
-    if fits[-1] < 3 and wide > 3:  # better some columns too many than one at a time
+    if fits[-1] == 1 and wide > 3:  # better some columns too many than one at a time
         fits = [min(range(3, most + 1), key=lambda rows: (-(-wide // rows) * rows, -rows))]
     return Tile(fits[-1], vectors, lanes)
 
