@@ -63,6 +63,7 @@ _CPU = (
     "widen-conv",
     "convert-max-conv",
     "convert-resize",
+    "expand-softmax",
 )
 """In order; all run after the passes of a level, round after round until nothing changes."""
 

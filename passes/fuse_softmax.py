@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from graphopt import ir
 from graphopt.passes._layout import reduced_axes
+from graphopt.passes._vendor import permutes_around
 from graphopt.rewriting import Attribute, Op, Refuse, rewrite
 
 
@@ -32,6 +33,8 @@ def fuse_softmax(op: Op, node: ir.Node) -> ir.Value | None:
             continue
         if op.uses(power) != 2:
             raise Refuse(f"{power.name!r} is used elsewhere")
+        if permutes_around(op, x, axis):
+            raise Refuse("ONNX Runtime would permute around it, which takes longer")
         return op.Softmax(_without_maximum(op, x, axis), axis=_checked(op, x, axis))
     return None
 
