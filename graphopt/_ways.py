@@ -114,7 +114,7 @@ class Work:
         """
         if wanted and self.seen is not None:
             raise InputError("a calibration is of the model as it is, not of one that is rotated")
-        single = RotateResidual()
+        single = RotateResidual(always=bool(wanted))
         context = self._copy(self.context.model)
         if wanted or (wanted is None and not (self.large or self.blind or self.seen)):
             single.run(context)

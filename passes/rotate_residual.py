@@ -8,7 +8,8 @@ Needs: a stream that nothing but embeddings, products and constants write, and n
 read, through RMS or layer normalizations, or directly. What follows a norm that other norms see
 through an addition (as in BERT) cannot turn, since the factors of the first one stand between.
 
-See `graphopt.quantizer.rotation`. Streams whose channels are about alike stay as they are.
+See `graphopt.quantizer.rotation`. Streams whose channels are about alike, by their weights and on
+samples where there are some, stay as they are.
 """
 
 from __future__ import annotations
@@ -27,9 +28,11 @@ class RotateResidual(Pass):
 
     seed: int = 0
     """Of the random order and signs."""
+    always: bool = False
+    """Also where no channel stands out, and again where that was done before."""
 
     def run(self, context: Context) -> None:
         """Rotate the streams of the main graph."""
         if self.seed < 0:
             raise InputError(f"rotate-residual: seed is 0 or more, not {self.seed}")
-        rotate(context, seed=self.seed)
+        rotate(context, seed=self.seed, always=self.always)

@@ -10,6 +10,8 @@ writers as in Ashkboos et al., "SliceGPT", 2024.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 import numpy as np
 import numpy.typing as npt
 
@@ -18,6 +20,7 @@ from graphopt.context import Context
 from graphopt.driver import remove, replace_value
 from graphopt.quantizer.constants import replace_constant
 from graphopt.quantizer.streams import Edit, Stream, streams
+from graphopt.taps import groups, tap
 
 __all__ = ["rotate", "rotation"]
 
@@ -27,7 +30,8 @@ _NARROWEST = 16  # channels: fewer have nothing to spread an outlier over
 _WIDEST = 1 << 14  # channels: the matrix is their square
 _EVEN = 4.0  # times the average, of what the largest channel has: nothing stands out
 _LESS = 0.7  # of the largest channel, what a rotation has to leave at most
-_LOOKED = 4  # rows of a weight for each channel, that say how even channels are
+_LOOKED = 4  # rows for each channel, that say how even channels are
+_SAMPLES = 4
 _PART = 1 << 22  # elements that are turned at a time
 
 
@@ -61,8 +65,11 @@ def _keeping_ones(size: int, rng: np.random.Generator) -> Floats:
     return kept
 
 
-def rotate(context: Context, *, seed: int = 0) -> int:
+def rotate(context: Context, *, seed: int = 0, always: bool = False) -> int:
     """Turn the streams of the main graph whose channels are uneven; returns how many.
+
+    Uneven is what is written, or multiplied with it, by the weights, or what samples show where
+    the context has some; `always` turns all that can turn.
 
     The model computes the same, up to rounding, with no more operators: multiplications by factors
     per channel that move into weights go. Streams that stay are refused with the reason.
@@ -73,7 +80,7 @@ def rotate(context: Context, *, seed: int = 0) -> int:
         reason = stream.reason or ("" if fits else f"it has {stream.width} channels")
         if not reason:
             matrix = rotation(stream.width, centred=stream.centred, seed=seed)
-            if _worth(stream, matrix):
+            if always or _worth(context, stream, matrix):
                 _turn(context, stream, matrix)
                 done += 1
                 continue
@@ -83,23 +90,40 @@ def rotate(context: Context, *, seed: int = 0) -> int:
     return done
 
 
-def _worth(stream: Stream, matrix: Floats) -> bool:
-    """Whether the largest channel of what is written, or of what reads it, becomes smaller."""
-    for writes in (True, False):
-        moment = np.zeros(matrix.shape)
-        for edit in stream.edits:
-            if edit.writes != writes:
-                continue
-            rows = _rows(edit, stream.width)
-            rows = rows[:: max(1, len(rows) // (_LOOKED * stream.width))]
-            if len(rows) > 1:
-                own = rows.T @ rows
-                moment += own / max(float(np.trace(own)), 1e-300)
-        before = np.diag(moment)
-        after = np.einsum("ij,ij->j", matrix, moment @ matrix)
-        if before.max() > _EVEN * before.mean() and after.max() < _LESS * before.max():
-            return True
-    return False
+def _worth(context: Context, stream: Stream, matrix: Floats) -> bool:
+    """Whether the largest channel of a stream, or of what it is multiplied with, gets smaller."""
+    sides = (_weights(stream, writes=writes) for writes in (True, False))
+    return any(_is_less(side, matrix) for side in (*sides, _seen(context, stream)))
+
+
+def _weights(stream: Stream, *, writes: bool) -> Iterator[Floats]:
+    """The weights that write a stream, or that it is multiplied with."""
+    return (_rows(edit, stream.width) for edit in stream.edits if edit.writes == writes)
+
+
+def _is_less(parts: Iterable[Floats], matrix: Floats) -> bool:
+    """Whether the largest channel of parts [n, width], that count alike, gets smaller."""
+    moment = np.zeros(matrix.shape)
+    for rows in parts:
+        some = rows[:: max(1, len(rows) // (_LOOKED * len(matrix)))]
+        if len(some) > 1:
+            own = some.T @ some
+            moment += own / max(float(np.trace(own)), 1e-300)
+    before = np.diag(moment)
+    after = np.einsum("ij,ij->j", matrix, moment @ matrix)
+    return bool(before.max() > _EVEN * before.mean() and after.max() < _LESS * before.max())
+
+
+def _seen(context: Context, stream: Stream) -> Iterator[Floats]:
+    """What norms get of a stream, for each of a few samples and values."""
+    names = list(dict.fromkeys(value.name or "" for value in stream.read))
+    if context.samples is None or not names:
+        return
+    some = context.samples.take(_SAMPLES)
+    for group in groups(context.model, names, next(iter(some))):
+        for tensors in tap(context.model, group, some):
+            for array in tensors.values():
+                yield array.reshape(-1, stream.width).astype(np.float64)
 
 
 def _turn(context: Context, stream: Stream, matrix: Floats) -> None:

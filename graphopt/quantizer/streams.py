@@ -55,6 +55,8 @@ class Stream:
     edits: list[Edit] = field(default_factory=list[Edit])
     scaled: list[tuple[ir.Node, int]] = field(default_factory=list[tuple[ir.Node, int]])
     """Nodes whose constant operand is a factor per channel that moves into what reads them."""
+    read: list[ir.Value] = field(default_factory=list[ir.Value])
+    """Those of its values, with the channels last, whose length a norm takes."""
     adds: bool = False
     """Whether two of its values are added up, or a norm reads one."""
     centred: bool = False
@@ -82,6 +84,7 @@ class Stream:
             one.freeze("widths differ")
         one.edits += two.edits
         one.scaled += two.scaled
+        one.read += two.read
         one.adds, one.centred = one.adds or two.adds, one.centred or two.centred
         one.reason = one.reason or two.reason
         two.joined = one
@@ -276,6 +279,8 @@ class _Walk:
             if place is None or place.factor is not None or not two or node.op_type == "Div":
                 return False
             self._squares[node.outputs[0]] = place
+            if not place.behind:
+                place.stream.root.read.append(a)
             return True
         index = 0 if places[0] is None else 1
         place, other = places[1 - index], node.inputs[index]
@@ -314,6 +319,8 @@ class _Walk:
             if inverse is None:
                 return False
             stream.edits.append(Edit(node, 2, -1, inverse))
+        assert node.inputs[0] is not None
+        stream.read.append(node.inputs[0])
         stream.adds = True
         stream.centred |= node.op_type == "LayerNormalization"
         stream.scaled.append((node, 1))
