@@ -56,10 +56,10 @@ class OpTime:
 class NodeError(GraphoptError):
     """Nodes that a backend turns out not to take while it compiles: they can still fall back."""
 
-    def __init__(self, backend: str, nodes: Mapping[str, str]) -> None:
+    def __init__(self, backend: str, nodes: Mapping[str, str], hint: str = "") -> None:
         first = [f"node {label}: {why}" for label, why in list(nodes.items())[:3]]
         more = [f"and {len(nodes) - 3} more"] if len(nodes) > 3 else []
-        super().__init__(f"{backend} does not take the model: {'; '.join([*first, *more])}")
+        super().__init__(f"{backend} does not take the model: {'; '.join([*first, *more])}{hint}")
         self.nodes = dict(nodes)
         """Reasons by label."""
 

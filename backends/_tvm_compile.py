@@ -98,9 +98,26 @@ def _require_loadable(module: Any) -> None:
 
 
 def generate(lowered: Any, aim: Any) -> Any:
-    """Code for scheduled kernels."""
+    """Code for scheduled kernels.
+
+    Memory is not planned where there are branches: what one of them allocates, TVM's planner lets
+    later tensors use even if the other was taken, and the process ends.
+    """
     _tvm_statements.register()
-    return tvm.compile(lowered, aim, tir_pipeline=_tvm_statements.PIPELINE)
+    unplanned = ["StaticPlanBlockMemory"] if _branches(lowered) else []
+    with tvm.transform.PassContext(disabled_pass=unplanned):
+        return tvm.compile(lowered, aim, tir_pipeline=_tvm_statements.PIPELINE)
+
+
+def _branches(module: Any) -> bool:
+    found: list[Any] = []
+
+    def visit(expression: Any) -> None:
+        if isinstance(expression, relax.If):
+            found.append(expression)
+
+    relax.analysis.post_order_visit(module["main"], visit)
+    return bool(found)
 
 
 def _lower_for_gpu(module: Any, aim: Any) -> Any:

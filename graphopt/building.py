@@ -22,6 +22,7 @@ from graphopt.digests import sha256
 from graphopt.errors import (
     GraphoptError,
     InputError,
+    MemoryLimitError,
     MissingError,
     TimeLimitError,
     VerificationError,
@@ -37,6 +38,7 @@ _FEW = 4
 _ROUNDED = 0.05
 """Of its scale, what the results of a quantized model may move: sums that lie between two steps are
 rounded the other way, and a network carries that on."""
+_NOTHING_LEFT = "; nothing is left that is worth compiling, and --backend ort takes it whole"
 FALLBACK = "onnxruntime"
 """What runs the nodes that a backend does not take."""
 
@@ -90,7 +92,7 @@ def build(
         pieces = _Pieces(model, target, backend, options, folder, rules)
         try:
             refused = _compile(model, target, backend, options, folder, rules)
-        except (InputError, MissingError, TimeLimitError):
+        except (InputError, MissingError, MemoryLimitError, TimeLimitError):
             raise
         except GraphoptError as error:
             labels = tuple(_label(node) for node in model.graph)
@@ -204,7 +206,7 @@ class _Pieces:
             while True:
                 pieces, reasons = cut(self._model, refused, self._options.ranges())
                 if not any(piece.native for piece in pieces):
-                    raise backends.NodeError(self._backend.name, reasons)
+                    raise backends.NodeError(self._backend.name, reasons, _NOTHING_LEFT)
                 more: dict[str, str] = {}
                 for piece in pieces:
                     if piece.native and piece.labels not in self._done:
@@ -223,7 +225,7 @@ class _Pieces:
             refused = _compile(
                 piece.model, self._target, self._backend, options, place, self._rules
             )
-        except TimeLimitError:
+        except (MemoryLimitError, TimeLimitError):
             raise
         except InputError as error:
             refused = dict.fromkeys(piece.labels, str(error))
@@ -269,7 +271,7 @@ class _Pieces:
                         Path(scratch),
                         self._rules,
                     )
-                except (InputError, TimeLimitError):
+                except (InputError, MemoryLimitError, TimeLimitError):
                     continue
                 except GraphoptError:
                     return True

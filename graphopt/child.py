@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from graphopt import errors, places
-from graphopt.errors import GraphoptError, TimeLimitError
+from graphopt.errors import GraphoptError, MemoryLimitError, TimeLimitError
 
 SECONDS = 3600.0
 """How long a child may take unless told otherwise: no compiler is waited for without end."""
@@ -63,8 +63,9 @@ def call(
 
     Raises:
         TimeLimitError: the time was over.
-        GraphoptError: what the function raised, as the same class; or it crashed, was killed, ran
-            out of memory or raised something else, and then the line names the log.
+        MemoryLimitError: it ran out of memory, or was killed.
+        GraphoptError: what the function raised, as the same class; or it crashed or raised
+            something else, and then the line names the log.
     """
     request = pickle.dumps((function, dict(arguments), memory, os.getpid()))
     log = _new_log(what)
@@ -131,15 +132,16 @@ def _result(answer: bytes, code: int, what: str, log: Path, memory: int | None) 
         data = {}
     if not data:
         if _is_memory(log.read_text("utf-8", "replace")[-10_000:]):
-            raise GraphoptError(f"{what} ran out of memory{limit} (log: {log})")
+            raise MemoryLimitError(f"{what} ran out of memory{limit} (log: {log})")
+        if -code == signal.SIGKILL:
+            how = "was killed, perhaps by the system for want of memory"
+            raise MemoryLimitError(f"{what} {how}{limit} (log: {log})")
         if code < 0:
             how = f"crashed with {signal.Signals(-code).name}"
-            if -code == signal.SIGKILL:
-                how = "was killed, perhaps by the system for want of memory"
             raise GraphoptError(f"{what} {how}{limit} (log: {log})")
         raise GraphoptError(f"{what} ended with exit code {code} (log: {log})")
     if "memory" in data:
-        raise GraphoptError(f"{what} ran out of memory{limit} (log: {log})")
+        raise MemoryLimitError(f"{what} ran out of memory{limit} (log: {log})")
     if "failed" in data:
         raise GraphoptError(f"{what} failed: {data['failed']} (log: {log})")
     log.unlink(missing_ok=True)

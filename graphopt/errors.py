@@ -37,6 +37,10 @@ class VerificationError(GraphoptError):
     exit_code = 5
 
 
+class MemoryLimitError(GraphoptError):
+    """There was not the memory that the work takes."""
+
+
 class TimeLimitError(GraphoptError):
     """The time limit was reached before a result was complete."""
 
@@ -45,7 +49,10 @@ class TimeLimitError(GraphoptError):
 
 _KINDS = {
     kind.__name__: kind
-    for kind in (GateError, InputError, Flaw, MissingError, VerificationError, TimeLimitError)
+    for kind in (
+        *(GateError, InputError, Flaw, MissingError, VerificationError),
+        *(MemoryLimitError, TimeLimitError),
+    )
 }
 
 

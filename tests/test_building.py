@@ -19,7 +19,13 @@ from onnx import parser
 
 from graphopt import artifact, backends, building, compilation, digests, files, ir, places, trust
 from graphopt.backends import Backend
-from graphopt.errors import GraphoptError, InputError, MissingError, TimeLimitError
+from graphopt.errors import (
+    GraphoptError,
+    InputError,
+    MemoryLimitError,
+    MissingError,
+    TimeLimitError,
+)
 from graphopt.measurement import measure
 from graphopt.report import Report
 from graphopt.target import Target
@@ -320,9 +326,26 @@ def test_a_compiler_that_fails_with_everything(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_compiler_without_memory_is_not_asked_again(
+    source: ir.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+
+    def fail(*arguments: object) -> dict[str, str]:
+        asked.append(arguments)
+        raise MemoryLimitError("it ran out of memory")
+
+    monkeypatch.setattr(building, "_compile", fail)
+    with pytest.raises(MemoryLimitError, match=r"^it ran out of memory$"):
+        compile(source, tmp_path / "a")
+    assert len(asked) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_model_of_which_nothing_is_taken(tmp_path: Path, partial: list[list[str]]) -> None:
     text = """
     <ir_version: 10, opset_import: ["" : 18]>
     g (float[n,4] x) => (float[n,4] y) { [one] a = Sin(x) [two] y = Relu(a) }"""
-    with pytest.raises(GraphoptError, match="node one: no Sin; node two: no Relu"):
+    said = "node one: no Sin; node two: no Relu; nothing is left that is worth compiling"
+    with pytest.raises(GraphoptError, match=said):
         compile(files.load(parser.parse_model(text)), tmp_path / "a")

@@ -10,6 +10,7 @@ import pytest
 from graphopt import artifact, compilation, ir
 from graphopt.backends._tvm_options import Options
 from graphopt.errors import GraphoptError, InputError
+from graphopt.worker import Worker
 from tests._models import parse
 from tests.test_tvm import BACKEND, CPU, expected, needs_tvm, random, with_weights
 
@@ -136,3 +137,28 @@ def test_sizes_that_are_equal_when_it_runs(tmp_path: Path, join: str) -> None:
         np.testing.assert_allclose(found, expected(model, feeds)[0], rtol=1e-4, atol=1e-5)
     with pytest.raises(GraphoptError, match="tvm:"):
         executable.run({"x": random(1, 4, 5, 8)})
+
+
+@needs_tvm
+def test_memory_of_branches_is_their_own(tmp_path: Path) -> None:
+    """What is computed after a branch must not be put where only the other one made room."""
+    model = parse("""
+        g (float[8] x, bool go) => (float[8] y, float[8] z, float[8] w)
+        <float[8] k = {1, 2, 3, 4, 5, 6, 7, 8}>
+        {
+            b = If (go) <
+                then_branch = g1 () => (float[8] p) { p = Identity (x) },
+                else_branch = g2 () => (float[8] q) { s = Sub (x, k) t = Exp (s) q = Div (k, t) }
+            >
+            y = Tanh (b) e = Sin (x) z = Cos (e) w = Exp (z)
+        }
+    """)
+    folder = tmp_path / "a"
+    compilation.compile(model, CPU, folder, backend="tvm", level=0, verify="off")
+    assert not artifact.read(folder).fallback
+    with Worker(folder, trust=True) as worker:
+        for go in (True, False, True):
+            feeds = {"x": random(8), "go": np.array(go)}
+            wanted = expected(model, feeds)
+            for found, value in zip(worker.run(feeds).values(), wanted, strict=True):
+                np.testing.assert_allclose(np.asarray(found), value, rtol=1e-5)
