@@ -74,6 +74,7 @@ def lower(module: Any, aim: Any, machine: Machine, kernels: Kernels) -> tuple[An
                 steps.CanonicalizeBindings(),
                 steps.DeadCodeElimination(),
                 steps.LegalizeOps(customize_legalize_map=table(kernels)),
+                steps.ConvertToDataflow(),  # around If there is none, and nothing is fused
                 steps.AnnotateTIROpPattern(),
                 steps.FoldConstant(),
                 steps.FuseOps(),

@@ -99,6 +99,21 @@ def test_a_gate_is_computed_once(tmp_path: Path) -> None:
 
 
 @needs_tvm
+def test_operators_before_a_branch_are_fused(tmp_path: Path) -> None:
+    text = """
+        g (float[2,24] x, float[] w) => (float[2,32] y) {
+            m = MatMul (x, w) r = Relu (m) s = ReduceMax <keepdims = 0> (r) one = Cast <to = 9> (s)
+            y = If (one) <then_branch = a () => (float[2,32] t) { t = Neg (r) },
+                          else_branch = b () => (float[2,32] e) { e = Exp (r) }>
+        }"""
+    model, x = with_weights(text, w=random(24, 32)), random(2, 24)
+    _, _, log = lowered(model)
+    assert "fused_relu_max" in log.rules
+    for sign, name in ((1, "a"), (0, "b")):
+        agree(model, {"x": sign * x}, tmp_path / name, "product")
+
+
+@needs_tvm
 def test_division_by_constants(tmp_path: Path) -> None:
     text = "g (float[3,40] x, float[] c) => (float y) { y = Div (x, c) }"
     for name, divisor in (("plain", [3.0]), ("zero", [0.0]), ("tiny", [1e-42])):
