@@ -222,7 +222,7 @@ def check_feeds(inputs: tuple[TensorInfo, ...], feeds: Mapping[str, Array]) -> N
             raise InputError(f"no input is named {name!r}; there are {', '.join(sorted(known))}")
     for info in inputs:
         if info.name not in feeds:
-            raise InputError(f"input {info.name!r} is missing: it takes {info}")
+            raise InputError(f"input {info.name!r} is missing: it takes {info.kind}")
         if info.dtype == "?" or "(" in info.dtype:
             continue  # sequences, maps and optionals are checked by the runtime
         feed = np.asarray(feeds[info.name])
@@ -230,7 +230,7 @@ def check_feeds(inputs: tuple[TensorInfo, ...], feeds: Mapping[str, Array]) -> N
         if dtype != info.dtype:
             raise InputError(f"input {info.name!r} takes {info.dtype}, got {dtype}")
         if info.shape is not None and not _fits(feed.shape, info.shape):
-            raise InputError(f"input {info.name!r} takes {info}, got {list(feed.shape)}")
+            raise InputError(f"input {info.name!r} takes {info.kind}, got {list(feed.shape)}")
 
 
 @lru_cache(64)

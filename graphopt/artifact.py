@@ -42,9 +42,14 @@ class TensorInfo:
     shape: tuple[int | str, ...] | None
     """Sizes and names of free dimensions (an unnamed one is `?`); None: of any rank."""
 
-    def __str__(self) -> str:
+    @property
+    def kind(self) -> str:
+        """Type and shape as text."""
         shape = "any shape" if self.shape is None else f"[{', '.join(map(str, self.shape))}]"
-        return f"{self.name} {self.dtype} {shape}"
+        return f"{self.dtype} {shape}"
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.kind}"
 
 
 @dataclass(frozen=True)

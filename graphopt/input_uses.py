@@ -6,12 +6,12 @@ between; a sampling rate must be one of those that the model knows.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
 from graphopt import ir
-from graphopt.dims import DimLike
+from graphopt.dims import DimLike, atoms, evaluate
 
 __all__ = ["Known", "Tracer", "Uses"]
 
@@ -66,11 +66,12 @@ _MOST_RANK = 64
 
 
 class Tracer:
-    """Follows the inputs of one model."""
+    """Follows the inputs of one model, whose free sizes are `sizes` by name."""
 
-    def __init__(self, model: ir.Model, known: Known) -> None:
+    def __init__(self, model: ir.Model, known: Known, sizes: Mapping[str, int]) -> None:
         self._model = model
         self._known = known
+        self._sizes = sizes
         self._arguments: dict[ir.Value, ir.Value | None] = {}
         self._owners = {g: node for node in ir.all_nodes(model) for g in ir.subgraphs(node)}
 
@@ -100,10 +101,15 @@ class Tracer:
         shape = tuple(tensor.shape.numpy()) if tensor is not None else None
         if shape is None and value is not None:
             dims = self._known.shape(value)
-            shape = None if dims is None else tuple(d if isinstance(d, int) else -1 for d in dims)
+            shape = None if dims is None else tuple(map(self._number, dims))
         if shape is None or not -len(shape) <= axis < len(shape):
             return None
         return shape[axis] if shape[axis] >= 0 else None
+
+    def _number(self, dim: DimLike) -> int:
+        """A dimension at the sizes chosen; -1 where they say nothing of it."""
+        known = all(atom.name in self._sizes for atom in atoms(dim))
+        return evaluate(dim, self._sizes, 1) if known else -1
 
     def _note(self, node: ir.Node, index: int, offset: int, found: Uses) -> None:
         """What one use says."""

@@ -145,9 +145,9 @@ def _open(dims: Sequence[DimLike] | None) -> list[str]:
 def _feeds(
     model: ir.Model, shapes: Known, seed: int, bindings: Mapping[str, int], guess: _Guess
 ) -> dict[str, Any]:
-    tracer = Tracer(model, shapes)
     inputs = required_inputs(model)
     sizes = _sizes([_dims(v, shapes) for v in inputs], bindings, guess)
+    tracer = Tracer(model, shapes, sizes)
     forms: list[tuple[int, ...]] = []
     for dims in (_dims(value, shapes) for value in inputs):
         forms.append(_any_shape(guess) if dims is None else _concrete(dims, sizes))

@@ -124,7 +124,7 @@ def test_it_keeps_the_signature(backend: Backend, folder: Path) -> None:
         ({}, "input 'x' is missing"),
         ({"x": np.zeros((1, 3), np.float32), "u": np.zeros(1)}, "no input is named 'u'"),
         ({"x": np.zeros((1, 3))}, "takes float32, got float64"),
-        ({"x": np.zeros((1, 4), np.float32)}, r"takes x float32 \[batch, 3\], got \[1, 4\]"),
+        ({"x": np.zeros((1, 4), np.float32)}, r"takes float32 \[batch, 3\], got \[1, 4\]"),
         ({"x": np.zeros(3, np.float32)}, r"got \[3\]"),
         ({"x": np.array([["a", "b", "c"]])}, "takes float32, got string"),
     ],

@@ -88,6 +88,18 @@ def test_named_and_counted() -> None:
     assert feeds["tiny"].dtype.name == "int4"
 
 
+def test_numbers_of_rows_and_lengths_are_below_free_sizes() -> None:
+    """Edges of a graph name its nodes; sequences are no longer than their axis."""
+    model = parse("""g (float[n,4] x, int64[2,e] edges, float[t,b,2] s, int32[b] lens,
+        float[1,12,2] w, float[1,12,3] r) => (float[N] y, float[N] z) <int64 o = {0}> {
+        k = Gather <axis = 0> (edges, o)  y = Gather (x, k)
+        h, z = LSTM <hidden_size = 3> (s, w, r, , lens) }""")
+    for seed in range(4):
+        feeds = workable_feeds(model, Shapes(model), seed=seed)
+        assert feeds["edges"].max() < len(feeds["x"])
+        assert feeds["lens"].max() <= len(feeds["s"])
+
+
 def test_same_seed_same_numbers() -> None:
     model = parse("g (float[a,3] x, float[a] z, float[1] d) => (float[a,3] y) { y = Relu (x) }")
     one, two, other = made(model), made(model), made(model, seed=1)
