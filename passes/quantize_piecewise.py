@@ -2,8 +2,8 @@
 
 Why: most weights are small and a few are large. With two scales a channel instead of one, 4 bits
 keep half a decibel more of weights that are spread as a bell, and four where tails are heavy, for
-a few bytes a channel. Every runtime that has BitShift, Clip and Cast loads it; the file is
-smaller, the model in memory is not.
+a few bytes a channel. Any runtime loads it: Cast, Clip, Mul and Add, and BitShift where codes are
+packed. The file is smaller, the model in memory is not.
 Numerics: lossy; the report says how far results moved.
 Needs: opset 11; 4-bit codes are stored as such from opset 21.
 
@@ -12,7 +12,6 @@ See `graphopt.quantizer.piecewise`.
 
 from __future__ import annotations
 
-import fnmatch
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -26,6 +25,7 @@ from graphopt.pass_manager import Pass
 from graphopt.passes._stored import Unpacking, candidates
 from graphopt.quantizer import piecewise
 from graphopt.quantizer.insertion import weight_axis
+from graphopt.wildcards import check, fits, names
 
 _OLDEST, _INT4 = 11, 21
 
@@ -34,7 +34,7 @@ _OLDEST, _INT4 = 11, 21
 class QuantizePiecewise(Pass):
     """Piecewise linear quantization of each weight of at least `min_elements`.
 
-    `keep` lists patterns of weights' names to leave alone.
+    `keep` lists patterns of nodes and weights to leave alone.
     """
 
     lossy: ClassVar[bool] = True
@@ -44,6 +44,7 @@ class QuantizePiecewise(Pass):
     keep: tuple[str, ...] = ()
 
     def run(self, context: Context) -> None:
+        check(context.model, self.keep)
         if not 3 <= self.bits <= 8:
             raise InputError(f"quantize-piecewise: bits is 3 to 8, not {self.bits}")
         if ir.opset(context.model.graph) < _OLDEST:
@@ -52,7 +53,7 @@ class QuantizePiecewise(Pass):
             )
         for value in candidates(context, self.min_elements):
             context.check_time()
-            if not any(fnmatch.fnmatchcase(value.name or "", pattern) for pattern in self.keep):
+            if not fits(self.keep, *names(value)):
                 self._store(Unpacking(context, value), value)
 
     def _store(self, made: Unpacking, value: ir.Value) -> None:

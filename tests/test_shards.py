@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from graphopt import files, quantize
+from graphopt import files, npz, quantize
 from graphopt.cli import main
 from graphopt.errors import InputError
 from graphopt.passes.quantize_weights import QuantizeWeights
@@ -74,6 +74,10 @@ def test_what_does_not_go_together(folder: Path) -> None:
     other.write_bytes((parts / "1.npz").read_bytes()[:-2000])
     assert "not a usable .npz" in refused(first, other)
     assert "is no part of a calibration" in refused(first, folder / "d.npz")
+    arrays = npz.read(parts / "1.npz")
+    for place in ([0, 1 << 40], [3, 3], [-1, 3], [0]):
+        npz.write(other, {**arrays, "shard_place": np.array(place, np.int64)})
+        assert "does not say which part" in refused(first, other)
     assert "no such file" in refused(first, folder / "nothing*.npz")
     assert "is for static" in refused(first, parts, "--method", "dynamic")
     assert "rotated" in refused(first, parts, "--rotate")

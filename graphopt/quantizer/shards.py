@@ -15,6 +15,7 @@ from graphopt.quantizer.sketch import Sketches, merged
 __all__ = ["Shard", "combine"]
 
 _FIELDS = ("shard_model", "shard_place")
+_MOST = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,10 @@ class Shard:
             raise InputError(
                 f"{path}: is no part of a calibration; `graphopt calibrate` writes them"
             )
-        index, count = (int(number) for number in arrays["shard_place"])
-        return cls(str(arrays["shard_model"][0]), index, count, Sketches.of(arrays, path))
+        place, model = (arrays[name] for name in _FIELDS[::-1])
+        if place.shape != (2,) or model.shape != (1,) or not 0 <= place[0] < place[1] <= _MOST:
+            raise InputError(f"{path}: does not say which part of a calibration it is")
+        return cls(str(model[0]), int(place[0]), int(place[1]), Sketches.of(arrays, path))
 
 
 def combine(paths: Sequence[Path], model: str) -> Sketches:
