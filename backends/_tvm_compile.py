@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 tvm: Any = importlib.import_module("tvm")
 relax: Any = importlib.import_module("tvm.relax")
 
+_VIEWS = "RewriteDataflowReshape"
+"""TVM's pass that makes views of Reshapes."""
+
 
 def compile_model(model: ir.Model, target: Target, options: Options, folder: Path) -> None:
     """Write a model's library and the log of its kernels into a folder.
@@ -102,12 +105,23 @@ def generate(lowered: Any, aim: Any) -> Any:
     """Code for scheduled kernels.
 
     Memory is not planned where there are branches: what one of them allocates, TVM's planner lets
-    later tensors use even if the other was taken, and the process ends.
+    later tensors use even if the other was taken, and the process ends. A Reshape is a copy where
+    TVM fails to prove what divides its free sizes.
     """
     _tvm_statements.register()
-    unplanned = ["StaticPlanBlockMemory"] if _branches(lowered) else []
-    with tvm.transform.PassContext(disabled_pass=unplanned):
-        return tvm.compile(lowered, aim, tir_pipeline=_tvm_statements.PIPELINE)
+    disabled = ["StaticPlanBlockMemory"] if _branches(lowered) else []
+
+    def build() -> Any:
+        with tvm.transform.PassContext(disabled_pass=disabled):
+            return tvm.compile(lowered, aim, tir_pipeline=_tvm_statements.PIPELINE)
+
+    try:
+        return build()
+    except ERRORS as error:
+        if _VIEWS not in str(error):
+            raise
+    disabled.append(_VIEWS)
+    return build()
 
 
 def _branches(module: Any) -> bool:

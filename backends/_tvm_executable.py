@@ -241,5 +241,6 @@ def _set_threads(threads: int) -> None:
 def last_line(error: Exception) -> str:
     """Of an error of TVM's: what comes after the trace of C++ and Python that it holds."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    lines = [line for line in lines if not line.startswith(("File ", "Traceback", "^"))]
-    return (lines or [type(error).__name__])[-1][:_REASON_LENGTH]
+    lines = [line for line in lines if not line.startswith(("File ", "Traceback", "^", "(..."))]
+    checks = [line for line in lines if "Check failed" in line]  # before a program that it shows
+    return (checks or lines or [type(error).__name__])[-1][:_REASON_LENGTH]

@@ -101,7 +101,9 @@ def workable_feeds(
             first = first or error
         else:
             return feeds
-    raise GraphoptError(f"no random input was found that the model runs on: {first}")
+    raise GraphoptError(
+        f"no random input was found that the model runs on, so that it needs some given: {first}"
+    )
 
 
 def single_feeds(

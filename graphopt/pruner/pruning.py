@@ -221,8 +221,8 @@ def _why(groups: Groups) -> str:
     reasons = sorted(set(groups.frozen.values()))
     if not reasons:
         return "no weight's channels are between inputs and outputs of the model"
-    more = f" (and {len(reasons) - 1} more reasons)" if len(reasons) > 1 else ""
-    return reasons[0] + more
+    more = f"; {len(reasons) - 3} more reasons" if len(reasons) > 3 else ""
+    return f"what keeps its channels is: {'; '.join(reasons[:3])}{more}"
 
 
 def rank(
