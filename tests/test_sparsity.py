@@ -50,7 +50,7 @@ def test_errors_of_earlier_layers_are_caught_up_with() -> None:
     found = caught_up(w, (now.T @ now)[None], (x.T @ now)[None])
     expected = x @ w[0].T
     before, after = now @ w[0].T - expected, now @ found[0].T - expected
-    assert np.sum(after**2) < 0.05 * np.sum(before**2)
+    assert np.sum(after**2) < 0.1 * np.sum(before**2)
 
 
 def test_inputs_that_are_always_zero_cost_nothing() -> None:

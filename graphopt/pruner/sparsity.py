@@ -24,7 +24,7 @@ Floats = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
 Method = Literal["magnitude", "wanda", "sparsegpt"]
 
-_DAMPING = 0.01
+_DAMPING = 0.1  # of the mean square of inputs: other data than the samples may be unlike them
 _TURNS, _EFFORT = 8, 1e11  # of refitting what is left, at most; and its operations for a matrix
 _BLOCK = 128  # columns for which a mask is chosen at once; corrections go through in such blocks
 
