@@ -15,7 +15,7 @@ from graphopt.losses import measure_loss
 from graphopt.lowrank import is_plane, sides
 from graphopt.measurement import measure
 from graphopt.optimization import optimize
-from graphopt.pruner.distillation import train
+from graphopt.pruner.distillation import train, why_not
 from graphopt.pruner.pruning import Options, Pruning, Survey, parse_ratios, silent, survey
 from graphopt.pruner.records import record_of
 from graphopt.pruner.recovery import Recovery
@@ -226,7 +226,7 @@ class _Job:
         report = self.report
         report.training = train(result, record, self.samples, self.recovery, self.tell)
         if report.training is None and self.recovery.epochs < 0:
-            report.notes.append("not trained: too large, or an operator's gradient is not known")
+            report.notes.append(f"not trained: {why_not(result)}")
 
     def _note(self, outcome: Outcome, first: Pruning | None) -> None:
         report, done = self.report, outcome.pruning

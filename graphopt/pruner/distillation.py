@@ -28,7 +28,7 @@ from graphopt.runner import BATCH_SECONDS, Runner
 from graphopt.samples import Samples
 from graphopt.taps import tapped
 
-__all__ = ["distill", "for_refitting", "train"]
+__all__ = ["distill", "for_refitting", "train", "why_not"]
 
 Array = npt.NDArray[Any]
 Feeds = Mapping[str, Array]
@@ -65,6 +65,9 @@ _TRAINED = {
     "MatMul": (1,),
     "PRelu": (1,),
 }
+
+
+_LARGE = "that would take more than some minutes"
 
 
 def distill(
@@ -191,13 +194,20 @@ def _planned(model: ir.Model, record: Record, samples: Samples, options: Recover
     """How many epochs `train` takes."""
     if options.epochs >= 0:
         return options.epochs
-    names = _parameters(model)
-    reals = any(value.dtype == ir.DataType.FLOAT for value in model.graph.outputs)
-    if not names or not reals or unknown(model, names) is not None:
+    if why_not(model) != _LARGE:
         return 0
     each = 4 * _BATCH * operations(record.teacher, samples)
     steps = min(EFFORT / max(each, 1), _MOST_STEPS)
     return int(steps * _BATCH / max(min(len(samples), options.samples), 1))
+
+
+def why_not(model: ir.Model) -> str:
+    """Why a model is not trained unless a number of epochs is given."""
+    names = _parameters(model)
+    if not names or all(value.dtype != ir.DataType.FLOAT for value in model.graph.outputs):
+        return "it has no weights of float32 or no output of that type"
+    node = unknown(model, names)
+    return _LARGE if node is None else f"no gradient is known of {node.op_type} ({ir.label(node)})"
 
 
 def for_refitting(
