@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -282,3 +284,24 @@ def test_help_imports_nothing_heavy() -> None:
         "assert not {'onnx', 'onnxruntime', 'numpy', 'sympy', 'rich'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_a_terminated_command_leaves_nothing_behind(tmp_path: Path) -> None:
+    """As `timeout` and schedulers end it: one line, no folder and no child."""
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    command = [sys.executable, "-m", "graphopt", "bench", str(models.path("digits_cnn"))]
+    process = subprocess.Popen(
+        [*command, "--seconds", "60"],
+        env={**os.environ, "TMPDIR": str(scratch)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 60
+    while not list(scratch.glob("graphopt-*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert list(scratch.glob("graphopt-*")), "it uses no folder, so that nothing is shown"
+    process.terminate()
+    _, text = process.communicate(timeout=60)
+    assert (process.returncode, text) == (143, "graphopt: terminated\n")
+    assert not list(scratch.glob("graphopt-*"))

@@ -33,7 +33,8 @@ def main() -> None:
 
     \b
     Exit codes: 0 ok, 1 a gate failed, 2 bad input or usage, 3 backend or extra missing,
-    4 compile or run failed, 5 verification failed, 124 time limit, 130 interrupted.
+    4 compile or run failed, 5 verification failed, 124 time limit, 130 interrupted,
+    143 terminated.
     """
 
 

@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import sys
+import threading
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -48,7 +49,8 @@ class Group(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with _terminable():
+                return super().invoke(ctx)
         except GraphoptError as error:
             fail(str(error), error.exit_code)
         except (KeyboardInterrupt, click.Abort):
@@ -74,6 +76,23 @@ class Group(click.Group):
                 "(GRAPHOPT_TRACEBACK=1 shows where; please report it)",
                 4,
             )
+
+
+@contextlib.contextmanager
+def _terminable() -> Generator[None]:
+    """Within, SIGTERM ends the process as an exception does: children and folders go with it."""
+
+    def end(_signal: int, _frame: object) -> None:
+        fail("terminated", 128 + signal.SIGTERM)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def fail(message: str, code: int) -> None:
