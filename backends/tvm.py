@@ -100,7 +100,7 @@ class Tvm:
         )
 
     def compile(self, model: ir.Model, target: Target, options: Options, folder: Path) -> None:
-        """Import, schedule, generate code and link; `kernels.json` says what became of each kernel."""
+        """Import, schedule, generate code and link; `kernels.json` tells of each kernel."""
         self._require(self.can_compile(target))
         from graphopt.backends import _tvm_compile
 

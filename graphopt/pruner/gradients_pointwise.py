@@ -11,8 +11,8 @@ from graphopt.pruner.backward import Array, Gradients, Rule, fit, real
 
 __all__ = ["POINTWISE"]
 
-_SELU = (("alpha", 1.6732632423543772), ("gamma", 1.0507009873554805))
-"""The attributes' defaults, ONNX's specification of Selu."""
+_ALPHA, _GAMMA = 1.6732632423543772, 1.0507009873554805
+"""Defaults of Selu's attributes in ONNX's specification."""
 
 
 def _add(node: ir.Node, x: list[Array], y: Array, g: Array) -> Gradients:
@@ -122,8 +122,10 @@ def _celu(node: ir.Node, x: list[Array], y: Array, g: Array) -> Gradients:
 
 
 def _selu(node: ir.Node, x: list[Array], y: Array, g: Array) -> Gradients:
-    alpha, gamma = (g.dtype.type(real(node, *default)) for default in _SELU)
-    return [np.where(x[0] > 0, g * gamma, g * (y + alpha * gamma))]
+    gamma = real(node, "gamma", _GAMMA)
+    below = y + g.dtype.type(real(node, "alpha", _ALPHA) * gamma)
+    slope = np.where(x[0] > 0, g.dtype.type(gamma), below)
+    return [g * slope]
 
 
 def _softsign(node: ir.Node, x: list[Array], y: Array, g: Array) -> Gradients:
