@@ -124,8 +124,7 @@ def _celu(node: ir.Node, x: list[Array], y: Array, g: Array) -> Gradients:
 def _selu(node: ir.Node, x: list[Array], y: Array, g: Array) -> Gradients:
     gamma = real(node, "gamma", _GAMMA)
     below = y + g.dtype.type(real(node, "alpha", _ALPHA) * gamma)
-    slope = np.where(x[0] > 0, g.dtype.type(gamma), below)
-    return [g * slope]
+    return [g * np.where(x[0] > 0, np.full_like(y, gamma), below)]
 
 
 def _softsign(node: ir.Node, x: list[Array], y: Array, g: Array) -> Gradients:
