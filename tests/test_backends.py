@@ -197,7 +197,7 @@ def test_it_names_the_nodes_it_does_not_take(
     assert backend.supports(model(), CPU) == {}
     unknown = model("""
         <ir_version: 10, opset_import: ["" : 18, "acme" : 1]>
-        g (float[2] x, bool c) => (float[2] z)
+        g (float[2] x, bool c) => (float[2] z) <float[2] u>
         {
             y = Relu(x)
             [odd] u = acme.Twist <turns = 3> (y)
