@@ -143,4 +143,4 @@ class Rounds:
 
 def _nothing(options: Options) -> Options:
     """The same, but nothing goes."""
-    return dataclasses.replace(options, flops=0.0, ratio=0.0)
+    return dataclasses.replace(options, flops=0.0, ratio=0.0, ranks=False)

@@ -23,6 +23,7 @@ from graphopt.pruner.preparing import prepare
 from graphopt.pruner.pruning import Options, prune_once
 from graphopt.pruner.records import record_of
 from graphopt.pruner.recovery import Recovery, recover
+from graphopt.pruner.sensitivity import gap
 from graphopt.pruner.slopes import by_changes, by_gradients
 from graphopt.pruning import PruneReport, prune
 from graphopt.report import Report
@@ -490,6 +491,31 @@ def test_gradients_that_are_not_known() -> None:
     )
     with pytest.raises(InputError, match="no gradient is known of Tan"):
         Tape(model, ["w"])
+
+
+def test_a_layer_of_which_nothing_goes_stays_one() -> None:
+    """Ranks are round numbers, and a layer's whole rank is not cut down to one by itself."""
+    model = parse(
+        "g (float[1,64] x) => (float[1,10] y) { a = MatMul(x, v) b = Relu(a) y = MatMul(b, w) }"
+    )
+    for seed, (name, shape) in enumerate({"v": (64, 96), "w": (96, 10)}.items()):
+        array = normal(math.prod(shape), seed).reshape(shape)
+        (value,) = {v for n in model.graph for v in n.inputs if v is not None and v.name == name}
+        value.const_value = ir.tensor(array, name=name)
+        value.shape, value.type = ir.Shape(shape), ir.TensorType(ir.DataType.FLOAT)
+        model.graph.register_initializer(value)
+    samples = open_samples({"x": normal(64 * 64, 2).reshape(64, 1, 64)}, model)
+    options = Options(ratio=0.0, scope="sensitivity", ranks=True)
+    assert not prune_once(model, options, samples).changed
+
+
+def test_losses_are_of_what_probabilities_are_made_of() -> None:
+    """A sure answer hides a difference that its scores show; other outputs stay as they are."""
+    text = "g (float[4,2] x) => (float[4,2] p, float[4,2] y) <float[1] s = {%s}>"
+    text += " { y = Sigmoid(x) z = Mul(x, s) p = Softmax(z) }"
+    one, other = parse(text % "1.0"), parse(text % "1.5")
+    x = np.array([[[9, -9], [-9, 9], [8, -8], [9, -8]]], np.float32)
+    assert gap(one, other, open_samples({"x": x}, one)) == pytest.approx(0.25, rel=0.1)
 
 
 def run(*arguments: object) -> Any:

@@ -24,6 +24,7 @@ from graphopt.pruner.estimating import operations
 from graphopt.pruner.gradients import Tape, unknown
 from graphopt.pruner.records import Record
 from graphopt.pruner.recovery import Recovery, divided
+from graphopt.pruner.slopes import scores_of
 from graphopt.runner import BATCH_SECONDS, Runner
 from graphopt.samples import Samples
 from graphopt.taps import tapped
@@ -41,7 +42,6 @@ _BATCH, _SMALLEST = 32, 8
 """Samples of a step; fewer where there would be few steps."""
 _HELD, _VALUES = 1 << 28, 1 << 30
 """Bytes of samples that are held in memory while training, and of values on the way, at most."""
-_SHAPING = ("Flatten", "Identity", "Reshape", "Squeeze", "Transpose")
 _JUDGED = 128
 """Samples that the error before and after is taken on."""
 _BLENDED = 0.5
@@ -228,7 +228,7 @@ class _Teacher:
     """What the unpruned model puts out and has on the way, where the pruned one has it too."""
 
     def __init__(self, model: ir.Model, record: Record, reached: Collection[str]) -> None:
-        self.outputs = [_scores(value).name or "" for value in model.graph.outputs]
+        self.outputs = [scores_of(value).name or "" for value in model.graph.outputs]
         known = {v.name for node in record.teacher.graph for v in node.outputs} & set(reached)
         if not known.issuperset(self.outputs):
             self.outputs = [value.name or "" for value in model.graph.outputs]
@@ -257,19 +257,6 @@ class _Teacher:
         """Of values on the way those that have another shape in a model on smaller images."""
         shapes = {name: array.shape for name, array in self(feeds).items()}
         self._strange = {n for n, shape in shapes.items() if shape != values[n].shape}
-
-
-def _scores(value: ir.Value) -> ir.Value:
-    """What a Softmax at the end is taken of, which tells more than it does; else the value."""
-    found: ir.Value | None = value
-    while found is not None:
-        node = found.producer()
-        if node is None or node.op_type not in (*_SHAPING, "Softmax", "LogSoftmax"):
-            return value
-        found = node.inputs[0]
-        if found is not None and node.op_type not in _SHAPING:
-            return found
-    return value
 
 
 def _marks(model: ir.Model, record: Record) -> list[str]:

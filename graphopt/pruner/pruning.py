@@ -306,8 +306,9 @@ def _by_steps(found: Survey, options: Options, steps: Sequence[tuple[str, float]
     ranks: dict[ir.Node, int] = {}
     for name, node in found.layers.items() if options.ranks else ():
         shape = weight_shape(node)
-        rank = rank_of(node, shape, shares.pop(name, 0.0))
-        if saving(node, shape, rank) is not None:
+        share = shares.pop(name, 0.0)
+        rank = rank_of(node, shape, share)
+        if share and saving(node, shape, rank) is not None:
             ranks[node] = rank
     if options.ratios:
         fixed = by_pattern(found.groups, options.ratios, -1.0)

@@ -22,10 +22,11 @@ from graphopt.pruner.fitting import Sums, augmented, can_fit, fit, put
 from graphopt.pruner.groups import Groups
 from graphopt.pruner.measuring import columns_left, family_grams, layer_grams
 from graphopt.pruner.selection import Scores, Selection, least
-from graphopt.pruner.slopes import distance
+from graphopt.pruner.slopes import distance, scores_of
 from graphopt.pruner.splitting import rank_of, truncation, weight_shape
 from graphopt.runner import BATCH_SECONDS, Runner
 from graphopt.samples import Samples
+from graphopt.taps import tapped
 
 __all__ = ["SHARES", "Curves", "gap", "path", "scan"]
 
@@ -123,9 +124,17 @@ def _thinned(model: ir.Model, node: ir.Node, gram: Gram) -> Iterator[tuple[float
 
 
 def gap(model: ir.Model, other: ir.Model, samples: Samples) -> float:
-    """What the outputs of another model lose on samples, as in the curves."""
-    pairs = zip(_outputs(model, samples), _outputs(other, samples), strict=True)
-    return float(np.mean([distance(before, after) for before, after in pairs]))
+    """What the outputs of another model lose on samples, as in the curves.
+
+    Of probabilities it is what their Softmax is taken of: few samples judge that more steadily.
+    """
+    names, twins = (
+        [scores_of(value).name or "" for value in each.graph.outputs] for each in (model, other)
+    )
+    if names != twins:
+        names = [value.name or "" for value in model.graph.outputs]
+    before, after = (_outputs(tapped(each, names), samples) for each in (model, other))
+    return float(np.mean([distance(a, b) for a, b in zip(before, after, strict=True)]))
 
 
 def _outputs(model: ir.Model, data: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:

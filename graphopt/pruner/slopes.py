@@ -17,11 +17,12 @@ from graphopt.pruner.selection import Scores
 from graphopt.runner import Runner
 from graphopt.samples import Samples
 
-__all__ = ["by_changes", "by_gradients", "distance"]
+__all__ = ["by_changes", "by_gradients", "distance", "scores_of"]
 
 Array = npt.NDArray[Any]
 Tell = Callable[[str], None]
 
+_SHAPING = ("Flatten", "Identity", "Reshape", "Squeeze", "Transpose")
 _STEP = 0.25
 _BATCH = 32
 _DRAWS, _SUMMED = 4, 8  # random sums of the outputs, over so many samples each
@@ -131,3 +132,16 @@ def distance(before: Mapping[str, Any], after: Mapping[str, Any]) -> float:
         a, b = one.astype(np.float64), other.astype(np.float64)
         total += float(np.mean((a - b) ** 2)) / (float(a.var()) + 1e-12)
     return total
+
+
+def scores_of(value: ir.Value) -> ir.Value:
+    """What a Softmax at the end is taken of, which tells more than it does; else the value."""
+    found: ir.Value | None = value
+    while found is not None:
+        node = found.producer()
+        if node is None or node.op_type not in (*_SHAPING, "Softmax", "LogSoftmax"):
+            return value
+        found = node.inputs[0]
+        if found is not None and node.op_type not in _SHAPING:
+            return found
+    return value
