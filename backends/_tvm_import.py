@@ -184,7 +184,7 @@ class _Importer:
             GraphoptError: there is such an input, and the model is to be compiled.
         """
         inputs = [value for value in self._model.graph.inputs if not value.is_initializer()]
-        odd = {value.name for value in inputs if not _is_numeric(value)}
+        odd = {value.name for value in inputs if not _is_numeric(value, value.dtype)}
         if odd and self._stop:
             raise GraphoptError(f"tvm: input {next(iter(odd))!r} is no tensor of numbers")
         kept = [value for value in graph.input if value.name not in odd]
@@ -348,7 +348,7 @@ class _Importer:
         """Fresh values for what a refused node computes, so that the others are looked at."""
         for value in node.outputs:
             dtype = self._sizes.dtype(value)
-            if dtype is None or not _is_numeric(value):
+            if dtype is None or not _is_numeric(value, dtype):
                 dtype = ir.DataType.FLOAT
             kind = relax.TensorType(shape=self._sizes.cast(value), dtype=dtype.numpy().name)
             self._nodes[value.name or ""] = relax.Var(value.name, kind)
@@ -367,11 +367,11 @@ _TAKES_SHAPES = frozenset(
 """Operators whose converters compute with symbolic shapes; the others are given tensors."""
 
 
-def _is_numeric(value: ir.Value) -> bool:
-    kind = value.type
-    if not isinstance(kind, ir.TensorType):
-        return kind is None
-    return kind.dtype != ir.DataType.STRING and not kind.dtype.name.startswith(_FEW_BITS)
+def _is_numeric(value: ir.Value, dtype: ir.DataType | None) -> bool:
+    """Whether a value, of a type that may be inferred, is a tensor of numbers that TVM has."""
+    if not isinstance(value.type, ir.TensorType | None):
+        return False
+    return dtype != ir.DataType.STRING and not (dtype and dtype.name.startswith(_FEW_BITS))
 
 
 def _require_rank(values: Sequence[Any]) -> None:
