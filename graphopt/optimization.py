@@ -216,13 +216,17 @@ class _Run:
             result = self._passes(model, passes, record, self._check)
         if self.verify != "off":
             verdict = self._compare(model, result, record)
+
+            def by_outputs(_: ir.Model, now: ir.Model) -> Comparison:
+                return self._against(model, now)
+
             # By what each pass changed first; a difference that only shows in the outputs, such
             # as a rounding that the rest of the model blows up, needs whole runs.
-            for check in (self._check, lambda _, now: self._against(model, now)):
+            for blame in (self._check, by_outputs):
                 if not verdict.different:
                     break
                 record, self.rewrites_left = Report(), left
-                result = self._passes(model, passes, record, check)
+                result = self._passes(model, passes, record, blame)
                 verdict = self._compare(model, result, record)
             if self.report.verification is None or self.report.verification.ok:
                 self.report.verification = verdict
