@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,17 +10,40 @@ import numpy as np
 from graphopt import ir
 from graphopt.context import Context
 from graphopt.driver import drop_initializer, replace_value
+from graphopt.errors import InputError
 from graphopt.quantizer import palettes
+from graphopt.wildcards import check, fits, names
 
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
 _INT32 = ir.DataType.INT32.value
+_OLDEST = 11
+"""The opset that has BitShift."""
 
 
-def candidates(context: Context, least: int) -> list[ir.Value]:
+def require_packing(context: Context, name: str) -> None:
+    """Raise InputError where a pass of this name cannot unpack what it would store."""
+    if ir.opset(context.model.graph) < _OLDEST:
+        raise InputError(f"{name} needs opset {_OLDEST}: add convert-opset before it")
+
+
+def candidates(context: Context, least: int, keep: Sequence[str]) -> Iterator[ir.Value]:
     """The weights of the main graph: floats of two axes and more with `least` elements and more.
 
-    Those that callers may override are no constants and are said to be left alone.
+    Those that callers may override are no constants and are said to be left alone; `keep` are
+    patterns of others. The time limit is looked at before each.
+
+    Raises:
+        InputError: a pattern that fits nothing.
     """
+    check(context.model, keep)
+    for value in _weights(context, least):
+        context.check_time()
+        if not fits(keep, *names(value)):
+            yield value
+
+
+def _weights(context: Context, least: int) -> list[ir.Value]:
+    """All at once, since passes change the graph as they go."""
     found: list[ir.Value] = []
     for value in context.model.graph.initializers.values():
         tensor = value.const_value

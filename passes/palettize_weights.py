@@ -16,11 +16,10 @@ from graphopt import ir
 from graphopt.context import Context
 from graphopt.errors import InputError
 from graphopt.pass_manager import Pass
-from graphopt.passes._stored import Unpacking, candidates
+from graphopt.passes._stored import Unpacking, candidates, require_packing
 from graphopt.quantizer import palettes
-from graphopt.wildcards import check, fits, names
 
-_OLDEST, _UINT4 = 11, 21
+_UINT4 = 21
 
 
 @dataclass(frozen=True)
@@ -39,21 +38,15 @@ class PalettizeWeights(Pass):
     keep: tuple[str, ...] = ()
 
     def run(self, context: Context) -> None:
-        check(context.model, self.keep)
         if not 1 <= self.bits <= 8:
             raise InputError(f"palettize-weights: bits is 1 to 8, not {self.bits}")
         if self.group < 0 or self.vector < 1 or (self.group and self.vector > 1):
             raise InputError(
                 "palettize-weights: group is 0 or more, vector 1 or more, and not both are set"
             )
-        if ir.opset(context.model.graph) < _OLDEST:
-            raise InputError(
-                f"palettize-weights needs opset {_OLDEST}: add convert-opset before it"
-            )
-        for value in candidates(context, self.min_elements):
-            context.check_time()
-            if not fits(self.keep, *names(value)):
-                self._store(Unpacking(context, value), value)
+        require_packing(context, self.name)
+        for value in candidates(context, self.min_elements, self.keep):
+            self._store(Unpacking(context, value), value)
 
     def _store(self, made: Unpacking, value: ir.Value) -> None:
         weights, dtype = ir.array(value), value.dtype

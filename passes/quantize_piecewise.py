@@ -22,12 +22,11 @@ from graphopt.context import Context
 from graphopt.errors import InputError
 from graphopt.gram import LINEAR
 from graphopt.pass_manager import Pass
-from graphopt.passes._stored import Unpacking, candidates
+from graphopt.passes._stored import Unpacking, candidates, require_packing
 from graphopt.quantizer import piecewise
 from graphopt.quantizer.insertion import weight_axis
-from graphopt.wildcards import check, fits, names
 
-_OLDEST, _INT4 = 11, 21
+_INT4 = 21
 
 
 @dataclass(frozen=True)
@@ -44,17 +43,11 @@ class QuantizePiecewise(Pass):
     keep: tuple[str, ...] = ()
 
     def run(self, context: Context) -> None:
-        check(context.model, self.keep)
         if not 3 <= self.bits <= 8:
             raise InputError(f"quantize-piecewise: bits is 3 to 8, not {self.bits}")
-        if ir.opset(context.model.graph) < _OLDEST:
-            raise InputError(
-                f"quantize-piecewise needs opset {_OLDEST}: add convert-opset before it"
-            )
-        for value in candidates(context, self.min_elements):
-            context.check_time()
-            if not fits(self.keep, *names(value)):
-                self._store(Unpacking(context, value), value)
+        require_packing(context, self.name)
+        for value in candidates(context, self.min_elements, self.keep):
+            self._store(Unpacking(context, value), value)
 
     def _store(self, made: Unpacking, value: ir.Value) -> None:
         weights, dtype = ir.array(value), value.dtype

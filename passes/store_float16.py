@@ -15,7 +15,6 @@ from graphopt import ir
 from graphopt.context import Context
 from graphopt.pass_manager import Pass
 from graphopt.passes._stored import Unpacking, candidates
-from graphopt.wildcards import check, fits, names
 
 _LARGEST = float(np.finfo(np.float16).max)
 
@@ -29,10 +28,7 @@ class StoreFloat16(Pass):
     keep: tuple[str, ...] = ()
 
     def run(self, context: Context) -> None:
-        check(context.model, self.keep)
-        for value in candidates(context, self.min_elements):
-            if fits(self.keep, *names(value)):
-                continue
+        for value in candidates(context, self.min_elements, self.keep):
             if value.dtype in (ir.DataType.FLOAT, ir.DataType.DOUBLE):
                 self._store(Unpacking(context, value), value)
 
