@@ -38,6 +38,7 @@ class Resolutions:
 
     def __init__(self, model: ir.Model, samples: Samples) -> None:
         self._model, self._samples = model, samples
+        self._whole = operations(model, samples)
         self._known: dict[int, Resolution | None] = {}
         self.refused: dict[str, str] = {}
         """Inputs of images that stay as large as they are, and why."""
@@ -91,6 +92,6 @@ class Resolutions:
             resized = reduce_resolution(context, share)
             for reason, inputs in context.record.refusals.items() if not resized else ():
                 self.refused.update(dict.fromkeys(inputs, reason))
-            work = operations(context.model, self._samples) / operations(self._model, self._samples)
+            work = operations(context.model, self._samples) / self._whole
             self._known[size] = Resolution(context.model, share, work, resized) if resized else None
         return self._known[size]
