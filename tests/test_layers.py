@@ -7,17 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 
 from graphopt import files, optimize
-from graphopt.cli import main
+from tests._command import run
 from tests._models import images, network
-
-
-def run(*arguments: object) -> tuple[int, str]:
-    """Exit code and output of the command."""
-    result = CliRunner().invoke(main, [str(a) for a in arguments])
-    return result.exit_code, result.output
 
 
 @pytest.fixture

@@ -13,10 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from click.testing import CliRunner
 
 from graphopt import files, ir
-from graphopt.cli import main
 from graphopt.context import Context
 from graphopt.errors import GateError, InputError
 from graphopt.losses import measure_loss
@@ -36,6 +34,7 @@ from graphopt.samples import open_samples
 from graphopt.shapes import Shapes
 from graphopt.target import Target
 from tests._architectures import vit
+from tests._command import run
 from tests._models import images, network, normal, parse
 from tests._text import proto
 
@@ -471,12 +470,6 @@ def test_a_budget_of_dynamic_quantization() -> None:
 def test_kernels_are_the_runtimes() -> None:
     found = count_kernels(network())
     assert found.integer == 0 and found.total == 5
-
-
-def run(*arguments: object) -> tuple[int, str]:
-    """Exit code and output of the command."""
-    result = CliRunner().invoke(main, [str(a) for a in arguments])
-    return result.exit_code, result.output
 
 
 def test_command(tmp_path: Path) -> None:

@@ -6,21 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 
 from graphopt import files, npz, quantize
-from graphopt.cli import main
 from graphopt.errors import InputError
 from graphopt.passes.quantize_weights import QuantizeWeights
 from graphopt.quantization import Quantization, calibrate
 from graphopt.quantizer.shards import Shard, combine
+from tests._command import run
 from tests._models import images, network
-
-
-def run(*arguments: object) -> tuple[int, str]:
-    """Exit code and output of the command."""
-    result = CliRunner().invoke(main, [str(a) for a in arguments])
-    return result.exit_code, result.output
 
 
 @pytest.fixture
