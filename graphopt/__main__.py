@@ -1,5 +1,14 @@
-"""`python -m graphopt`."""
+"""`graphopt`, and `python -m graphopt`."""
 
-from graphopt.cli import main
+from graphopt.supervision import supervised
 
-main()
+
+def main() -> None:
+    """The command, in a process of its own."""
+    from graphopt.cli import main as command
+
+    supervised(command)
+
+
+if __name__ == "__main__":
+    main()

@@ -83,6 +83,7 @@ def _terminable() -> Generator[None]:
     """Within, SIGTERM ends the process as an exception does: children and folders go with it."""
 
     def end(_signal: int, _frame: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # groups of processes are told twice
         fail("terminated", 128 + signal.SIGTERM)
 
     if threading.current_thread() is not threading.main_thread():
