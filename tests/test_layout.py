@@ -30,7 +30,7 @@ LINES, FUNCTION_LINES = 450, 80
 # A file imports only from its own floor and those below; `x*` is every module that starts so.
 FLOORS = [
     "errors collector ir dims _polynomial files atomic npz plots places digests wildcards "
-    "__version__",
+    "supervision __version__",
     "shapes cost sizes runner emulation batch execute numpy_ops numpy_moves feeds input_uses "
     "random_inputs target report closeness artifact child trust cache models samples "
     "taps gram lowrank wide_sums",
