@@ -96,6 +96,9 @@ class TvmExecutable:
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Output]:
         """All outputs by name, as arrays of their own."""
         results = self._call(self._arguments(feeds))
+        if len(results) != len(self.outputs):
+            lists = f"{len(results)} outputs, its manifest lists {len(self.outputs)}"
+            raise GraphoptError(f"tvm: the library has {lists}")
         return {
             info.name: _array(value, info)
             for info, value in zip(self.outputs, results, strict=True)
@@ -163,7 +166,7 @@ class TvmExecutable:
             raise GraphoptError(f"tvm: {last_line(error)}") from None
         if hasattr(result, "numpy"):
             return [result]
-        return [result[index] for index in range(len(self.outputs))]
+        return [result[index] for index in range(len(result))]
 
 
 class _Stopwatch:

@@ -7,6 +7,7 @@ costs next to nothing.
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
     from graphopt.verification import verify
 
 __version__ = "0.1.0"
+
+# Recent releases of ONNX Runtime tell their makers of the models that they load, unless this is set
+# before (their Privacy.md). Models are their owners' affair; 0 in the environment permits it.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 __all__ = [
     "GraphoptError",

@@ -119,7 +119,7 @@ def read(folder: Path) -> Manifest:
     if not folder.is_dir():
         raise InputError(f"{folder}: no such artifact folder")
     try:
-        size = _regular_size(path)
+        size = regular_size(path)
         if size > _MANIFEST_BYTES:
             raise InputError(f"{path}: larger than any manifest ({size:,} bytes)")
         data = json.loads(path.read_bytes())
@@ -141,7 +141,7 @@ def check(folder: Path, manifest: Manifest) -> None:
     for name, expected in manifest.files.items():
         if name not in there:
             raise InputError(f"{folder}: {name} is missing")
-        _regular_size(folder / name)
+        regular_size(folder / name)
         if remembered(folder / name) != expected:
             raise InputError(f"{folder}: {name} was changed after it was compiled")
 
@@ -245,7 +245,7 @@ def _infos(data: Sequence[Mapping[str, Any]]) -> tuple[TensorInfo, ...]:
     )
 
 
-def _regular_size(path: Path) -> int:
+def regular_size(path: Path) -> int:
     """Size of a file in bytes; InputError for links, pipes, devices and folders."""
     status = path.lstat()
     if not stat.S_ISREG(status.st_mode):

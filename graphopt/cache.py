@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from graphopt.errors import GraphoptError
 
 LIMIT_BYTES = 4 << 30
 """Of all entries together, unless the variable GRAPHOPT_CACHE_BYTES says otherwise."""
+_ABANDONED = 3600.0
+"""Seconds after which a copy that is not complete never will be."""
 
 
 def key(content: Mapping[str, Any]) -> str:
@@ -29,23 +32,26 @@ def key(content: Mapping[str, Any]) -> str:
 
 
 def fetch(name: str, folder: Path) -> artifact.Manifest | None:
-    """Copy the files of an entry into an empty folder; None where there is no sound entry."""
+    """Copy the files of an entry into an empty folder; None where there is no sound entry.
+
+    One that is not sound is deleted, so that a new one can take its place.
+    """
     entry = places.cache("compiled") / name
     try:
         manifest = artifact.read(entry)
-        if not trust.is_own(entry):
-            return None
-        artifact.check(entry, manifest)
-        os.utime(entry)
-        for file in manifest.files:
-            (folder / file).parent.mkdir(exist_ok=True)
-            shutil.copyfile(entry / file, folder / file)
-        artifact.check(folder, manifest)
+        if trust.is_own(entry):
+            artifact.check(entry, manifest)
+            os.utime(entry)
+            for file in manifest.files:
+                (folder / file).parent.mkdir(exist_ok=True)
+                shutil.copyfile(entry / file, folder / file)
+            artifact.check(folder, manifest)
+            return manifest
     except (GraphoptError, OSError):
         for path in folder.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-        return None
-    return manifest
+    shutil.rmtree(entry, ignore_errors=True)
+    return None
 
 
 def store(name: str, folder: Path) -> None:
@@ -64,19 +70,21 @@ def store(name: str, folder: Path) -> None:
 
 
 def _shrink(base: Path, limit: int) -> None:
-    """Delete the entries that were used longest ago until the rest fits."""
-    entries = [entry for entry in base.iterdir() if not entry.name.startswith(".")]
-    entries.sort(key=lambda entry: entry.stat().st_mtime, reverse=True)
+    """Delete the entries that were used longest ago until the rest fits, and what was left half."""
+    entries = sorted(base.iterdir(), key=lambda entry: entry.stat().st_mtime, reverse=True)
     total = 0
     for entry in entries:
-        total += sum(path.stat().st_size for path in entry.rglob("*"))
-        if total > limit:
+        if entry.name.startswith("."):  # somebody copies, or was killed meanwhile
+            gone = time.time() - entry.stat().st_mtime > _ABANDONED
+        else:
+            total += sum(path.stat().st_size for path in entry.rglob("*"))
+            gone = total > limit
+        if gone:
             shutil.rmtree(entry, ignore_errors=True)
 
 
 def _code() -> list[list[Any]]:
     """The state of graphopt's own files: another one may compile another way."""
     root = Path(__file__).parent
-    found = [root.glob("*.py"), (root / "backends").glob("*.py"), (root / "passes").glob("*.py")]
-    files = sorted(path for group in found for path in group)
+    files = sorted([*root.glob("*.py"), *root.glob("*/*.py")])
     return [[path.name, (s := path.stat()).st_size, s.st_mtime_ns] for path in files]

@@ -70,9 +70,12 @@ def _write(record: Path, text: str) -> None:
         record.parent.mkdir(parents=True, exist_ok=True)
         beside = record.with_name(f".{record.name}.{os.getpid()}")
         descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "w", encoding="ascii") as file:
-            file.write(text)
-        beside.replace(record)
+        try:
+            with os.fdopen(descriptor, "w", encoding="ascii") as file:
+                file.write(text)
+            beside.replace(record)
+        finally:
+            beside.unlink(missing_ok=True)  # the disk may be full
         old = sorted(record.parent.iterdir(), key=lambda path: path.stat().st_mtime)
         for path in old[:-_RECORDS]:
             path.unlink(missing_ok=True)

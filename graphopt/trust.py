@@ -13,9 +13,12 @@ import os
 from pathlib import Path
 
 from graphopt import places
-from graphopt.artifact import MANIFEST, SIGNATURE
+from graphopt.artifact import MANIFEST, SIGNATURE, regular_size
+from graphopt.errors import InputError
 
 _KEY_BYTES = 32
+_LONGEST = 128
+"""Bytes of a signature with room to spare."""
 
 
 def sign(folder: Path) -> None:
@@ -31,9 +34,11 @@ def is_own(folder: Path) -> bool:
     if key is None:
         return False
     try:
-        found = (folder / SIGNATURE).read_bytes()[:128].strip()
+        if regular_size(folder / SIGNATURE) > _LONGEST:
+            return False
+        found = (folder / SIGNATURE).read_bytes().strip()
         return hmac.compare_digest(found, _mac(key, folder).encode())
-    except OSError:
+    except (InputError, OSError):
         return False
 
 
@@ -49,11 +54,13 @@ def _key(*, make: bool) -> bytes | None:
             path.parent.mkdir(parents=True, exist_ok=True)
             new = path.with_name(f".key.{os.getpid()}")
             descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(os.urandom(_KEY_BYTES))
-            with contextlib.suppress(FileExistsError):
-                os.link(new, path)  # of several processes that make one, the first wins
-            new.unlink()
+            try:
+                with os.fdopen(descriptor, "wb") as file:
+                    file.write(os.urandom(_KEY_BYTES))
+                with contextlib.suppress(FileExistsError):
+                    os.link(new, path)  # of several processes that make one, the first wins
+            finally:
+                new.unlink()
         status = path.stat()
         if status.st_mode & 0o077 or status.st_uid != os.getuid():
             return None  # others may have read or written it

@@ -80,8 +80,10 @@ def _unrepeated(array: ir.Array) -> ir.Array:
 
 
 def _bits(array: ir.Array) -> ir.Array:
-    """What distinguishes -0 from 0, and knows NaN again."""
-    return np.ascontiguousarray(array).view(f"u{array.dtype.itemsize}")
+    """What distinguishes -0 from 0, and knows NaN again; text as it is."""
+    if array.dtype == object:
+        return array
+    return np.ascontiguousarray(array).view(f"V{array.dtype.itemsize}")
 
 
 def _repeated(op: Op, value: ir.Value) -> ir.Value | None:

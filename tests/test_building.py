@@ -121,6 +121,14 @@ def test_a_key_that_others_can_read_is_not_used(source: ir.Model, tmp_path: Path
     assert not trust.is_own(folder)
 
 
+def test_a_signature_that_is_a_pipe(source: ir.Model, tmp_path: Path) -> None:
+    folder = compile(source, tmp_path / "a")
+    signature = folder / artifact.SIGNATURE
+    signature.unlink()
+    os.mkfifo(signature)
+    assert not trust.is_own(folder)
+
+
 def test_code_for_another_machine(source: ir.Model, tmp_path: Path) -> None:
     target = "arm64:cortex-a76" if Target.parse("cpu").arch == "x86_64" else "cuda:sm_89"
     folder = compilation.compile(source, target, tmp_path / "a", backend="ort", level=0)
@@ -166,6 +174,7 @@ def test_what_somebody_put_into_the_cache_is_not_used(source: ir.Model, tmp_path
     path = entry / "model.onnx"
     path.write_bytes(path.read_bytes().replace(b"Sin", b"Cos"))
     check(compile(source, tmp_path / "b"))
+    assert path.read_bytes() == (tmp_path / "b" / "model.onnx").read_bytes()  # replaced
     shutil.rmtree(entry)
     entry.mkdir()
     check(compile(source, tmp_path / "c"))
@@ -176,7 +185,10 @@ def test_the_cache_is_bounded(
 ) -> None:
     compile(source, tmp_path / "a")
     (first,) = places.cache("compiled").iterdir()
-    os.utime(first, (0, 0))
+    half = first.with_name(".half")  # as a process leaves it that is killed meanwhile
+    half.mkdir()
+    for path in (first, half):
+        os.utime(path, (0, 0))
     size = sum(path.stat().st_size for path in first.iterdir())
     monkeypatch.setenv("GRAPHOPT_CACHE_BYTES", str(size * 3 // 2))
     compile(source, tmp_path / "b", options={"threads": 1})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -32,6 +33,36 @@ def test_a_full_disk(tmp_path: Path, form: str) -> None:
     assert done.returncode in (2, 4)
     assert done.stderr.count("\n") == 1
     assert ("cannot be written" if form == "onnx" else "Failed to save") in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_below_the_caches(tmp_path: Path) -> None:
+    """Records and keys are done without, and no half of one is left."""
+    large = tmp_path / "large"
+    large.write_bytes(bytes(1 << 20))
+    time.sleep(0.2)  # what was written a moment ago is not remembered
+    code = (
+        "from pathlib import Path; from graphopt import digests, trust\n"
+        "digests.remembered(Path('large')); trust.sign(Path())"
+    )
+    home = {"XDG_CACHE_HOME": str(tmp_path / "c"), "XDG_STATE_HOME": str(tmp_path / "s")}
+    subprocess.run(
+        ["bash", "-c", 'ulimit -f 0; exec "$@"', "bash", sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, **home},
+        timeout=120,
+        check=True,
+    )
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [large]
+
+
+def test_a_runtime_that_tells_of_models(tmp_path: Path) -> None:
+    """Recent releases of ONNX Runtime keep what they tell in files."""
+    home = {name: str(tmp_path) for name in ("HOME", "TMPDIR", "XDG_CACHE_HOME")}
+    code = "import graphopt, onnxruntime as ort; ort.InferenceSession(MODEL)".replace(
+        "MODEL", repr(MODEL)
+    )
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, **home}, check=True)
     assert not list(tmp_path.iterdir())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import shutil
@@ -309,6 +310,16 @@ def test_a_library_that_is_none(tmp_path: Path) -> None:
     with pytest.raises(GraphoptError, match="tvm: ") as caught:
         BACKEND.load(folder, manifest)
     assert "\n" not in str(caught.value)
+
+
+@needs_tvm
+def test_a_manifest_that_lists_more_outputs(tmp_path: Path) -> None:
+    model = parse("g (float[2] x) => (float[2] y) { y = Relu (x) }")
+    folder = compilation.compile(model, CPU, tmp_path / "a", backend="tvm")
+    manifest = artifact.read(folder)
+    more = dataclasses.replace(manifest, outputs=(*manifest.outputs, *manifest.outputs))
+    with pytest.raises(GraphoptError, match="has 1 outputs, its manifest lists 2"):
+        BACKEND.load(folder, more).run({"x": np.zeros(2, np.float32)})
 
 
 def test_without_tvm(monkeypatch: pytest.MonkeyPatch) -> None:
