@@ -53,6 +53,7 @@ _CONSTANT = 1e-3  # a range of values, relative to their size, that tells little
 _LARGE = 1e4  # masks are at least so large
 _LEAST_PER_CHANNEL = 16  # elements, from which their mean square tells a scale
 _MOST_CLASSES = 1_000_000
+_PICTURE = 3  # channels
 
 
 @dataclass(frozen=True)
@@ -232,14 +233,33 @@ class Gauge:
         self._low, self._high = min(self._low, float(a.min())), max(self._high, float(a.max()))
 
     def _top1(self, a: ir.Array, b: ir.Array) -> None:
-        if a.dtype.kind == "c" or not 1 <= a.ndim <= 3 or not 2 <= a.shape[-1] <= _MOST_CLASSES:
+        if a.dtype.kind == "c":
             return
-        x, y = (v if v.dtype.kind == "f" else v.astype(np.float32) for v in (a, b))
-        if np.isnan(x).any() or np.isnan(y).any():
+        x, y = (class_rows(v if v.dtype.kind == "f" else v.astype(np.float32)) for v in (a, b))
+        if x is None or y is None or np.isnan(x).any() or np.isnan(y).any():
             return
         hits = np.argmax(x, axis=-1) == np.argmax(y, axis=-1)
         self._rows += hits.size
         self._hits += int(np.count_nonzero(hits))
+
+
+def class_rows(array: ir.Array) -> ir.Array | None:
+    """An output as rows of scores, [rows, classes]; None where it has no classes.
+
+    They are the last axis, trailing ones of one element apart; of maps, such as [batch, channels,
+    height, width], the channels, unless there are three, which are a picture's.
+    """
+    shape = list(array.shape)
+    while len(shape) > 2 and shape[-1] == 1:
+        shape.pop()
+    array = array.reshape(shape)
+    maps = len(shape) >= 4
+    if maps and shape[1] < shape[-1]:
+        array = np.moveaxis(array, 1, -1)
+    classes = array.shape[-1] if shape else 0
+    if not 2 <= classes <= _MOST_CLASSES or (maps and classes == _PICTURE):
+        return None
+    return array.reshape(-1, classes)
 
 
 _Map = Mapping[object, object]

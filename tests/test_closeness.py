@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from graphopt import ir
-from graphopt.closeness import Gauge, Tolerance
+from graphopt.closeness import Gauge, Tolerance, class_rows
 from graphopt.report import OutputComparison
 
 FLOAT, HALF, DOUBLE = ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE
@@ -139,3 +139,32 @@ def test_worst_of_several_runs_is_kept() -> None:
     collected.add(floats(1, 2), floats(2, 1))
     found = collected.finish()
     assert not found.ok and found.elements == 4 and found.top1 == 0.5
+
+
+@pytest.mark.parametrize(
+    ("shape", "rows"),
+    [
+        ((10,), (1, 10)),
+        ((4, 10), (4, 10)),
+        ((4, 10, 1, 1), (4, 10)),
+        ((2, 7, 50), (14, 50)),
+        ((2, 21, 32, 32), (2048, 21)),  # a segmentation
+        ((2, 32, 32, 21), (2048, 21)),
+        ((2, 3, 32, 32), None),  # a picture
+        ((2, 1, 32, 32), None),  # depths
+        ((5, 1), None),
+        ((), None),
+    ],
+)
+def test_where_the_classes_are(shape: tuple[int, ...], rows: tuple[int, int] | None) -> None:
+    values = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    found = class_rows(values)
+    assert (None if found is None else found.shape) == rows
+
+
+def test_a_map_agrees_by_its_channels() -> None:
+    scores = np.zeros((1, 4, 8, 8), np.float32)
+    scores[0, 2] = 1.0
+    other = scores.copy()
+    other[0, 1, 0, :2] = 2.0
+    assert gauge(scores, other).top1 == 62 / 64

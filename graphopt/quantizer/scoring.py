@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from graphopt import ir
+from graphopt.closeness import class_rows
 from graphopt.errors import InputError
 from graphopt.runner import Runner
 from graphopt.samples import Samples
@@ -92,9 +93,9 @@ class _Compared:
             if a.shape != b.shape or a.dtype.kind != "f":
                 continue
             self.signals.setdefault(name, Signal()).add(a, b)
-            rows = _rows(a)
-            if index == 0 and rows is not None:
-                self.same += int(np.sum(rows.argmax(-1) == b.reshape(rows.shape).argmax(-1)))
+            rows, others = class_rows(a), class_rows(b)
+            if index == 0 and rows is not None and others is not None:
+                self.same += int(np.sum(rows.argmax(-1) == others.argmax(-1)))
                 self.rows += len(rows)
 
 
@@ -161,18 +162,8 @@ def top1(outputs: Sequence[Outputs], labels: Array | None) -> float:
 
 
 def _answers(value: Array) -> Array:
-    rows = _rows(value)
+    rows = class_rows(value)
     return value.reshape(-1) if rows is None else rows.argmax(-1)
-
-
-def _rows(array: Array) -> Array | None:
-    """Scores as [rows, classes]: the last axis of more than one element is the classes'."""
-    shape = list(array.shape)
-    while len(shape) > 1 and shape[-1] == 1:
-        shape.pop()
-    if not shape or shape[-1] < 2:
-        return None
-    return array.reshape(-1, shape[-1])
 
 
 @dataclass(frozen=True)
