@@ -257,9 +257,12 @@ class Kernels:
         channels = kernel.shape[3]
         key = f"depthwise {shape} {window} {dtype}"
         area = window.size[0] * window.size[1]
-        tile = self._chosen(key, depthwise(number(wide), channels, self.registers, dtype, area))
-        packed = relax.const(pack(kernel.astype(dtype)[:, :, 0, None, :], tile)[:, :, :, 0])
         left = integers.bordered(builder, data)
+        static = None not in map(number, shape[1:3])
+        in_place = static and str(left.value.ty.dtype) == dtype
+        tiles = depthwise(number(wide), channels, self.registers, dtype, area, in_place)
+        tile = self._chosen(key, tiles)
+        packed = relax.const(pack(kernel.astype(dtype)[:, :, 0, None, :], tile)[:, :, :, 0])
 
         def compute(x: Any, w: Any) -> Any:
             shape = extents(x)

@@ -121,6 +121,10 @@ class _Product:
         s, product = self._schedule, self._product
         if self._tile["flat"]:
             self._flatten_result()
+        if self._depthwise and not self._tile["band"]:
+            for block in self._before:
+                s.compute_inline(block)
+            self._before = []
         outer, row, block, lane, sums = self._loops()
         work = math.prod(extent(s, loop) for loop in s.get_loops(product))
         high, rows = s.split(row, [None, self._tile["rows"]])
@@ -225,7 +229,9 @@ class _Product:
         if work < _PARALLEL_WORK:
             return 0
         candidates = order[: order.index(bands) + 1] if bands is not None else order
-        self._shared, taken = parallel(self._schedule, candidates, self._machine.threads)
+        fused, taken = parallel(self._schedule, candidates, self._machine.threads)
+        if taken == len(candidates):
+            self._shared = fused
         return taken
 
     def _clear(self, start: Any, depth: int) -> None:

@@ -8,6 +8,7 @@ leave the multipliers idle for their latency.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass, replace
 
@@ -65,7 +66,7 @@ class Tile:
     rows_first: bool = False
     """Whether rows get all their columns before the next rows, not columns all their rows."""
     band: int = 0
-    """Rows of a depthwise convolution's input that are padded at a time."""
+    """Rows of a depthwise convolution's input that are padded at a time; 0 to read it in place."""
 
     @property
     def columns(self) -> int:
@@ -130,9 +131,13 @@ def ranked(
 
 
 def depthwise(
-    rows: int | None, columns: int, registers: Registers, dtype: str, window: int
+    rows: int | None, columns: int, registers: Registers, dtype: str, window: int, in_place: bool
 ) -> list[Tile]:
     """Tiles of a depthwise convolution, whose rows share most of what they see.
+
+    The input is read in place, and only tiles at its edges ask where they are, unless sizes are
+    unknown, elements have to be converted, or vectors would reach beyond the channels: a copy of
+    it costs as much as the convolution.
 
     Args:
         rows: outputs that are side by side; None if unknown.
@@ -140,12 +145,17 @@ def depthwise(
         registers: of the CPU.
         dtype: of the sums.
         window: positions that an output sees.
+        in_place: whether the input may be read so.
     """
-    lanes = vector(columns, registers.lanes(dtype))
+    widest = registers.lanes(dtype)
+    lanes, whole = vector(columns, widest), math.gcd(columns, widest)
+    if in_place and 2 * whole >= widest:
+        lanes = whole
     tiles: list[Tile] = []
     for vectors in range(1, min(4, -(-columns // lanes)) + 1):
         most = max(1, min(registers.sums(vectors) // vectors, 12, rows or 12))
-        tiles += [Tile(height, vectors, lanes, band=_BAND) for height in range(1, most + 1)]
+        band = 0 if in_place and columns % (vectors * lanes) == 0 else _BAND
+        tiles += [Tile(height, vectors, lanes, band=band) for height in range(1, most + 1)]
     preferred = _depthwise(rows, columns, lanes, registers, window)
     return sorted(
         tiles,

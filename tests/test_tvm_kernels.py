@@ -54,6 +54,45 @@ def test_weights_are_loaded_ahead(rows: int, columns: int, ahead: bool) -> None:
 
 
 @needs_tvm
+@pytest.mark.parametrize(
+    ("channels", "size", "window", "attributes", "in_place"),
+    [
+        (48, (14, 14), 3, "pads = [1, 1, 1, 1]", True),
+        (32, (13, 27), 3, "strides = [2, 2], pads = [1, 1, 1, 1]", True),
+        (24, (9, 11), 5, "strides = [1, 2], pads = [2, 0, 1, 3]", True),
+        (72, (7, 7), 3, "dilations = [2, 2], pads = [2, 2, 2, 2]", True),
+        (16, (3, 2), 3, "pads = [1, 1, 1, 1]", True),
+        (100, (9, 11), 3, "pads = [1, 1, 1, 1]", False),
+    ],
+)
+def test_depthwise_reads_its_input_in_place(
+    tmp_path: Path,
+    channels: int,
+    size: tuple[int, int],
+    window: int,
+    attributes: str,
+    in_place: bool,
+) -> None:
+    """A copy with a border costs as much as the convolution."""
+    high, wide = size
+    text = f"g (float[2,{channels},{high},{wide}] x, float[] w) => (float y) "
+    text += f"{{ c = Conv <group = {channels}, {attributes}> (x, w) y = Relu (c) }}"
+    model = with_weights(text, w=random(channels, 1, window, window))
+    kernels, _, _ = lowered(model)
+    assert ("padded" in kernels.script()) != in_place
+    agree(model, {"x": random(2, channels, *size)}, tmp_path / "a", "product", tolerance=1e-5)
+
+
+@needs_tvm
+def test_copies_for_depthwise_are_made_in_bands() -> None:
+    """With one thread as well: a few rows stay in the cache, an image does not."""
+    text = "g (float[1,100,40,40] x, float[] w) => (float y) "
+    text += "{ y = Conv <group = 100, pads = [1, 1, 1, 1]> (x, w) }"
+    kernels, _, _ = lowered(with_weights(text, w=random(100, 1, 3, 3)))
+    assert "T.grid(T.int64(1), T.int64(10), T.int64(42), T.int64(7))" in kernels.script()
+
+
+@needs_tvm
 def test_sums_are_not_on_the_heap() -> None:
     """Those of a tile may take more than TVM leaves on the stack by itself."""
     text = "g (float[64,96] x, float[] w) => (float y) { y = MatMul (x, w) }"
