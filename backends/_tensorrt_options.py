@@ -21,8 +21,8 @@ class Options(BackendOptions):
     """0 to 5: how long the builder searches."""
     workspace_mb: int = 0
     """Of scratch memory on the GPU, in MB; 0 is the library's own limit."""
-    tf32: bool = True
-    """Multiply float32 with 10 bits of mantissa where the GPU has it."""
+    tf32: bool = False
+    """Multiply float32 with 10 bits of mantissa where the GPU has it: faster, no longer exact."""
     sparse: bool = False
     """Use kernels for weights of which 2 in 4 are zero."""
     strip_weights: bool = False

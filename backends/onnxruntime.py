@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -23,6 +20,15 @@ from graphopt.backends import (
     make_options,
     timed,
 )
+from graphopt.backends._onnxruntime_session import (
+    MEMORY,
+    PROVIDERS,
+    errors,
+    failure,
+    lacks,
+    make_session,
+    ort,
+)
 from graphopt.errors import GraphoptError, InputError, MissingError
 from graphopt.target import Target
 
@@ -35,18 +41,6 @@ if TYPE_CHECKING:
 _OLDEST = (1, 20)
 _DEVICES = {"any": "cpu", "cpu": "cpu", "cuda": "cuda"}
 """What runs a target unless an option says otherwise."""
-_PROVIDERS = {
-    "cpu": ("CPUExecutionProvider",),
-    "cuda": ("CUDAExecutionProvider", "CPUExecutionProvider"),
-    "tensorrt": ("TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"),
-    "openvino": ("OpenVINOExecutionProvider", "CPUExecutionProvider"),
-}
-"""In order of preference: a node goes to the first that takes it."""
-_WHEELS = {"cuda": "onnxruntime-gpu", "tensorrt": "onnxruntime-gpu tensorrt"} | {
-    "openvino": "onnxruntime-openvino"
-}
-_MEMORY = {"CUDAExecutionProvider": "cuda", "TensorrtExecutionProvider": "cuda"}
-"""Where providers have memory of their own."""
 _LEVELS = {
     "off": "ORT_DISABLE_ALL",
     "basic": "ORT_ENABLE_BASIC",
@@ -79,6 +73,8 @@ class Options(BackendOptions):
     """ONNX Runtime's own graph optimization: at load for .onnx, at compilation for .ort."""
     provider: Literal["auto", "cpu", "cuda", "tensorrt", "openvino"] = "auto"
     """What runs the nodes; `auto` is the target's device."""
+    tf32: bool = False
+    """NVIDIA's GPUs multiply float32 with 10 bits of mantissa: faster, and no longer exact."""
     format: Literal["onnx", "ort"] = "onnx"
     """.ort loads faster, but from `layout` on only on CPUs like the one that compiled it."""
 
@@ -97,7 +93,7 @@ class OnnxRuntime:
     def is_available(self) -> str | None:
         """ONNX Runtime from 1.20 on, of any flavour."""
         try:
-            version = str(_ort().__version__)
+            version = str(ort().__version__)
         except MissingError as error:
             return str(error)
         if tuple(map(int, version.split(".")[:2])) < _OLDEST:
@@ -107,7 +103,7 @@ class OnnxRuntime:
 
     def versions(self) -> dict[str, str]:
         """ONNX Runtime's version."""
-        return {"onnxruntime": str(_ort().__version__)}
+        return {"onnxruntime": str(ort().__version__)}
 
     def can_compile(self, target: Target) -> str | None:
         """Files are portable, so everything that a provider exists for."""
@@ -120,7 +116,7 @@ class OnnxRuntime:
         reason = self.can_compile(target)
         if reason is not None:
             return reason
-        return _lacks(_DEVICES[target.device]) or target.foreign()
+        return lacks(_DEVICES[target.device]) or target.foreign()
 
     def supports(self, model: ir.Model, target: Target, options: Any = None) -> dict[str, str]:
         """Tried by making sessions without the large weights: whole first, then node by node."""
@@ -157,7 +153,7 @@ class OnnxRuntime:
             settings.add_session_config_entry("session.save_model_format", "ORT")
         settings.graph_optimization_level = _level(level)
         try:
-            _session(path, settings, _PROVIDERS["cpu"])
+            make_session(path, settings, "cpu")
         except GraphoptError as error:
             refused = self.supports(model, target)
             nodes = "; ".join(f"node {label}: {why}" for label, why in list(refused.items())[:3])
@@ -175,7 +171,7 @@ class OnnxRuntime:
         if path is None:
             raise InputError(f"{folder}: its manifest names no model.onnx or model.ort")
         options = make_options(self, manifest.options)
-        reason = _lacks(options.provider) if options.provider != "auto" else None
+        reason = lacks(options.provider) if options.provider != "auto" else None
         if reason is not None:
             raise MissingError(f"{folder} cannot run here: {reason}")
         return OnnxRuntimeExecutable(path, manifest, options)
@@ -189,16 +185,14 @@ class OnnxRuntimeExecutable:
         self.outputs: tuple[TensorInfo, ...] = manifest.outputs
         self._path = path
         chosen = options.provider
-        self._providers = _PROVIDERS[
-            _DEVICES[manifest.target.device] if chosen == "auto" else chosen
-        ]
+        self._provider = _DEVICES[manifest.target.device] if chosen == "auto" else chosen
         self._options = options
         dtypes = {info.dtype for info in (*self.inputs, *self.outputs)}
         self._exchanged = all(dtype in _PLAIN or "(" in dtype for dtype in dtypes)
         """Whether numpy has all types of inputs and outputs."""
-        self._quiet = _ort().RunOptions()
+        self._quiet = ort().RunOptions()
         self._quiet.log_severity_level = _FATAL
-        self._session = _session(path, _settings(options), self._providers)
+        self._session = make_session(path, _settings(options), self._provider, options.tf32)
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Output]:
         """All outputs by name."""
@@ -210,7 +204,7 @@ class OnnxRuntimeExecutable:
 
         On a GPU inputs and outputs stay in its memory meanwhile.
         """
-        memory = _MEMORY.get(self._providers[0])
+        memory = MEMORY.get(PROVIDERS[self._provider][0]) if self._exchanged else None
         call: Callable[[], object] = (
             self._caller(self._session, feeds) if memory is None else self._bound(feeds, memory)
         )
@@ -224,18 +218,22 @@ class OnnxRuntimeExecutable:
             settings = _settings(self._options)
             settings.enable_profiling = True
             settings.profile_file_prefix = str(Path(folder) / "profile")
-            session = _session(self._path, settings, self._providers)
-            call = self._caller(session, feeds)
+            profiled = make_session(self._path, settings, self._provider, self._options.tf32)
+            call = self._caller(profiled, feeds)
             for _ in range(_PROFILE_WARMUP + runs):
                 call()
-            return _op_times(json.loads(Path(session.end_profiling()).read_bytes()), runs)
+            return _op_times(json.loads(Path(profiled.end_profiling()).read_bytes()), runs)
 
     def _bound(self, feeds: Mapping[str, Array], memory: str) -> Callable[[], object]:
         """A function that runs the session on feeds that are in a device's memory already."""
         check_feeds(self.inputs, feeds)
-        binding, session, errors = self._session.io_binding(), self._session, _errors()
+        binding, run, caught = (
+            self._session.io_binding(),
+            self._session.run_with_iobinding,
+            errors(),
+        )
         values = {
-            name: _ort().OrtValue.ortvalue_from_numpy(_plain(feed), memory, 0)
+            name: ort().OrtValue.ortvalue_from_numpy(_plain(feed), memory, 0)
             for name, feed in feeds.items()
         }
         for name, value in values.items():
@@ -245,10 +243,10 @@ class OnnxRuntimeExecutable:
 
         def call() -> object:
             try:
-                session.run_with_iobinding(binding)
+                run(binding)
                 binding.synchronize_outputs()
-            except errors as error:
-                raise _failure(error) from None
+            except caught as error:
+                raise failure(error) from None
             return values  # which the binding does not keep alive
 
         return call
@@ -257,14 +255,14 @@ class OnnxRuntimeExecutable:
         """A function that runs the session on feeds that are checked and converted once."""
         check_feeds(self.inputs, feeds)
         plain = {name: _plain(feed) for name, feed in feeds.items()}
-        errors, quiet = _errors(), self._quiet
+        caught, quiet = errors(), self._quiet
         if self._exchanged:
 
             def call() -> list[Output]:
                 try:
                     results: list[Output] = session.run(None, plain, quiet)
-                except errors as error:
-                    raise _failure(error) from None
+                except caught as error:
+                    raise failure(error) from None
                 return results
 
             return call
@@ -276,52 +274,27 @@ class OnnxRuntimeExecutable:
         def call_extended() -> list[Output]:
             try:
                 results = session.run_with_ort_values(names, values, quiet)
-            except errors as error:
-                raise _failure(error) from None
+            except caught as error:
+                raise failure(error) from None
             return [from_ort_value(result) for result in results]
 
         return call_extended
 
 
-def _ort() -> Any:
-    """The onnxruntime package (untyped), imported on first use."""
-    try:
-        return importlib.import_module("onnxruntime")
-    except ImportError as error:
-        raise MissingError(
-            f"onnxruntime is not usable ({error}): pip install onnxruntime"
-        ) from None
-
-
-@cache
-def _errors() -> tuple[type[Exception], ...]:
-    """Everything that ONNX Runtime raises: its own classes have no common base."""
-    state: dict[str, Any] = _ort().capi.onnxruntime_pybind11_state.__dict__
-    own = (k for k in state.values() if isinstance(k, type) and issubclass(k, Exception))
-    return (*own, RuntimeError, ValueError, TypeError)
-
-
-def _failure(error: Exception) -> GraphoptError:
-    """An error of ONNX Runtime's as one line, without its codes and source positions."""
-    text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : [A-Z_]+ : ", "", str(error))
-    text = re.sub(r"/onnxruntime_src/\S+?:\d+ |^\w+\.cc:\d+ ", "", text)
-    return GraphoptError(" ".join(text.split())[:600])
-
-
 def _level(name: str) -> Any:
-    levels = _ort().GraphOptimizationLevel
+    levels = ort().GraphOptimizationLevel
     # the layout level is younger than the others; before, it was a part of `all`
     return getattr(levels, _LEVELS[name], levels.ORT_ENABLE_ALL)
 
 
 def _settings(options: Options) -> Any:
     """Session options."""
-    settings = _ort().SessionOptions()
+    settings = ort().SessionOptions()
     settings.log_severity_level = _FATAL
     settings.intra_op_num_threads = options.threads
     settings.inter_op_num_threads = options.inter_threads
     if options.inter_threads > 1:
-        settings.execution_mode = _ort().ExecutionMode.ORT_PARALLEL
+        settings.execution_mode = ort().ExecutionMode.ORT_PARALLEL
     for kind in ("intra", "inter"):
         settings.add_session_config_entry(
             f"session.{kind}_op.allow_spinning", str(int(options.spinning))
@@ -331,41 +304,10 @@ def _settings(options: Options) -> Any:
     return settings
 
 
-def _lacks(name: str) -> str | None:
-    """Why the wheel that is installed has no provider of a name, and which wheel has; or None."""
-    provider, there = _PROVIDERS[name][0], _ort().get_available_providers()
-    if provider in there:
-        return None
-    hint = f": pip install {_WHEELS[name]}" if name in _WHEELS else ""
-    return f"this onnxruntime has no {provider}, only {', '.join(there)}{hint}"
-
-
-def _session(model: Path | bytes, settings: Any, providers: Sequence[str]) -> Any:
-    """A session.
-
-    Raises:
-        GraphoptError: ONNX Runtime refuses the model; one line.
-        MissingError: the provider is in the wheel, but does not start here.
-    """
-    source = str(model) if isinstance(model, Path) else model
-    there = _ort().get_available_providers()
-    try:
-        made = _ort().InferenceSession(
-            source, settings, providers=[name for name in providers if name in there]
-        )
-    except _errors() as error:
-        raise _failure(error) from None
-    if providers[0] not in made.get_providers():
-        raise MissingError(
-            f"onnxruntime's {providers[0]} does not start here: its driver or libraries are missing"
-        )
-    return made
-
-
 def _refusal(model: bytes) -> str | None:
     """Why ONNX Runtime does not take a serialized model, or None."""
     try:
-        _session(model, _settings(Options(threads=1, graph_level="off")), _PROVIDERS["cpu"])
+        make_session(model, _settings(Options(threads=1, graph_level="off")), "cpu")
     except GraphoptError as error:
         return str(error)
     return None

@@ -70,7 +70,8 @@ class Tensorrt:
             return f"tensorrt is for NVIDIA GPUs, not for {target.name}"
         from graphopt.backends import _cuda_driver
 
-        return self.is_available() or _cuda_driver.missing() or _mismatch(target)
+        reason = self.is_available() or _cuda_driver.missing()
+        return reason or _unknown_gpu() or _mismatch(target)
 
     def supports(self, model: ir.Model, target: Target, options: Any = None) -> dict[str, str]:
         """Asked of its parser."""
@@ -109,6 +110,17 @@ class Tensorrt:
     def _require(self, reason: str | None) -> None:
         if reason is not None:
             raise MissingError(reason)
+
+
+def _unknown_gpu() -> str | None:
+    """Why the library does not run on the GPU here: RTX's is for some architectures only."""
+    from graphopt.backends import _cuda_driver
+    from graphopt.backends._tensorrt_library import architectures
+
+    there, known = _cuda_driver.architecture(), architectures()
+    if known and there not in known:
+        return f"this TensorRT does not run on the {there} here, only on {', '.join(known)}"
+    return None
 
 
 def _mismatch(target: Target) -> str | None:

@@ -15,7 +15,7 @@ import pytest
 from onnx import TensorProto, helper, parser
 
 from graphopt import artifact, backends, compilation
-from graphopt.backends import Array
+from graphopt.backends import Array, _cuda_driver, _onnxruntime_session
 from graphopt.errors import GraphoptError, InputError, MissingError
 from graphopt.target import Target
 
@@ -275,7 +275,7 @@ def test_a_weight_outside_the_folder_is_not_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("provider", "wheel"), [("cuda", "onnxruntime-gpu"), ("openvino", "onnxruntime-openvino")]
+    ("provider", "wheel"), [("cuda", "'onnxruntime-gpu"), ("openvino", "onnxruntime-openvino")]
 )
 def test_providers_of_other_wheels(tmp_path: Path, provider: str, wheel: str) -> None:
     onnxruntime: Any = importlib.import_module("onnxruntime")
@@ -297,23 +297,43 @@ def test_a_provider_that_does_not_start(tmp_path: Path, monkeypatch: pytest.Monk
     )
     session = onnxruntime.InferenceSession
 
-    def without(*arguments: Any, providers: list[str]) -> Any:
+    asked: list[Any] = []
+
+    def without(*arguments: Any, providers: list[Any], **_: Any) -> Any:
+        asked.extend(providers)
         return session(*arguments, providers=["CPUExecutionProvider"])
+
+    def refuses(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("Please install TensorRT libraries")
 
     names = ["CUDAExecutionProvider", "CPUExecutionProvider"]
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: names)
-    monkeypatch.setattr(onnxruntime, "InferenceSession", without)
-    with pytest.raises(MissingError, match="CUDAExecutionProvider does not start here"):
+    with pytest.raises(MissingError, match="cannot run here: there is no NVIDIA"):
         compilation.load(folder)
+    monkeypatch.setattr(_cuda_driver, "missing", lambda: None)
+    monkeypatch.setattr(_onnxruntime_session, "_load_libraries", lambda: None)
+    for broken in (without, refuses):
+        monkeypatch.setattr(onnxruntime, "InferenceSession", broken)
+        with pytest.raises(MissingError, match="CUDAExecutionProvider does not start here"):
+            compilation.load(folder)
+    assert asked == [("CUDAExecutionProvider", {"use_tf32": "0"}), "CPUExecutionProvider"]
 
 
 def test_bound_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is done on a GPU, with the CPU's memory in place of it."""
     folder = compilation.compile(conv(), "cpu", tmp_path / "a", level=0)
     module = importlib.import_module("graphopt.backends.onnxruntime")
-    monkeypatch.setattr(module, "_MEMORY", {"CPUExecutionProvider": "cpu"})
+    monkeypatch.setattr(module, "MEMORY", {"CPUExecutionProvider": "cpu"})
     executable = compilation.load(folder)
     times = executable.benchmark({"x": np.ones((1, 16, 8, 8), np.float32)}, 5)
     assert times.shape == (5,)
     with pytest.raises(InputError, match="input 'x' is missing"):
         executable.benchmark({}, 5)
+
+
+def test_openvino_errors_without_the_names_of_functions() -> None:
+    text = (
+        "[ONNXRuntimeError] : 1 : FAIL : Exception during initialization: /onnxruntime/a/b.cc:136 "
+        "ov::Backend::Backend(Args&&) [with Args = {}] [OpenVINO-EP] Exception while Reading\nit"
+    )
+    assert str(_onnxruntime_session.failure(RuntimeError(text))) == "Exception while Reading it"

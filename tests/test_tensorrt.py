@@ -16,7 +16,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from graphopt import artifact, backends, compilation, files
-from graphopt.backends import Array, _tensorrt_build
+from graphopt.backends import Array, _cuda_driver, _tensorrt_build
 from graphopt.errors import GraphoptError, InputError, MissingError
 from graphopt.quantization import Quantization, quantize
 from graphopt.quantizer.checking import check_quantized
@@ -281,6 +281,17 @@ def test_an_engine_without_its_gpu(tmp_path: Path) -> None:
     folder = build(half(), tmp_path / "a", "cuda:sm_75")
     with pytest.raises(MissingError, match=r"cannot run here: .*(NVIDIA|the GPU here is)"):
         compilation.load(folder)
+
+
+@pytest.mark.usefixtures("installed")
+def test_a_gpu_that_the_library_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_cuda_driver, "missing", lambda: None)
+    monkeypatch.setattr(_cuda_driver, "architecture", lambda: "sm_90")
+    assert "does not run on the sm_90 here" in str(BACKEND.can_run(Target.parse("cuda")))
+    monkeypatch.setattr(_cuda_driver, "architecture", lambda: "sm_89")
+    assert BACKEND.can_run(Target.parse("cuda")) is None
+    reason = BACKEND.can_run(Target.parse("cuda:sm_86"))
+    assert reason == "it is for sm_86 and the GPU here is sm_89"
 
 
 @pytest.mark.usefixtures("installed")

@@ -149,11 +149,13 @@ def doctor(json_to: str | None) -> None:
     from graphopt.target import host
 
     packages: dict[str, str] = {}
+    owners = importlib.metadata.packages_distributions()  # onnxruntime may be onnxruntime-gpu's
     for name, source in _PACKAGES.items():
         try:
             packages[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            packages[name] = f"not installed: pip install {source or name}"
+            found = [f"{importlib.metadata.version(n)} of {n}" for n in owners.get(name, ())]
+            packages[name] = ", ".join(found) or f"not installed: pip install {source or name}"
     data: dict[str, Any] = {
         "python": platform.python_version(),
         "platform": platform.platform(),
