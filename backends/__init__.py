@@ -13,7 +13,7 @@ import dataclasses
 import importlib.util
 import time
 import typing
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 Array = np.ndarray[Any, np.dtype[Any]]
 Output = Array | list[Any] | None
 """What an output may be: a tensor, a sequence (of arrays, or of dicts for maps), or nothing."""
+Value = Any
+"""What parts of a model hand on: an `Output`, or what a runtime has in its place elsewhere."""
 
 _ALIASES = {"ort": "onnxruntime"}
 
@@ -112,6 +114,21 @@ class Executable(Protocol):
         ...
 
 
+class Part(Executable, Protocol):
+    """An executable that may be a part of one: its neighbours know what fits."""
+
+    def call(self, values: Sequence[Value]) -> list[Value]:
+        """All outputs in order, from all inputs in order.
+
+        Neither is copied unless the runtime has to; so nobody may write to them, and an output
+        may be an input, or a constant of the model.
+
+        Raises:
+            GraphoptError: the run failed; one line with the runtime's reason.
+        """
+        ...
+
+
 class Backend(Protocol):
     """A way to compile and to run. Its methods never touch the model that they are given."""
 
@@ -165,7 +182,7 @@ class Backend(Protocol):
         """
         ...
 
-    def load(self, folder: Path, manifest: Manifest) -> Executable:
+    def load(self, folder: Path, manifest: Manifest) -> Part:
         """Load what `compile` wrote; the files are those that the manifest vouches for.
 
         Raises:
@@ -237,6 +254,20 @@ def check_feeds(inputs: tuple[TensorInfo, ...], feeds: Mapping[str, Array]) -> N
 def _dtype_name(dtype: np.dtype[Any]) -> str:
     """As `TensorInfo` has it; numpy makes it anew each time."""
     return "string" if dtype.kind in "OSUT" else dtype.name
+
+
+def on_host(value: Value) -> Any:
+    """An array in place of what a runtime has on another device; what is no tensor as it is."""
+    return value.numpy() if hasattr(value, "numpy") else value
+
+
+def numpy_dtype(info: TensorInfo) -> np.dtype[Any]:
+    """Of a tensor of numbers, also where only ml_dtypes has it."""
+    try:
+        return np.dtype(info.dtype)
+    except TypeError:
+        found: np.dtype[Any] = np.dtype(getattr(importlib.import_module("ml_dtypes"), info.dtype))
+        return found
 
 
 def timed(call: Callable[[], object], runs: int) -> npt.NDArray[np.int64]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,16 @@ import numpy as np
 import numpy.typing as npt
 
 from graphopt.artifact import Manifest, TensorInfo
-from graphopt.backends import Array, OpTime, Output, check_feeds, series
+from graphopt.backends import (
+    Array,
+    OpTime,
+    Output,
+    Value,
+    check_feeds,
+    numpy_dtype,
+    on_host,
+    series,
+)
 from graphopt.backends._cuda_driver import Event, HostMemory, Memory, Stream, activate
 from graphopt.backends._tensorrt_library import derive, library, log
 from graphopt.errors import GraphoptError, InputError
@@ -42,6 +50,11 @@ class TensorrtExecutable:
         bound.enqueue()
         self._stream.wait()
         return {info.name: bound.output(info) for info in self.outputs}
+
+    def call(self, values: Sequence[Value]) -> list[Value]:
+        """As `run`: by way of this machine's memory."""
+        names = (info.name for info in self.inputs)
+        return [*self.run(dict(zip(names, map(on_host, values), strict=True))).values()]
 
     def benchmark(self, feeds: Mapping[str, Array], runs: int) -> npt.NDArray[np.int64]:
         """Nanoseconds per run between two events on the device; copies are not in them."""
@@ -116,7 +129,7 @@ class _Bound:
         for info in executable.outputs:
             shape = tuple(self._context.get_tensor_shape(info.name))
             if min(shape, default=0) >= 0:
-                memory = self._memory(info.name, int(np.prod(shape)) * _dtype(info).itemsize)
+                memory = self._memory(info.name, int(np.prod(shape)) * numpy_dtype(info).itemsize)
                 self._context.set_tensor_address(info.name, memory.address)
                 self._held[info.name] = memory
             else:
@@ -144,7 +157,7 @@ class _Bound:
             shape, memory = tuple(self._context.get_tensor_shape(info.name)), self._held[info.name]
         else:
             shape, memory = room.shape, room.memory
-        found: Array = np.empty(shape, _dtype(info))
+        found: Array = np.empty(shape, numpy_dtype(info))
         if memory is not None:
             memory.read(found.ctypes.data, found.nbytes)
         return found
@@ -176,11 +189,3 @@ class _Room:
             reallocate_output_async=reallocate,
             notify_shape=notify,
         )
-
-
-def _dtype(info: TensorInfo) -> np.dtype[Any]:
-    try:
-        return np.dtype(info.dtype)
-    except TypeError:
-        found: np.dtype[Any] = np.dtype(getattr(importlib.import_module("ml_dtypes"), info.dtype))
-        return found

@@ -9,16 +9,16 @@ import shutil
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from graphopt.artifact import Manifest, TensorInfo
-from graphopt.backends import Array, OpTime, Output, check_feeds, timed
+from graphopt.backends import Array, OpTime, Output, Value, check_feeds, on_host, timed
 from graphopt.errors import GraphoptError, InputError
 from graphopt.target import cores
 
@@ -84,7 +84,8 @@ class TvmExecutable:
         self._tvm = tvm
         self._on_gpu = manifest.target.device == "cuda"
         self._device = tvm.cuda(0) if self._on_gpu else tvm.cpu()
-        self._ranges = _ranges(path.with_name(NOTES))
+        ranges = _ranges(path.with_name(NOTES))
+        self._ranges = {i: ranges[x.name] for i, x in enumerate(self.inputs) if x.name in ranges}
         try:
             library = tvm.runtime.load_module(str(path))
             machine: Any = importlib.import_module("tvm.runtime.vm").VirtualMachine
@@ -103,6 +104,15 @@ class TvmExecutable:
             info.name: _array(value, info)
             for info, value in zip(self.outputs, results, strict=True)
         }
+
+    def call(self, values: Sequence[Value]) -> list[Value]:
+        """As `run`, but in shared memory; what is on a GPU stays there."""
+        self._prepare(values)
+        given = zip(values, self.inputs, strict=True)
+        results = self._call([self._shared(value, info) for value, info in given])
+        if self._on_gpu:
+            return results
+        return [_view(value, info) for value, info in zip(results, self.outputs, strict=True)]
 
     def benchmark(self, feeds: Mapping[str, Array], runs: int) -> npt.NDArray[np.int64]:
         """Nanoseconds of each run; the collector of garbage waits meanwhile."""
@@ -141,13 +151,32 @@ class TvmExecutable:
 
     def _arguments(self, feeds: Mapping[str, Array]) -> list[Any]:
         check_feeds(self.inputs, feeds)
-        for name, size in self._ranges.items():
-            feed = np.asarray(feeds[name])
+        arrays = [np.asarray(feeds[info.name]) for info in self.inputs]
+        self._prepare(arrays)
+        return [self._tensor(array, info) for array, info in zip(arrays, self.inputs, strict=True)]
+
+    def _prepare(self, values: Sequence[Value]) -> None:
+        """Check what is an index, and set the number of threads."""
+        for index, size in self._ranges.items():
+            feed = on_host(values[index])
             if feed.size and not -size <= int(feed.min()) <= int(feed.max()) < size:
+                name = self.inputs[index].name
                 raise GraphoptError(f"input {name!r} has an index that is not below {size}")
         # threads are the process's, not the machine's: another executable may have asked for others
         _set_threads(self._threads)
-        return [self._tensor(np.asarray(feeds[info.name]), info) for info in self.inputs]
+
+    def _shared(self, value: Value, info: TensorInfo) -> Any:
+        """A tensor in the memory of a value, or a copy where that does not do."""
+        if not isinstance(value, np.ndarray):
+            return value if self._on_gpu else self._tensor(on_host(value), info)
+        array = cast("Array", value)
+        flags = array.flags
+        if self._on_gpu or info.dtype not in _SHARED or not array.size:
+            return self._tensor(array, info)
+        aligned = array.__array_interface__["data"][0] % _ALIGNMENT == 0
+        if not (aligned and flags.c_contiguous and flags.writeable and flags.aligned):
+            return self._tensor(array, info)
+        return self._tvm.runtime.from_dlpack(array)
 
     def _tensor(self, array: Array, info: TensorInfo) -> Any:
         """A copy of an array."""
@@ -197,12 +226,20 @@ class _Stopwatch:
         self.rows.setdefault(key, []).append(now - self._start)
 
 
-def _array(value: Any, info: TensorInfo) -> Array:
-    """A copy of a tensor."""
-    if info.dtype not in _SHARED or value.device.type != "cpu":
+def _view(value: Any, info: TensorInfo) -> Array:
+    """An array in the memory of a tensor, or a copy where numpy has no such dtype."""
+    if info.dtype not in _SHARED:
         found: Array = value.numpy()
         return found
-    return np.from_dlpack(value).copy()
+    return np.from_dlpack(value)
+
+
+def _array(value: Any, info: TensorInfo) -> Array:
+    """A copy of a tensor."""
+    if value.device.type != "cpu":
+        found: Array = value.numpy()
+        return found
+    return _view(value, info).copy()
 
 
 def _ranges(path: Path) -> dict[str, int]:

@@ -70,13 +70,11 @@ def _gather(call: Call) -> Any:
     axis += data.ty.ndim if axis < 0 else 0
     size = data.ty.shape[axis]
     if is_constant(indices):
-        array = indices.value.numpy()
-        if not (array >= 0).all():
-            known = number(size)
-            if known is None:
-                raise NotImplementedError("negative constant indices into an unknown size")
+        array, known = indices.value.numpy(), number(size)
+        if known is not None:
             indices = relax.const(np.where(array < 0, array + known, array))
-        return _op.take(data, indices, axis, mode="clip")
+        if known is not None or (array >= 0).all():
+            return _op.take(data, indices, axis, mode="clip")
     zero = relax.const(0, indices.ty.dtype)
     whole = _op.astype(
         _op.squeeze(_op.shape_to_tensor(relax.ShapeExpr([size])), [0]), indices.ty.dtype

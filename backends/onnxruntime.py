@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -16,8 +16,10 @@ from graphopt.backends import (
     BackendOptions,
     OpTime,
     Output,
+    Value,
     check_feeds,
     make_options,
+    on_host,
     timed,
 )
 from graphopt.backends._onnxruntime_session import (
@@ -196,14 +198,22 @@ class OnnxRuntimeExecutable:
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Output]:
         """All outputs by name."""
+        check_feeds(self.inputs, feeds)
         results = self._caller(self._session, feeds)()
         return {info.name: result for info, result in zip(self.outputs, results, strict=True)}
+
+    def call(self, values: Sequence[Value]) -> list[Value]:
+        """As `run`; inputs are not copied."""
+        names = (info.name for info in self.inputs)
+        feeds = dict(zip(names, map(on_host, values), strict=True))
+        return list[Value](self._caller(self._session, feeds)())
 
     def benchmark(self, feeds: Mapping[str, Array], runs: int) -> npt.NDArray[np.int64]:
         """Nanoseconds per run, with the garbage collector held off.
 
         On a GPU inputs and outputs stay in its memory meanwhile.
         """
+        check_feeds(self.inputs, feeds)
         memory = MEMORY.get(PROVIDERS[self._provider][0]) if self._exchanged else None
         call: Callable[[], object] = (
             self._caller(self._session, feeds) if memory is None else self._bound(feeds, memory)
@@ -214,6 +224,7 @@ class OnnxRuntimeExecutable:
         """From ONNX Runtime's own profile of a second session; its file is deleted."""
         import tempfile  # not needed to load and run
 
+        check_feeds(self.inputs, feeds)
         with tempfile.TemporaryDirectory(prefix="graphopt-profile-") as folder:
             settings = _settings(self._options)
             settings.enable_profiling = True
@@ -226,7 +237,6 @@ class OnnxRuntimeExecutable:
 
     def _bound(self, feeds: Mapping[str, Array], memory: str) -> Callable[[], object]:
         """A function that runs the session on feeds that are in a device's memory already."""
-        check_feeds(self.inputs, feeds)
         binding, run, caught = (
             self._session.io_binding(),
             self._session.run_with_iobinding,
@@ -252,8 +262,7 @@ class OnnxRuntimeExecutable:
         return call
 
     def _caller(self, session: Any, feeds: Mapping[str, Array]) -> Callable[[], list[Output]]:
-        """A function that runs the session on feeds that are checked and converted once."""
-        check_feeds(self.inputs, feeds)
+        """A function that runs the session on feeds that are converted once."""
         plain = {name: _plain(feed) for name, feed in feeds.items()}
         caught, quiet = errors(), self._quiet
         if self._exchanged:

@@ -13,16 +13,16 @@ import os
 import re
 import stat
 import zlib
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from graphopt.digests import remembered
 from graphopt.errors import GraphoptError, InputError
 from graphopt.target import Target
 
-FORMAT = 3
+FORMAT = 4
 """Version of the manifest's layout; a reader refuses any other."""
 
 MANIFEST = "manifest.json"
@@ -66,6 +66,39 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Block:
+    """What runs one after the other in a scope of its own: the body of a loop, or a branch."""
+
+    inputs: tuple[str, ...]
+    """The names in it of what it is given, in order."""
+    outputs: tuple[TensorInfo, ...]
+    """What it gives, by name: a part's output, an input of its own, or a constant."""
+    steps: tuple[Part | Flow, ...]
+    constants: str
+    """A file of arrays by name; empty where there are none."""
+
+
+@dataclass(frozen=True)
+class Flow:
+    """A Loop or an If whose blocks are compiled, and which the host steers (`graphopt.flow`).
+
+    A Loop takes its number of trips, its condition, what it carries, and what its body reads of
+    the values around it; the body takes the number of the iteration in place of the first two,
+    and gives the condition, what is carried on, and what is stacked. An If takes its condition and
+    what its branches read; the one for true comes first.
+    """
+
+    kind: Literal["If", "Loop"]
+    node: str
+    """Its label."""
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    blocks: tuple[Block, ...]
+    carried: int = 0
+    """How many values a Loop carries."""
+
+
+@dataclass(frozen=True)
 class Manifest:
     """What is in an artifact folder, where it came from and what may load it."""
 
@@ -86,8 +119,10 @@ class Manifest:
     files: Mapping[str, str]
     """SHA-256 of every file of the folder, by path below it, the manifest and its signature
     apart."""
-    parts: tuple[Part, ...] = ()
+    parts: tuple[Part | Flow, ...] = ()
     """Where the model was cut: its pieces in the order in which they run."""
+    constants: str = ""
+    """A file of arrays that the pieces take, by name; empty where there are none."""
     fallback: Mapping[str, str] = dataclasses.field(default_factory=dict[str, str])
     """The nodes that the backend does not take, by label, each with the reason."""
     measured: Mapping[str, float] = dataclasses.field(default_factory=dict[str, float])
@@ -96,6 +131,23 @@ class Manifest:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data."""
         return {**dataclasses.asdict(self), "target": self.target.to_dict()}
+
+
+def compiled(steps: Sequence[Part | Flow]) -> Iterator[Part]:
+    """All that was compiled, what is in loops and branches included."""
+    yield from (step for step in steps if isinstance(step, Part))
+    for flow in flows(steps):
+        for block in flow.blocks:
+            yield from (step for step in block.steps if isinstance(step, Part))
+
+
+def flows(steps: Sequence[Part | Flow]) -> Iterator[Flow]:
+    """All loops and branches, outer ones first."""
+    for step in steps:
+        if isinstance(step, Flow):
+            yield step
+            for block in step.blocks:
+                yield from flows(block.steps)
 
 
 def write(folder: Path, manifest: Manifest) -> Manifest:
@@ -199,12 +251,13 @@ def _parse(path: Path, data: Any) -> Manifest:
         fields["target"] = Target.from_dict(fields["target"])
         fields["inputs"] = _infos(fields["inputs"])
         fields["outputs"] = _infos(fields["outputs"])
-        fields["parts"] = tuple(_part(item) for item in fields["parts"])
+        fields["parts"] = tuple(_step(item) for item in fields["parts"])
+        fields["constants"] = _file(fields["constants"])
         manifest = Manifest(**fields)
         for name in ("options", "versions", "files", "fallback", "measured"):
             if not isinstance(fields[name], dict):
                 raise TypeError(name)
-    except (KeyError, TypeError, ValueError, InputError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError, InputError) as error:
         raise InputError(f"{path}: not a manifest of format {FORMAT} ({error})") from None
     for name, digest in manifest.files.items():
         plain = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name)
@@ -218,6 +271,40 @@ def _parse(path: Path, data: Any) -> Manifest:
 def _checksum(data: Mapping[str, Any]) -> str:
     content = {name: value for name, value in data.items() if name != _CHECKSUM}
     return f"{zlib.crc32(json.dumps(content, sort_keys=True).encode()):08x}"
+
+
+def _step(item: Mapping[str, Any]) -> Part | Flow:
+    if "kind" not in item:
+        return _part(item)
+    blocks = tuple(_block(block) for block in item["blocks"])
+    inputs, outputs = (tuple(map(str, item[name])) for name in ("inputs", "outputs"))
+    node, carried = str(item["node"]), int(item["carried"])
+    kind, loop = item["kind"], item["kind"] == "Loop"
+    fits = all(
+        len(block.inputs) == len(inputs) - 1 and len(block.outputs) == len(outputs) + loop
+        for block in blocks
+    )
+    if fits and kind == "If" and len(blocks) == 2:
+        return Flow("If", node, inputs, outputs, blocks)
+    if fits and loop and len(blocks) == 1 and 0 <= carried < len(inputs) - 1:
+        return Flow("Loop", node, inputs, outputs, blocks, carried)
+    raise ValueError(f"{node!r} is no Loop or If of its blocks")
+
+
+def _block(item: Mapping[str, Any]) -> Block:
+    return Block(
+        inputs=tuple(map(str, item["inputs"])),
+        outputs=_infos(item["outputs"]),
+        steps=tuple(_step(step) for step in item["steps"]),
+        constants=_file(item["constants"]),
+    )
+
+
+def _file(name: object) -> str:
+    """The name of a file in the folder itself, or none."""
+    if not re.fullmatch(r"([\w-][\w.-]*)?", str(name)):
+        raise ValueError(f"{name!r} is no file of constants")
+    return str(name)
 
 
 def _part(item: Mapping[str, Any]) -> Part:

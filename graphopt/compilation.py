@@ -19,7 +19,7 @@ from graphopt.errors import InputError, MissingError, TimeLimitError, Verificati
 from graphopt.target import Target
 
 if TYPE_CHECKING:
-    from graphopt import ir
+    from graphopt import flow, ir
     from graphopt.backends import Array, Backend, BackendOptions, Executable
     from graphopt.files import ModelLike
     from graphopt.optimization import Verify
@@ -87,7 +87,7 @@ def compile(
             log; what else `graphopt.optimize` raises.
         TimeLimitError: the compiler was stopped.
     """
-    from graphopt import building, files, trust
+    from graphopt import building, files, pieces, trust
     from graphopt import cache as kept
 
     aim = Target.parse(target)
@@ -135,7 +135,7 @@ def compile(
         legal = chosen.legalize(aim) if chosen.native_code or (level and passes is None) else ()
         if level or passes is not None or legal:
             lowered, pipeline = _lower(lowered, aim, legal, level, passes, verify, report)
-        rules = building.Rules(time_limit, memory_limit, fallback, cache)
+        rules = pieces.Rules(time_limit, memory_limit, fallback, cache)
         built = building.build(lowered, aim, chosen, settings, staging, rules)
         source = Path(model) if isinstance(model, str | os.PathLike) else None
         artifact.write(
@@ -144,16 +144,17 @@ def compile(
                 backend=chosen.name,
                 target=aim,
                 inputs=tuple(
-                    building.info(v) for v in lowered.graph.inputs if not v.is_initializer()
+                    pieces.info(v) for v in lowered.graph.inputs if not v.is_initializer()
                 ),
-                outputs=tuple(building.info(value) for value in lowered.graph.outputs),
+                outputs=tuple(pieces.info(value) for value in lowered.graph.outputs),
                 options=dataclasses.asdict(settings),
                 versions={"graphopt": __version__, **chosen.versions()},
                 source=source.name if source else "",
                 source_sha256=sha256(source) if source else "",
                 pipeline=pipeline,
                 files={},
-                parts=tuple(built.parts),
+                parts=built.parts,
+                constants=built.constants,
                 fallback=built.refused,
             ),
         )
@@ -164,8 +165,7 @@ def compile(
             if built.key:
                 kept.store(built.key, staging)
     if report is not None:
-        report.notes += [f"{building.FALLBACK} runs {n}: {why}" for n, why in built.refused.items()]
-        report.notes += notes
+        report.notes += [*pieces.notes(chosen, built.parts, built.refused), *notes]
     return folder
 
 
@@ -215,7 +215,7 @@ def load(path: str | os.PathLike[str], *, trust: bool = False) -> Executable:
     """
     folder = Path(path)
     manifest = artifact.read(folder)
-    names = {manifest.backend, *(part.backend for part in manifest.parts)}
+    names = {manifest.backend, *(part.backend for part in artifact.compiled(manifest.parts))}
     wanted = [backends.get(name) for name in sorted(names)]
     if not trust and any(backend.native_code for backend in wanted):
         from graphopt.trust import is_own
@@ -241,29 +241,52 @@ def load(path: str | os.PathLike[str], *, trust: bool = False) -> Executable:
 
 def _chain(folder: Path, manifest: Manifest) -> Executable:
     """The pieces of a model that was cut, loaded."""
-    from graphopt.building import fallback_target
     from graphopt.chain import Chain
 
-    loaded: list[Executable] = []
-    for part in manifest.parts:
-        start = part.folder + "/"
-        native = part.backend == manifest.backend
-        own = dataclasses.replace(
-            manifest,
-            backend=part.backend,
-            target=manifest.target if native else fallback_target(manifest.target),
-            inputs=part.inputs,
-            outputs=part.outputs,
-            options=part.options,
-            files={
-                name.removeprefix(start): digest
-                for name, digest in manifest.files.items()
-                if name.startswith(start)
-            },
-            parts=(),
-        )
-        loaded.append(backends.get(part.backend).load(folder / part.folder, own))
-    return Chain(loaded, manifest.inputs, manifest.outputs)
+    names = tuple(info.name for info in manifest.inputs)
+    whole = artifact.Block(names, manifest.outputs, manifest.parts, manifest.constants)
+    return Chain(manifest.inputs, _block(folder, manifest, whole))
+
+
+def _block(folder: Path, manifest: Manifest, block: artifact.Block) -> flow.Block:
+    """A block whose steps are loaded."""
+    from graphopt import flow, npz
+
+    steps: list[flow.Step] = []
+    for step in block.steps:
+        if isinstance(step, artifact.Part):
+            steps.append(flow.Compiled(_part(folder, manifest, step)))
+            continue
+        blocks = tuple(_block(folder, manifest, each) for each in step.blocks)
+        if step.kind == "If":
+            steps.append(flow.If(step.inputs, step.outputs, blocks))
+        else:
+            steps.append(flow.Loop(step.inputs, step.outputs, blocks[0], step.carried))
+    constants = npz.read(folder / block.constants) if block.constants else {}
+    return flow.Block(block.inputs, block.outputs, tuple(steps), constants)
+
+
+def _part(folder: Path, manifest: Manifest, part: artifact.Part) -> backends.Part:
+    """A part, loaded as an artifact of its own."""
+    from graphopt.pieces import fallback_target
+
+    start = part.folder + "/"
+    native = part.backend == manifest.backend
+    own = dataclasses.replace(
+        manifest,
+        backend=part.backend,
+        target=manifest.target if native else fallback_target(manifest.target),
+        inputs=part.inputs,
+        outputs=part.outputs,
+        options=part.options,
+        files={
+            name.removeprefix(start): digest
+            for name, digest in manifest.files.items()
+            if name.startswith(start)
+        },
+        parts=(),
+    )
+    return backends.get(part.backend).load(folder / part.folder, own)
 
 
 def choose(target: Target, name: str | None = None) -> Backend:

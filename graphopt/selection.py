@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from graphopt import artifact, backends
 from graphopt.backends import Array, Backend
-from graphopt.building import FALLBACK, verify_artifact
+from graphopt.building import verify_artifact
 from graphopt.errors import GraphoptError, InputError, MissingError, TimeLimitError
+from graphopt.pieces import FALLBACK
 from graphopt.target import Target, cores
 from graphopt.timing import Latency, Plan, Progress, benchmark, silent
 from graphopt.worker import Worker

@@ -36,12 +36,12 @@ def check(model: ir.Model, patterns: Iterable[str]) -> None:
 
 
 def named(model: ir.Model, patterns: Iterable[str]) -> tuple[str, ...]:
-    """The labels of the main graph's nodes whose label or type patterns fit.
+    """The labels of nodes, those in bodies included, whose label or type patterns fit.
 
     Raises:
         InputError: a pattern that fits none of them.
     """
-    kinds = {ir.label(node): node.op_type for node in model.graph}
+    kinds = {ir.label(node): node.op_type for node in ir.nested_nodes(model)}
     found: dict[str, None] = {}
     for pattern in patterns:
         hits = [label for label, kind in kinds.items() if fits([pattern], label, kind)]

@@ -114,7 +114,7 @@ def become(other: Any) -> Change:
         (become([]), "not the manifest"),
         (become(None), "not the manifest"),
         (become({}), "not the manifest"),
-        (edit(format=99), "format 99, this version of graphopt reads 3"),
+        (edit(format=99), "format 99, this version of graphopt reads 4"),
         (edit(files={"../model.bin": "0" * 64}), "not the name of a file"),
         (edit(files={"/etc/passwd": "0" * 64}), "not the name of a file"),
         (edit(files={"model.bin": "0"}), "not the name of a file"),

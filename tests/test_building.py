@@ -17,8 +17,7 @@ import numpy as np
 import pytest
 from onnx import parser
 
-from graphopt import artifact, backends, building, compilation, digests, files, ir, places, trust
-from graphopt.backends import Backend
+from graphopt import artifact, backends, compilation, digests, files, ir, pieces, places, trust
 from graphopt.errors import (
     GraphoptError,
     InputError,
@@ -157,7 +156,7 @@ def test_the_same_is_not_compiled_twice(
     def never(*arguments: object) -> dict[str, str]:
         raise AssertionError("compiled again")
 
-    monkeypatch.setattr(building, "_compile", never)
+    monkeypatch.setattr(pieces.Compiler, "compile", never)
     check(compile(source, tmp_path / "b"))
     for other in ({"cache": False}, {"options": {"threads": 1}}, {"fallback": False}):
         with pytest.raises(AssertionError, match="compiled again"):
@@ -205,12 +204,12 @@ def test_a_compiler_that_hangs(source: ir.Model, tmp_path: Path) -> None:
 def test_a_compiler_that_crashes(
     source: ir.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    call = building.child.call
+    call = pieces.child.call
 
     def crash(function: str, arguments: Mapping[str, Any], **rest: Any) -> Any:
         return call("tests._child:crash", {"number": 11}, **rest)
 
-    monkeypatch.setattr(building.child, "call", crash)
+    monkeypatch.setattr(pieces.child, "call", crash)
     with pytest.raises(GraphoptError, match=r"onnxruntime compiler crashed with SIGSEGV \(log: "):
         compile(source, tmp_path / "a")
     assert list(tmp_path.iterdir()) == []
@@ -226,14 +225,17 @@ def test_a_full_disk(source: ir.Model, tmp_path: Path, monkeypatch: pytest.Monke
     assert list(tmp_path.iterdir()) == []
 
 
+def nodes(manifest: artifact.Manifest) -> list[int]:
+    """How many each part has."""
+    return [part.nodes for part in artifact.compiled(manifest.parts)]
+
+
 @pytest.fixture
 def partial(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """A backend that takes no Sin and no Relu, whose pieces are recorded."""
     compiled: list[list[str]] = []
 
-    def some(
-        model: ir.Model, target: Target, backend: Backend, options: Any, folder: Path, _: object
-    ) -> dict[str, str]:
+    def some(self: pieces.Compiler, model: ir.Model, options: Any, folder: Path) -> dict[str, str]:
         refused = {
             ir.label(node): f"no {node.op_type}"
             for node in model.graph
@@ -243,10 +245,10 @@ def partial(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
             compiled.append([node.op_type for node in model.graph])
             if "Softmax" in compiled[-1]:
                 raise GraphoptError("the compiler crashed")
-            backend.compile(model, target, options, folder)
+            self.backend.compile(model, self.target, options, folder)
         return refused
 
-    monkeypatch.setattr(building, "_compile", some)
+    monkeypatch.setattr(pieces.Compiler, "compile", some)
     return compiled
 
 
@@ -259,7 +261,7 @@ def test_what_a_backend_does_not_take_falls_back(
     manifest = artifact.read(folder)
     assert partial == [["MatMul"], ["MatMul", "Add"]]
     assert manifest.fallback == {"odd": "no Sin"}
-    assert [part.nodes for part in manifest.parts] == [1, 1, 2]
+    assert nodes(manifest) == [1, 1, 2]
     assert report.notes[-1] == "onnxruntime runs odd: no Sin"
     executable = compilation.load(folder)
     assert executable.benchmark({"x": X}, 3).shape == (3,)
@@ -307,7 +309,7 @@ def test_a_piece_whose_compiler_fails_falls_back_too(
     folder = compile(files.load(parser.parse_model(text)), tmp_path / "a")
     found = artifact.read(folder)
     assert found.fallback["soft"] == "the compiler fails with it: the compiler crashed"
-    assert [part.nodes for part in found.parts] == [3, 4]
+    assert nodes(found) == [3, 4]
 
 
 def test_the_node_that_a_compiler_fails_with_is_found(
@@ -323,7 +325,7 @@ def test_the_node_that_a_compiler_fails_with_is_found(
     found = artifact.read(compile(files.load(parser.parse_model(text)), tmp_path / "a"))
     assert "soft" in found.fallback
     assert len(found.fallback) < 8
-    assert sum(part.nodes for part in found.parts) == 27
+    assert sum(nodes(found)) == 27
 
 
 def test_a_compiler_that_fails_with_everything(
@@ -332,7 +334,7 @@ def test_a_compiler_that_fails_with_everything(
     def fail(*arguments: object) -> dict[str, str]:
         raise GraphoptError("it is broken")
 
-    monkeypatch.setattr(building, "_compile", fail)
+    monkeypatch.setattr(pieces.Compiler, "compile", fail)
     with pytest.raises(GraphoptError, match="it is broken"):
         compile(source, tmp_path / "a")
     assert list(tmp_path.iterdir()) == []
@@ -347,7 +349,7 @@ def test_a_compiler_without_memory_is_not_asked_again(
         asked.append(arguments)
         raise MemoryLimitError("it ran out of memory")
 
-    monkeypatch.setattr(building, "_compile", fail)
+    monkeypatch.setattr(pieces.Compiler, "compile", fail)
     with pytest.raises(MemoryLimitError, match=r"^it ran out of memory$"):
         compile(source, tmp_path / "a")
     assert len(asked) == 1

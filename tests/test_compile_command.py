@@ -47,7 +47,7 @@ def test_what_falls_back_is_said(
     def refuse(*arguments: object) -> dict[str, str]:
         return {"y": "it takes no Sin"}
 
-    monkeypatch.setattr("graphopt.building._compile", refuse)
+    monkeypatch.setattr("graphopt.pieces.Compiler.compile", refuse)
     done = call("compile", source, "-o", tmp_path / "a", "--no-cache", "--no-fallback")
     assert done.exit_code == 4
     assert "does not take the model: node y: it takes no Sin" in done.stderr

@@ -15,6 +15,8 @@ from graphopt import files, ir, optimization
 from graphopt.cli import main
 from graphopt.context import Context
 from graphopt.errors import InputError
+from graphopt.ir import Array
+from graphopt.passes.quantize_dynamic import QuantizeDynamic
 from graphopt.passes.quantize_static import QuantizeStatic
 from graphopt.passes.quantize_weights import QuantizeWeights
 from graphopt.quantization import Quantization, quantize
@@ -203,19 +205,32 @@ def test_what_stays_in_bodies_is_said(method: Any, wanted: str) -> None:
     assert [node.op_type for node in result.graph] == ["If"]
 
 
-@pytest.mark.parametrize("method", ["dynamic", "weights"])
-def test_a_loop_is_quantized_inside(method: Any) -> None:
-    """Products of a body, with the weights of a loop's own and of the graph around it."""
+def a_loop() -> tuple[ir.Model, list[dict[str, Array]]]:
+    """A product in a body, with the weights of the graph around it; samples."""
     weights = np.random.default_rng(1).standard_normal(1024) / 6
     made = parse(
         "net (int64 times, float[2,32] x) => (float[2,32] y) <float[32,32] w = {"
         f" {', '.join(f'{w:.4f}' for w in weights)} }}>"
         " { keep = Constant <value = bool {1}> () y = Loop (times, keep, x) <body = one"
         " (int64 i, bool c, float[2,32] s) => (bool d, float[2,32] t) { d = Identity (c)"
-        " m = MatMul (s, w) t = Tanh (m) }> }"
+        " [inside] m = MatMul (s, w) t = Tanh (m) }> }"
     )
     x = np.random.default_rng(0).standard_normal((6, 2, 32)).astype(np.float32)
-    data = [{"times": np.array(3), "x": rows} for rows in x]
+    return made, [{"times": np.array(3), "x": rows} for rows in x]
+
+
+def test_what_is_kept_may_be_in_a_loop() -> None:
+    made, data = a_loop()
+    report = Quantization()
+    options = QuantizeDynamic(keep=("inside",))
+    quantize(made, data, method="dynamic", options=options, seconds=0, report=report)
+    assert report.refused
+
+
+@pytest.mark.parametrize("method", ["dynamic", "weights"])
+def test_a_loop_is_quantized_inside(method: Any) -> None:
+    """Products of a body, with the weights of a loop's own and of the graph around it."""
+    made, data = a_loop()
     report = Quantization()
     result = quantize(made, data, method=method, force=True, seconds=0, report=report)
     kinds = {node.op_type for node in ir.nested_nodes(result)}

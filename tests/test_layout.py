@@ -35,11 +35,11 @@ FLOORS = [
     "random_inputs target report closeness artifact child trust cache models samples "
     "taps gram lowrank wide_sums",
     "context _match rewriting driver pass_manager numbering cutting regions judging verification "
-    "losses profiles partition splicing rebatching attachments quantizer pruner",
+    "losses profiles partition bodies splicing rebatching attachments quantizer pruner",
     "passes",
-    "backends timing accuracy chain",
+    "backends timing accuracy chain flow",
     "optimization _ways quantization pruning resolution rounds compression surgery explanation "
-    "compilation building selection worker rpc machine measurement bisection differences "
+    "compilation building pieces selection worker rpc machine measurement bisection differences "
     "inspection _foreign graphsurgeon onnxscript cli __init__ __main__",
 ]
 PUBLIC = {

@@ -8,7 +8,7 @@ import numpy as np
 
 from graphopt import ir
 from graphopt.feeds import random_feeds
-from graphopt.partition import cut
+from graphopt.partition import Piece, Steered, cut
 from graphopt.runner import Runner
 from graphopt.shapes import Shapes
 from tests._text import model
@@ -21,14 +21,24 @@ def pieces(text: str, *refused: str) -> tuple[list[list[str]], dict[str, str]]:
     feeds = random_feeds(whole, Shapes(whole))
     values: dict[str, Any] = dict(feeds)
     for piece in found:
+        assert isinstance(piece, Piece)
         runner = Runner(piece.model)
         values |= runner.run({name: values[name] for name in runner.inputs})
         for value in (*piece.model.graph.inputs, *piece.model.graph.outputs):
             assert value.type is not None
     for name, expected in Runner(whole).run(feeds).items():
         np.testing.assert_allclose(values[name], expected, rtol=1e-4, atol=1e-5)
-    texts = [[("" if p.native else "-") + label for label in p.labels] for p in found]
-    return texts, reasons
+    return named(found), reasons
+
+
+def named(found: list[Piece | Steered]) -> list[list[str]]:
+    """Labels of each piece: `-` falls back, `*` is steered by the host."""
+    return [
+        [f"*{piece.label}"]
+        if isinstance(piece, Steered)
+        else [("" if piece.native else "-") + label for label in piece.labels]
+        for piece in found
+    ]
 
 
 DIAMOND = """
@@ -63,21 +73,51 @@ def test_what_is_too_small_goes_along() -> None:
     assert "stands alone" in reasons["f"]
 
 
-def test_branches_and_functions_stand_for_their_node() -> None:
-    text = """
+IF = """
     net (float[n,4] x, bool k) => (float[n,4] y)
     <float[4,4] w = {1,2,3,4,5,6,7,8,9,8,7,6,5,4,3,2}> {
       [a] a = MatMul (x, w)
       [if] b = If (k) <
         then_branch = t () => (float[n,4] p) { [inner] p = Sin (a) },
-        else_branch = f () => (float[n,4] q) { [other] q = MatMul (a, w) }
+        else_branch = f () => (float[n,4] q) { [other] q = %s }
       >
       [c] y = MatMul (b, w)
     }
-    """
-    found, reasons = pieces(text, "inner")
+"""
+
+
+def test_branches_and_functions_stand_for_their_node() -> None:
+    found, reasons = pieces(IF % "Neg (a)", "inner")
     assert found == [["a"], ["-if"], ["c"]]
     assert reasons == {"if": "inner in it: why"}
+
+
+def test_control_flow_with_work_in_it_is_steered() -> None:
+    whole = model(IF % "MatMul (a, w)")
+    found, reasons = cut(whole, {"inner": "why"})
+    assert named(found) == [["a"], ["*if"], ["c"]]
+    assert reasons == {"if": "inner in it: why"}
+    steered = found[1]
+    assert isinstance(steered, Steered)
+    assert steered.opened.inputs == ("k", "a") and steered.opened.outputs == ("b",)
+    assert [named([piece]) for piece in steered.pieces] == [[["-inner"]], [["-other"]]]
+    assert [len(piece.model.graph.initializers) for piece in steered.pieces] == [0, 1]
+    assert named(cut(whole, {"inner": "why"}, closed=["if"])[0]) == [["a"], ["-if"], ["c"]]
+
+
+def test_control_flow_on_text_stays_whole() -> None:
+    text = """
+    net (float[n,4] x, bool k, string[n] s) => (float[n,4] y, string[n] z)
+    <float[4,4] w = {1,2,3,4,5,6,7,8,9,8,7,6,5,4,3,2}> {
+      [if] y, z = If (k) <
+        then_branch = t () => (float[n,4] p, string[n] r) { p = MatMul (x, w) r = Identity (s) },
+        else_branch = f () => (float[n,4] q, string[n] u) { q = MatMul (x, w) u = Identity (s) }
+      >
+    }
+    """
+    found, reasons = cut(model(text), {"if": "why"})
+    assert named(found) == [["-if"]]
+    assert reasons == {"if": "why; s is text"}
 
 
 def test_constants_go_where_they_are_used() -> None:

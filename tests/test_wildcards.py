@@ -50,6 +50,14 @@ def test_labels_of_patterns(net: ir.Model) -> None:
         named(net, ["head"])
 
 
+def test_labels_of_nodes_in_bodies() -> None:
+    net = parse("""g (float[4, 2] x, bool k) => (float[4, 2] y) {
+        y = If (k) <then_branch = t () => (float[4, 2] p) { [inside] p = Neg (x) },
+            else_branch = e () => (float[4, 2] q) { q = Exp (x) }>
+    }""")
+    assert named(net, ["inside", "Exp"]) == ("inside", "Exp->q")
+
+
 @pytest.mark.parametrize("kept", ["w", "body*"])
 @pytest.mark.parametrize(
     "step",

@@ -56,8 +56,9 @@ def build(path: Path, target: str) -> dict[str, Any]:
         else:
             found = artifact.read(folder)
             row["fallback"] = dict(found.fallback)
-            native = sum(part.nodes for part in found.parts if part.backend == "tensorrt")
-            row["nodes"] = [native, sum(part.nodes for part in found.parts)]
+            parts = list(artifact.compiled(found.parts))
+            native = sum(part.nodes for part in parts if part.backend == "tensorrt")
+            row["nodes"] = [native, sum(part.nodes for part in parts)]
             sizes = (file.stat().st_size for file in folder.rglob("*") if file.is_file())
             row["megabytes"] = round(sum(sizes) / 1e6, 1)
     row["seconds"] = round(time.perf_counter() - start, 1)
