@@ -6,6 +6,7 @@ import importlib
 import math
 from typing import Any
 
+from graphopt.backends._tvm_free import join_rows
 from graphopt.backends._tvm_indices import number, ravel, same, simple
 from graphopt.backends._tvm_indices import product as count
 from graphopt.backends._tvm_loops import (
@@ -21,6 +22,7 @@ from graphopt.backends._tvm_statements import prefetch
 
 _ir: Any = importlib.import_module("tvm.ir")
 _tirx: Any = importlib.import_module("tvm.tirx")
+_s_tir: Any = importlib.import_module("tvm.s_tir")
 
 PRODUCT, PADDED = "product", "padded"
 _PARALLEL_WORK = 60_000
@@ -59,9 +61,15 @@ def multiply(schedule: Any, machine: Machine) -> tuple[Any, str]:
     notes = {str(key): int(value) for key, value in annotations.items() if key not in words}
     for name in words:
         schedule.unannotate(product, name)
+    more = result is not tail[-1]
+    last = tail[-1]
+    if notes["flat"]:
+        schedule, (result, product, last, *before) = _flatten(
+            schedule, [result, product, last, *before]
+        )
     _Product(schedule, machine, product, result, before, notes, words["dot"]).run()
-    if result is not tail[-1]:
-        elementwise(schedule, tail[-1], machine)
+    if more:
+        elementwise(schedule, last, machine)
     function = schedule.mod["main"]
     by_columns = not notes["rows_first"] and not {"depthwise", "stacked"} & set(notes)
     if by_columns and not words["dot"]:
@@ -86,6 +94,27 @@ def _last_alike(schedule: Any, tail: list[Any]) -> Any:
             if names[name] not in alike and same(size(consumer), size(tail[0])):
                 alike.append(names[name])
     return max(alike, key=tail.index)
+
+
+def _flatten(schedule: Any, blocks: list[Any]) -> tuple[Any, list[Any]]:
+    """Number the rows of the first block, a result, as its product's; the schedule and blocks then.
+
+    TVM sees that a row's number is the product's where sizes are known; where not, it is told so,
+    which takes a new schedule.
+    """
+    *rows, _ = (simple(size) for size in schedule.get(blocks[0]).writes[0].source.ty.shape)
+
+    def flat(*index: Any) -> list[Any]:
+        return [ravel(index[:-1], rows), index[-1]]
+
+    mapping = _tirx.IndexMap.from_func(flat, ndim=len(rows) + 1)
+    schedule.transform_block_layout(blocks[0], mapping)
+    if all(number(size) is not None for size in rows):
+        return schedule, blocks
+    names = [str(schedule.get(block).name_hint) for block in blocks]
+    joined = join_rows(schedule.mod["main"], rows)
+    schedule = _s_tir.Schedule(_ir.IRModule({"main": joined}))
+    return schedule, [schedule.get_sblock(name) for name in names]
 
 
 def _operations(value: Any) -> int:
@@ -119,8 +148,6 @@ class _Product:
     def run(self) -> None:
         """Cut the loops, order them, and put the result's stage into them."""
         s, product = self._schedule, self._product
-        if self._tile["flat"]:
-            self._flatten_result()
         if self._depthwise and not self._tile["band"]:
             for block in self._before:
                 s.compute_inline(block)
@@ -169,16 +196,6 @@ class _Product:
         else:
             *outer, row, block, lane = spatial
         return outer, row, block, lane, sums
-
-    def _flatten_result(self) -> None:
-        s = self._schedule
-        shape = [simple(size) for size in s.get(self._result).writes[0].source.ty.shape]
-
-        def flat(*index: Any) -> list[Any]:
-            return [ravel(index[:-1], shape[:-1]), index[-1]]
-
-        mapping = _tirx.IndexMap.from_func(flat, ndim=len(shape))
-        s.transform_block_layout(self._result, mapping)
 
     def _banded(self, outer: list[Any], high: Any, block: Any) -> tuple[list[Any], Any]:
         """Depthwise loops, in bands of rows for which the input is padded at once."""

@@ -9,6 +9,7 @@ from typing import Any
 from graphopt.backends import _tvm_loops as loops
 from graphopt.backends._tvm_executable import last_line
 from graphopt.backends._tvm_extremes import infinite_starts
+from graphopt.backends._tvm_free import name_sizes, straighten
 from graphopt.backends._tvm_loops import Machine
 from graphopt.backends._tvm_products import PRODUCT, multiply
 from graphopt.backends._tvm_rows import row_by_row
@@ -47,6 +48,7 @@ def schedule_all(module: Any, machine: Machine) -> tuple[Any, Log]:
 
 def _one(name: str, function: Any, machine: Machine, log: Log) -> Any:
     reasons: list[str] = []
+    function = name_sizes(function)
     for rule in (_product, _rows, _stages):
         schedule = _s_tir.Schedule(tvm.IRModule({"main": function}))
         try:
@@ -56,7 +58,7 @@ def _one(name: str, function: Any, machine: Machine, log: Log) -> Any:
             continue
         if found is None:
             continue
-        scheduled, kernel = infinite_starts(found[0]), found[1]
+        scheduled, kernel = straighten(infinite_starts(found[0])), found[1]
         log.rules[name] = rule.__name__[1:] + (f" ({'; '.join(reasons)})" if reasons else "")
         if kernel:
             log.kernels[name] = kernel
