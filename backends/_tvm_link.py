@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import platform
 import shutil
+import subprocess
+import sys
 import tarfile
 import tempfile
 from functools import cache
@@ -17,6 +21,8 @@ _LINKERS = {
     "x86_64": ("x86_64-linux-gnu-gcc", "gcc", "cc", "clang"),
     "aarch64": ("aarch64-linux-gnu-gcc", "gcc", "cc", "clang"),
 }
+_GLIBC = "2.28"
+"""The C library's version that Zig links for: that of TVM's wheels, manylinux_2_28."""
 _LEVELS = (
     # x86-64 psABI: the microarchitecture levels, the highest first
     ("x86-64-v4", {"avx512f", "avx512bw", "avx512dq", "avx512vl", "fma", "avx2"}),
@@ -35,26 +41,32 @@ _ARM_ATTRIBUTES = {
 def missing(target: Target) -> str | None:
     """Why a library for a target cannot be made here, or None."""
     if target.device == "cuda":
-        return None if linker("x86_64") else "no C compiler to link with: apt install gcc"
+        return None if linker("x86_64") else _advice("x86_64")
     if target.device != "cpu":
         return f"no code is generated for {target.name}: name a device, such as cpu"
-    if linker(target.arch) is None:
-        package = f"gcc-{target.arch.replace('_', '-')}-linux-gnu"
-        return f"no linker for {target.arch}: apt install {package}"
-    return None
+    return None if linker(target.arch) else _advice(target.arch)
+
+
+def _advice(arch: str) -> str:
+    package = "gcc" if arch == _own() else f"gcc-{arch.replace('_', '-')}-linux-gnu"
+    return f"no linker for {arch}: pip install 'graphopt[linker]', or apt install {package}"
 
 
 @cache
-def linker(arch: str) -> str | None:
-    """The compiler driver that links for an architecture: the machine's own, or a cross one."""
-    import platform
-
-    own = {"amd64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
+def linker(arch: str) -> tuple[str, ...] | None:
+    """The command that links for an architecture: the machine's compiler, a cross one, or Zig's."""
     names = _LINKERS.get(arch, ())
-    for name in names if arch == own else names[:1]:
+    for name in names if arch == _own() else names[:1]:
         if shutil.which(name):
-            return name
+            return (name,)
+    if names and importlib.util.find_spec("ziglang"):
+        return (sys.executable, "-m", "ziglang", "cc", "-target", f"{arch}-linux-gnu.{_GLIBC}")
     return None
+
+
+def _own() -> str:
+    """This machine's architecture."""
+    return {"amd64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
 
 
 def tvm_target(target: Target, threads: int) -> Any:
@@ -103,7 +115,7 @@ def link_packed(packed: Path, output: Path) -> None:
     """
     arch = host().arch
     if linker(arch) is None:
-        raise MissingError(f"{packed} has to be linked: apt install gcc")
+        raise MissingError(f"{packed} has to be linked, and there is {_advice(arch)}")
     with tempfile.TemporaryDirectory(prefix="graphopt-link-") as scratch:
         with tarfile.open(packed) as archive:
             for number, member in enumerate(archive):  # by no name of theirs: it may lead elsewhere
@@ -119,10 +131,9 @@ def link(objects: list[str], output: str, arch: str) -> None:
     Raises:
         RuntimeError: the linker's own words.
     """
-    cc: Any = importlib.import_module("tvm.support.cc")
-    options = ["-Wl,--build-id=none", "-s"]
-    try:
-        cc.create_shared(output, objects, options=options, cc=linker(arch))
-    except RuntimeError as error:
-        lines = [line for line in str(error).splitlines() if line and "error:" not in line.lower()]
-        raise RuntimeError(f"linking failed: {lines[0] if lines else error}") from error
+    options = ("-shared", "-fPIC", "-Wl,--build-id=none", "-s", "-o", output)
+    command = (*(linker(arch) or ()), *options, *objects)
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    if done.returncode:
+        lines = [line for line in (done.stderr or done.stdout).splitlines() if line]
+        raise RuntimeError(f"linking failed: {lines[0] if lines else done.returncode}")

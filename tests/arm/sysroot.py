@@ -44,8 +44,6 @@ CPU revision\t: 1
 
 """
 FOLDER = places.cache("arm64")
-LINKER = "aarch64-linux-gnu-gcc"
-"""What TVM links with; a script around the `ziglang` wheel, where there is no cross compiler."""
 
 
 def python(folder: Path = FOLDER, cpu: str = "max") -> list[str]:
@@ -104,32 +102,12 @@ def set_up(folder: Path = FOLDER, *, tvm: bool = False) -> None:
         *(argument for name in PLATFORMS for argument in ("--platform", name)),
         *wheels,
     )
-    if tvm and shutil.which(LINKER) is None:
-        _add_linker(folder)
     (root / "proc").mkdir()
     (root / "proc" / "cpuinfo").write_text(CPUINFO)
     (root / "sys" / "devices" / "system" / "cpu").mkdir(parents=True)
     for name in ("arm64", "qemu"):
         shutil.rmtree(folder / name, ignore_errors=True)
     subprocess.run([*_ready(folder, wanted), "-c", "import onnxruntime"], check=True)
-
-
-def _add_linker(folder: Path) -> None:
-    """Put a cross linker into `bin`, which has to be on the PATH of who compiles."""
-    tools, script = folder / "tools", folder / "bin" / LINKER
-    pip = (sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check")
-    _run(*pip, "--no-deps", "--target", str(tools), "ziglang")
-    script.parent.mkdir()
-    script.write_text(
-        f"#!/bin/sh\nPYTHONPATH={tools} exec {sys.executable} -m ziglang cc "
-        '-target aarch64-linux-gnu.2.28 "$@"\n'
-    )
-    script.chmod(0o755)
-
-
-def add_to_path(folder: Path = FOLDER) -> None:
-    """Let this process and its children find the cross linker."""
-    os.environ["PATH"] = f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
 
 
 def _ready(folder: Path, wanted: dict[str, str]) -> list[str]:

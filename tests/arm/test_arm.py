@@ -6,7 +6,6 @@ Skipped with the command that sets it up elsewhere; see `sysroot.py`.
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import subprocess
 from pathlib import Path
@@ -120,9 +119,7 @@ def test_a_server_there(python: list[str], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("make", ["digits_cnn", "s8s8", "quantized"])
-def test_tvm(make: str, python: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", os.environ["PATH"])
-    sysroot.add_to_path()
+def test_tvm(make: str, python: list[str], tmp_path: Path) -> None:
     reason = backends.get("tvm").can_compile(Target.parse("arm64:cortex-a76"))
     if reason is not None:
         pytest.skip(reason)

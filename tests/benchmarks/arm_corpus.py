@@ -39,7 +39,6 @@ def main() -> None:
     parser.add_argument("--group", type=int, default=7, help="models per emulated process")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    sysroot.add_to_path()
     paths = [
         path
         for path in sorted(shared("corpus/models").iterdir())
