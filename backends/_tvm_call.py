@@ -66,6 +66,11 @@ class Call:
         return ir.attribute(self.node, name, default)
 
 
+def tensor(array: Any) -> Any:
+    """An array as a constant of its own type; `relax.const` makes 32 bits of 64."""
+    return _relax.const(array, str(array.dtype))
+
+
 def is_constant(value: Any) -> bool:
     """Whether a Relax expression is a tensor that is known while compiling."""
     return isinstance(value, _ir.GenericConst)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from graphopt.backends import _tvm_quantized
-from graphopt.backends._tvm_call import Call, is_constant
+from graphopt.backends._tvm_call import Call, is_constant, tensor
 from graphopt.backends._tvm_indices import number
 
 relax: Any = importlib.import_module("tvm.relax")
@@ -107,7 +107,7 @@ def conv_transpose(call: Call) -> Any:
     channels, per_group, *size = kernel.shape
     turned = kernel[:, :, ::-1, ::-1].reshape(groups, channels // groups, per_group, *size)
     turned = turned.transpose(0, 2, 1, 3, 4).reshape(groups * per_group, channels // groups, *size)
-    plain = relax.const(np.ascontiguousarray(turned))
+    plain = tensor(np.ascontiguousarray(turned))
     result = call.emit(_op.nn.conv2d(x, plain, [1, 1], around, dilations, groups=groups))
     return _biased(call, call.emit(_op.squeeze(result, [2])) if axes == 1 else result, bias)
 
@@ -121,7 +121,7 @@ def _biased(call: Call, result: Any, bias: Any) -> Any:
 
 def _reshaped(call: Call, value: Any, shape: tuple[int, ...]) -> Any:
     if is_constant(value):
-        return relax.const(value.value.numpy().reshape(shape))
+        return tensor(value.value.numpy().reshape(shape))
     return call.emit(_op.reshape(value, shape))
 
 

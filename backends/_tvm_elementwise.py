@@ -8,9 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from graphopt.backends._tvm_call import Call, Converter, constant, is_constant
+from graphopt import ir
+from graphopt.backends._tvm_call import Call, Converter, constant, is_constant, tensor
 
 relax: Any = importlib.import_module("tvm.relax")
+te: Any = importlib.import_module("tvm.te")
+tirx: Any = importlib.import_module("tvm.tirx")
+topi: Any = importlib.import_module("tvm.topi")
 _op: Any = relax.op
 
 
@@ -38,7 +42,7 @@ def _clip(call: Call) -> Any:
     for index, name, function in ((1, "min", _op.maximum), (2, "max", _op.minimum)):
         bound, given = call.get(index), call.attribute(name, None)
         if bound is None and given is not None:
-            bound = relax.const(np.asarray(given, str(x.ty.dtype)))
+            bound = relax.const(given, str(x.ty.dtype))
         if bound is not None:
             x = call.emit(function(x, _ranked(bound, x)))
     return x
@@ -46,25 +50,25 @@ def _clip(call: Call) -> Any:
 
 def _leaky_relu(call: Call) -> Any:
     x, alpha = call.inputs[0], np.float32(call.attribute("alpha", 0.01))
-    slope = _ranked(relax.const(np.asarray(alpha, str(x.ty.dtype))), x)
+    slope = _ranked(_like(x, float(alpha)), x)
     scaled = call.emit(_op.multiply(x, slope))
     return _op.maximum(x, scaled) if 0 <= alpha <= 1 else _op.where(_positive(x), x, scaled)
 
 
 def _positive(x: Any) -> Any:
-    return _op.greater(x, _ranked(relax.const(np.zeros((), str(x.ty.dtype))), x))
+    return _op.greater(x, _ranked(_like(x, 0.0), x))
 
 
 def _ranked(scalar: Any, like: Any) -> Any:
     """A scalar as a tensor of the rank of another."""
     if is_constant(scalar):
-        return relax.const(scalar.value.numpy().reshape((1,) * like.ty.ndim))
+        return tensor(scalar.value.numpy().reshape((1,) * like.ty.ndim))
     return _op.reshape(scalar, (1,) * like.ty.ndim)
 
 
 def _like(x: Any, value: float) -> Any:
     """A number of the dtype of a tensor."""
-    return relax.const(np.asarray(value, str(x.ty.dtype)))
+    return relax.const(value, str(x.ty.dtype))
 
 
 def _hard_sigmoid(call: Call) -> Any:
@@ -93,7 +97,7 @@ def _div(call: Call) -> Any:
         inverse = (1 / array).astype(array.dtype)
     if not (np.isfinite(inverse) & (np.abs(inverse) >= np.finfo(array.dtype).tiny)).all():
         return None
-    return _op.multiply(x, relax.const(inverse))
+    return _op.multiply(x, tensor(inverse))
 
 
 def _exponential(x: Any, slope: float, steepness: float = 1.0, scale: float = 1.0) -> Any:
@@ -159,10 +163,34 @@ def _power(call: Call) -> Any:
     return result
 
 
-def _mod(call: Call) -> None:
-    """The importer's converter, which is wrong for infinities and the sign of zero."""
-    if str(call.inputs[0].ty.dtype).startswith("float"):
-        raise NotImplementedError("remainders of floats")
+def _mod(call: Call) -> Any:
+    """Of floats: the importer's converter is wrong for infinities and the sign of zero.
+
+    C's remainder has the sign of the dividend; without `fmod` it is to have the divisor's.
+    """
+    dtype = str(call.inputs[0].ty.dtype)
+    if "float" not in dtype:
+        return None
+    wide = "float64" if dtype == "float64" else "float32"  # which has all numbers of 16 bits
+    shape = relax.ShapeExpr(call.shape())
+    a, b = (call.emit(_op.broadcast_to(_op.astype(x, wide), shape)) for x in call.inputs)
+    rest = call.builder.emit_te(_remainder, a, b, primfunc_name_hint="remainder")
+    if not call.attribute("fmod", 0):
+        zero, backwards = _like(a, 0.0), call.emit(_op.less(b, _like(a, 0.0)))
+        other = _op.logical_xor(_op.less(rest, zero), backwards)
+        moved = _op.where(other, _op.add(rest, b), rest)
+        nothing = _op.where(backwards, _like(a, -0.0), zero)
+        rest = _op.where(_op.equal(rest, zero), nothing, moved)
+    return _op.astype(rest, dtype)
+
+
+def _remainder(a: Any, b: Any) -> Any:
+    name = "fmodf" if a.dtype == "float32" else "fmod"
+
+    def element(*index: Any) -> Any:
+        return tirx.call_pure_extern(a.dtype, name, a(*index), b(*index))
+
+    return te.compute(a.shape, element)
 
 
 def _is_infinite(call: Call) -> Any:
@@ -176,18 +204,41 @@ def _is_infinite(call: Call) -> Any:
     return _op.equal(x, _like(x, np.inf if positive else -np.inf))
 
 
-def _shift(call: Call) -> None:
-    """The importer's converter; what a CPU does with too many places is its own affair."""
+def _shift(call: Call) -> Any:
+    """With the standard's results for more places than there are and for fewer than none.
+
+    What a CPU does with those is its own affair.
+    """
     x, places = call.inputs
-    if not is_constant(places):
-        raise NotImplementedError("numbers of places that are computed")
-    array = places.value.numpy()
-    if (array < 0).any() or (array >= 8 * np.dtype(str(x.ty.dtype)).itemsize).any():
-        raise NotImplementedError("a shift by as many places as there are, or more")
+    bits = 8 * np.dtype(str(x.ty.dtype)).itemsize
+    right = call.attribute("direction", b"") in (b"RIGHT", "RIGHT")
+    shift = _op.right_shift if right else _op.left_shift
+    if is_constant(places):
+        array = places.value.numpy()
+        if ((array >= 0) & (array < bits)).all():
+            return shift(x, places)
+    negative = _op.less(places, _like(places, 0))
+    far = call.emit(_op.logical_or(negative, _op.greater_equal(places, _like(places, bits))))
+    zero = _like(x, 0)
+    vacated = _op.where(_op.less(x, zero), _like(x, -1), zero) if right and _signed(x) else zero
+    return _op.where(far, vacated, shift(x, _op.where(far, _like(places, 0), places)))
+
+
+def _signed(x: Any) -> bool:
+    return str(x.ty.dtype).startswith("int")
+
+
+def _bit_cast(call: Call) -> Any:
+    """Between types of the same width that TVM has."""
+    x, to = call.inputs[0], ir.DataType(int(call.attribute("to", 1))).numpy().name
+    if "bool" in (to, str(x.ty.dtype)):  # a byte in memory, a bit in a register
+        return _op.astype(x, to)
+    return call.builder.emit_te(topi.reinterpret, x, to)
 
 
 ELEMENTWISE: dict[str, Converter] = {
     "Affine": _affine,
+    "BitCast": _bit_cast,
     "BitShift": _shift,
     "Celu": _celu,
     "Clip": _clip,

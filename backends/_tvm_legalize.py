@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from graphopt.backends._tvm_call import constant
+from graphopt.backends._tvm_call import constant, tensor
 from graphopt.backends._tvm_extremes import EXTREMES
 from graphopt.backends._tvm_fastmath import FAST
 from graphopt.backends._tvm_indices import number
@@ -76,7 +76,7 @@ def _folding(name: str, fold: Callable[[Any, Any], Any]) -> Legalization:
         folded = None if array is None else fold(array, call)
         if folded is None:
             return default(name)(builder, call)
-        return relax.const(np.ascontiguousarray(folded) if folded.ndim else folded)
+        return tensor(np.ascontiguousarray(folded) if folded.ndim else folded)
 
     return legalize
 

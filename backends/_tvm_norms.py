@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-import numpy as np
-
 from graphopt.backends._tvm_call import Call, Converter, is_constant
 
 relax: Any = importlib.import_module("tvm.relax")
@@ -14,7 +12,7 @@ _op: Any = relax.op
 
 
 def _epsilon(call: Call, like: Any) -> Any:
-    return relax.const(np.asarray(call.attribute("epsilon", 1e-5), str(like.ty.dtype)))
+    return relax.const(call.attribute("epsilon", 1e-5), str(like.ty.dtype))
 
 
 def _moments(call: Call, x: Any, axes: list[int]) -> tuple[Any, Any, Any]:
@@ -68,8 +66,8 @@ def _batch(call: Call) -> Any:
     results = [call.emit(_op.add(y, _op.reshape(bias, shape)))]
     momentum = float(call.attribute("momentum", 0.9))
     for old, new in ((mean, own), (variance, square)):
-        kept = _op.multiply(old, relax.const(np.asarray(momentum, str(x.ty.dtype))))
-        new = _op.multiply(new, relax.const(np.asarray(1 - momentum, str(x.ty.dtype))))
+        kept = _op.multiply(old, relax.const(momentum, str(x.ty.dtype)))
+        new = _op.multiply(new, relax.const(1 - momentum, str(x.ty.dtype)))
         results.append(call.emit(_op.add(kept, _op.reshape(call.emit(new), [-1]))))
     return relax.Tuple(results)
 
@@ -81,7 +79,7 @@ def _lp(call: Call) -> Any:
         size = _op.sum(_op.abs(x), axis, keepdims=True)
     else:
         size = _op.sqrt(_op.sum(_op.multiply(x, x), axis, keepdims=True))
-    zero = relax.const(np.zeros((), str(x.ty.dtype)))
+    zero = relax.const(0.0, str(x.ty.dtype))
     size = call.emit(size)
     return _op.where(_op.equal(size, zero), zero, _op.divide(x, size))
 

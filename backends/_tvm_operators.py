@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from graphopt.backends import _tvm_convolutions, _tvm_quantized, _tvm_recurrent, _tvm_trees
-from graphopt.backends._tvm_call import Call, Converter, is_constant
+from graphopt.backends._tvm_call import Call, Converter, is_constant, tensor
 from graphopt.backends._tvm_elementwise import ELEMENTWISE
 from graphopt.backends._tvm_indices import number, sizes
 from graphopt.backends._tvm_norms import NORMALIZATIONS
@@ -28,9 +28,9 @@ def _expand(call: Call) -> Any:
 
 
 def _constant_of_shape(call: Call) -> Any:
-    tensor = call.attribute("value", None)
-    array = np.zeros(1, np.float32) if tensor is None else tensor.numpy()
-    value = relax.const(array.reshape(()))
+    given = call.attribute("value", None)
+    array = np.zeros(1, np.float32) if given is None else given.numpy()
+    value = tensor(array.reshape(()))
     return _op.full(relax.ShapeExpr(call.shape()), value)
 
 
@@ -72,7 +72,7 @@ def _gather(call: Call) -> Any:
     if is_constant(indices):
         array, known = indices.value.numpy(), number(size)
         if known is not None:
-            indices = relax.const(np.where(array < 0, array + known, array))
+            indices = tensor(np.where(array < 0, array + known, array))
         if known is not None or (array >= 0).all():
             return _op.take(data, indices, axis, mode="clip")
     zero = relax.const(0, indices.ty.dtype)
@@ -150,12 +150,12 @@ def _one_hot(call: Call) -> Any:
     if not (is_constant(depth) and is_constant(values)):
         raise NotImplementedError("a depth or values that are computed")
     (count,) = depth.value.numpy().ravel().tolist()
-    off, on = (relax.const(part) for part in values.value.numpy())
+    off, on = (tensor(part) for part in values.value.numpy())
     axis = int(call.attribute("axis", -1)) % (indices.ty.ndim + 1)
     shape = [-1 if index == axis else 1 for index in range(indices.ty.ndim + 1)]
     numbers = np.arange(int(count)).reshape(shape)
     indices = call.emit(_op.expand_dims(_op.astype(indices, "int64"), axis))
-    found = [_op.equal(indices, relax.const(row)) for row in (numbers, numbers - int(count))]
+    found = [_op.equal(indices, tensor(row)) for row in (numbers, numbers - int(count))]
     return _op.where(_op.logical_or(*found), on, off)
 
 

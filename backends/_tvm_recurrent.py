@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from graphopt.backends._tvm_call import Call, is_constant
+from graphopt.backends._tvm_call import Call, is_constant, tensor
 from graphopt.backends._tvm_indices import number
 
 relax: Any = importlib.import_module("tvm.relax")
@@ -162,7 +162,7 @@ class _Cell:
 def _slice(call: Call, value: Any, way: int) -> Any:
     """The part of a weight, bias or state that belongs to one direction."""
     if is_constant(value):
-        return relax.const(np.ascontiguousarray(value.value.numpy()[way]))
+        return tensor(np.ascontiguousarray(value.value.numpy()[way]))
     return call.emit(_op.squeeze(_op.strided_slice(value, [0], [way], [way + 1]), [0]))
 
 
@@ -170,13 +170,11 @@ def _cut(call: Call, value: Any, axis: int, start: int, end: int) -> Any:
     """The part of a matrix or vector from one index of an axis to another."""
     if is_constant(value):
         array = value.value.numpy()
-        return relax.const(
-            np.ascontiguousarray(array[(slice(None),) * axis + (slice(start, end),)])
-        )
+        return tensor(np.ascontiguousarray(array[(slice(None),) * axis + (slice(start, end),)]))
     return call.emit(_op.strided_slice(value, [axis], [start], [end]))
 
 
 def _transposed(call: Call, value: Any) -> Any:
     if is_constant(value):
-        return relax.const(np.ascontiguousarray(value.value.numpy().T))
+        return tensor(np.ascontiguousarray(value.value.numpy().T))
     return call.emit(_op.permute_dims(value))

@@ -65,7 +65,7 @@ class Sizes:
         if values is None or dtype is None or values.size == 0 or value.const_value is not None:
             return None
         if not any(isinstance(element, Dim) for element in values.ravel().tolist()):
-            return relax.const(values.astype(dtype.numpy()))
+            return relax.const(values, dtype.numpy().name)
         if dtype != ir.DataType.INT64 or values.ndim > 1:
             return None
         expressions = self._all(values.ravel().tolist())

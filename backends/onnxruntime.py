@@ -195,6 +195,12 @@ class OnnxRuntimeExecutable:
         self._quiet = ort().RunOptions()
         self._quiet.log_severity_level = _FATAL
         self._session = make_session(path, _settings(options), self._provider, options.tf32)
+        for infos, values in (
+            (self.inputs, self._session.get_inputs()),
+            (self.outputs, self._session.get_outputs()),
+        ):
+            if [info.name for info in infos] != [value.name for value in values]:
+                raise InputError(f"{path}: its inputs or outputs are not those of its manifest")
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Output]:
         """All outputs by name."""

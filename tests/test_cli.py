@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from signal import SIGHUP, SIGTERM
 from typing import Any
 
 import numpy as np
@@ -286,8 +287,9 @@ def test_help_imports_nothing_heavy() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
-def test_a_terminated_command_leaves_nothing_behind(tmp_path: Path) -> None:
-    """As `timeout` and schedulers end it: one line, no folder and no child."""
+@pytest.mark.parametrize("number", [SIGTERM, SIGHUP])
+def test_a_terminated_command_leaves_nothing_behind(tmp_path: Path, number: int) -> None:
+    """As schedulers end it, and terminals that are closed: one line, no folder and no child."""
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     command = [sys.executable, "-m", "graphopt", "bench", str(models.path("digits_cnn"))]
@@ -301,7 +303,7 @@ def test_a_terminated_command_leaves_nothing_behind(tmp_path: Path) -> None:
     while not list(scratch.glob("*/graphopt-*")) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert list(scratch.glob("*/graphopt-*")), "it uses no folder, so that nothing is shown"
-    process.terminate()
+    process.send_signal(number)
     _, text = process.communicate(timeout=60)
-    assert (process.returncode, text) == (143, "graphopt: terminated\n")
+    assert (process.returncode, text) == (128 + number, "graphopt: terminated\n")
     assert not list(scratch.iterdir())

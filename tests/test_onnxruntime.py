@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import sys
@@ -256,6 +257,16 @@ def test_files_that_onnxruntime_refuses(tmp_path: Path, content: bytes) -> None:
     with pytest.raises(GraphoptError) as caught:
         compilation.load(folder).run({"x": np.zeros((1, 16, 8, 8), np.float32)})
     assert "\n" not in str(caught.value)
+
+
+def test_a_manifest_of_another_model(tmp_path: Path) -> None:
+    folder = compilation.compile(conv(), "cpu", tmp_path / "a", level=0)
+    manifest = artifact.read(folder)
+    (folder / artifact.MANIFEST).unlink()
+    outputs = (*manifest.outputs, *manifest.outputs)
+    artifact.write(folder, dataclasses.replace(manifest, outputs=outputs))
+    with pytest.raises(InputError, match=r"model\.onnx: its inputs or outputs are not those"):
+        compilation.load(folder)
 
 
 def test_a_weight_outside_the_folder_is_not_read(tmp_path: Path) -> None:

@@ -80,20 +80,27 @@ class Group(click.Group):
 
 @contextlib.contextmanager
 def _terminable() -> Generator[None]:
-    """Within, SIGTERM ends the process as an exception does: children and folders go with it."""
+    """Within, what ends the process does so as an exception: children and folders go with it.
 
-    def end(_signal: int, _frame: object) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # groups of processes are told twice
-        fail("terminated", 128 + signal.SIGTERM)
+    That is SIGTERM, and SIGHUP of a terminal that is closed, unless `nohup` had it ignored.
+    """
+
+    def end(number: int, _frame: object) -> None:
+        signal.signal(number, signal.SIG_IGN)  # groups of processes are told twice
+        fail("terminated", 128 + number)
 
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, end)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, end)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def fail(message: str, code: int) -> None:
