@@ -48,6 +48,19 @@ def architecture() -> str:
     return f"sm_{digits}"
 
 
+def mismatch(arch: str) -> str | None:
+    """Why machine code for an architecture does not run on the first GPU, or None.
+
+    It runs on those of its major version from its minor version on ("Binary compatibility" of the
+    CUDA programming guide).
+    """
+    there = architecture()
+    wanted, found = (int(name.removeprefix("sm_")) for name in (arch, there))
+    if wanted // 10 == found // 10 and wanted <= found:
+        return None
+    return f"it is for {arch} and the GPU here is {there}"
+
+
 def free_bytes() -> int:
     """Of the first GPU's memory."""
     activate()

@@ -9,12 +9,12 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from graphopt.backends import _tvm_link, _tvm_statements
+from graphopt.backends import _tvm_cuda, _tvm_link, _tvm_statements
 from graphopt.backends._tvm_call import is_constant
 from graphopt.backends._tvm_executable import ERRORS, LIBRARY, NOTES, OBJECTS, last_line
 from graphopt.backends._tvm_import import import_model
 from graphopt.backends._tvm_kernels import Kernels
-from graphopt.backends._tvm_legalize import first_table, table
+from graphopt.backends._tvm_legalize import first_table, gpu_table, table
 from graphopt.backends._tvm_loops import Machine
 from graphopt.backends._tvm_ranges import index_ranges
 from graphopt.backends._tvm_schedule import Log, schedule_all
@@ -51,7 +51,8 @@ def compile_model(model: ir.Model, target: Target, options: Options, folder: Pat
 
             kernels, search = _tvm_tune.tune(module, aim, machine, options, target)
         if target.device == "cuda":
-            lowered, log = _lower_for_gpu(module, aim), Log()
+            _tvm_cuda.hook(target)
+            lowered, log = lower_for_gpu(module, aim)
         else:
             lowered, log = lower(module, aim, machine, kernels)
         _require_loadable(lowered)
@@ -70,22 +71,39 @@ def lower(module: Any, aim: Any, machine: Machine, kernels: Kernels) -> tuple[An
         warnings.simplefilter("ignore")
         module = steps.DecomposeOpsForInference()(module)
         module = _channels_last(steps.CanonicalizeBindings()(module))
-        module = tvm.transform.Sequential(
-            [
-                steps.Normalize(),
-                steps.LegalizeOps(customize_legalize_map=first_table(kernels)),
-                steps.CanonicalizeBindings(),
-                steps.DeadCodeElimination(),
-                steps.LegalizeOps(customize_legalize_map=table(kernels)),
-                steps.ConvertToDataflow(),  # around If there is none, and nothing is fused
-                steps.AnnotateTIROpPattern(),
-                steps.FoldConstant(),
-                steps.FuseOps(),
-                steps.FuseTIR(),
-                steps.DeadCodeElimination(),
-            ]
-        )(module)
-        return schedule_all(module, machine)
+        return schedule_all(_fuse(module, first_table(kernels), table(kernels)), machine)
+
+
+def lower_for_gpu(module: Any, aim: Any) -> tuple[Any, Log]:
+    """From operators to scheduled kernels for a GPU."""
+    from graphopt.backends import _tvm_gpu
+
+    steps, own = relax.transform, gpu_table()
+    with aim, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        module = steps.DecomposeOpsForInference()(module)
+        module = relax.backend.DispatchSortScan()(steps.CanonicalizeBindings()(module))
+        return _tvm_gpu.schedule_all(_fuse(module, own, own), aim)
+
+
+def _fuse(module: Any, first: dict[str, Any], second: dict[str, Any]) -> Any:
+    """Operators as loops by two tables of legalizations, and those that belong together as one."""
+    steps = relax.transform
+    return tvm.transform.Sequential(
+        [
+            steps.Normalize(),
+            steps.LegalizeOps(customize_legalize_map=first),
+            steps.CanonicalizeBindings(),
+            steps.DeadCodeElimination(),
+            steps.LegalizeOps(customize_legalize_map=second),
+            steps.ConvertToDataflow(),  # around If there is none, and nothing is fused
+            steps.AnnotateTIROpPattern(),
+            steps.FoldConstant(),
+            steps.FuseOps(),
+            steps.FuseTIR(),
+            steps.DeadCodeElimination(),
+        ]
+    )(module)
 
 
 def _require_loadable(module: Any) -> None:
@@ -133,26 +151,6 @@ def _branches(module: Any) -> bool:
 
     relax.analysis.post_order_visit(module["main"], visit)
     return bool(found)
-
-
-def _lower_for_gpu(module: Any, aim: Any) -> Any:
-    """From operators to kernels with the schedules for GPUs that TVM has; never run by us."""
-    steps, gpu = relax.transform, importlib.import_module("tvm.s_tir.dlight")
-    with aim:
-        fused = tvm.transform.Sequential(
-            [
-                steps.DecomposeOpsForInference(),
-                steps.CanonicalizeBindings(),
-                steps.LegalizeOps(),
-                steps.AnnotateTIROpPattern(),
-                steps.FoldConstant(),
-                steps.FuseOps(),
-                steps.FuseTIR(),
-                steps.DeadCodeElimination(),
-            ]
-        )(module)
-        rules = (gpu.gpu.Matmul, gpu.gpu.GEMV, gpu.gpu.Reduction, gpu.gpu.GeneralReduction)
-        return gpu.ApplyDefaultSchedule(*(rule() for rule in rules), gpu.gpu.Fallback())(fused)
 
 
 def _channels_last(module: Any) -> Any:

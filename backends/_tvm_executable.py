@@ -46,8 +46,10 @@ _SPREAD = -1
 
 def no_gpu() -> str | None:
     """Why nothing runs on a GPU here, or None."""
-    tvm = _import()
-    return None if tvm.cuda(0).exist else "TVM finds no NVIDIA GPU"
+    from graphopt.backends import _tvm_cuda
+
+    _import()
+    return _tvm_cuda.missing_runtime()
 
 
 def load(folder: Path, manifest: Manifest, options: Options) -> TvmExecutable:
@@ -86,6 +88,10 @@ class TvmExecutable:
         self._device = tvm.cuda(0) if self._on_gpu else tvm.cpu()
         ranges = _ranges(path.with_name(NOTES))
         self._ranges = {i: ranges[x.name] for i, x in enumerate(self.inputs) if x.name in ranges}
+        if self._on_gpu:
+            from graphopt.backends import _tvm_cuda
+
+            _tvm_cuda.accept()
         try:
             library = tvm.runtime.load_module(str(path))
             machine: Any = importlib.import_module("tvm.runtime.vm").VirtualMachine

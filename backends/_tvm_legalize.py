@@ -30,9 +30,20 @@ Legalization = Callable[[Any, Any], Any]
 
 def table(kernels: Kernels) -> dict[str, Legalization]:
     """The legalizations that differ from TVM's, by operator."""
-    folds = {name: _folding(name, fold) for name, fold in _FOLDS.items()}
     numbers = {name: _with_number(name, combine) for name, combine in _COMBINE.items()}
-    ours = {**folds, **numbers, **FAST, **EXTREMES, **kernels.table()}
+    return _with_sums({**_folds(), **numbers, **FAST, **EXTREMES, **kernels.table()})
+
+
+def gpu_table() -> dict[str, Legalization]:
+    """As `table` for GPUs: TVM's products, which its schedules know, and functions of CUDA's."""
+    return _with_sums({**_folds(), **EXTREMES})
+
+
+def _folds() -> dict[str, Legalization]:
+    return {name: _folding(name, fold) for name, fold in _FOLDS.items()}
+
+
+def _with_sums(ours: dict[str, Legalization]) -> dict[str, Legalization]:
     wide = {name: _widened(name, ours.get(name) or default(name)) for name in _SUMS}
     return {**ours, **wide}
 

@@ -36,12 +36,16 @@ _ARM_ATTRIBUTES = {
     "i8mm": "+i8mm",
     "bf16": "+bf16",
 }
+_GPU_LIMITS = {"max_threads_per_block": 1024, "max_shared_memory_per_block": 48 << 10}
+"""What every GPU grants without being asked for more."""
 
 
 def missing(target: Target) -> str | None:
     """Why a library for a target cannot be made here, or None."""
     if target.device == "cuda":
-        return None if linker("x86_64") else _advice("x86_64")
+        from graphopt.backends import _tvm_cuda
+
+        return _tvm_cuda.missing_compiler() if linker("x86_64") else _advice("x86_64")
     if target.device != "cpu":
         return f"no code is generated for {target.name}: name a device, such as cpu"
     return None if linker(target.arch) else _advice(target.arch)
@@ -74,7 +78,7 @@ def tvm_target(target: Target, threads: int) -> Any:
     tvm: Any = importlib.import_module("tvm")
     if target.device == "cuda":
         arch = target.arch or "sm_75"
-        return tvm.target.Target({"kind": "cuda", "arch": arch, "host": _host()})
+        return tvm.target.Target({"kind": "cuda", "arch": arch, "host": _host(), **_GPU_LIMITS})
     data = {"kind": "llvm", "num-cores": threads, **_cpu(target)}
     return tvm.target.Target(data)
 

@@ -71,9 +71,10 @@ class Tvm:
         if reason is not None:
             return reason
         if target.device == "cuda":
-            from graphopt.backends import _tvm_executable
+            from graphopt.backends import _cuda_driver, _tvm_executable
 
-            return _tvm_executable.no_gpu()
+            reason = _tvm_executable.no_gpu()
+            return reason or (_cuda_driver.mismatch(target.arch) if target.arch else None)
         if target.device == "cpu":
             return target.foreign()
         return f"no code runs on {target.name}: name a device, such as cpu"
