@@ -105,12 +105,13 @@ def scaler(call: Call) -> Any:
 
 
 def extract(call: Call) -> Any:
-    """ArrayFeatureExtractor: elements of the last axis, by constant indices."""
+    """ArrayFeatureExtractor: elements of the last axis."""
     x, indices = call.inputs
-    if not is_constant(indices):
-        raise NotImplementedError("indices that are computed")
-    wanted = relax.const(indices.value.numpy().reshape(-1))
-    found = call.emit(_op.take(x, wanted, axis=x.ty.ndim - 1, mode="clip"))
+    if is_constant(indices):
+        indices = relax.const(indices.value.numpy().reshape(-1))
+    else:
+        indices = call.emit(_op.reshape(indices, (-1,)))
+    found = call.emit(_op.take(x, indices, axis=x.ty.ndim - 1, mode="clip"))
     return found if x.ty.ndim > 1 else _op.expand_dims(found, 0)
 
 

@@ -95,7 +95,7 @@ class Tvm:
         expand = f"expand-operators{{operators={_LACKING}}}"
         return tuple(
             parse_pipeline(
-                f"convert-opset{{version=13,at_least=true}},inline-functions,{expand},"
+                f"convert-opset{{version=13,at_least=true}},inline-functions,{expand},expand-cdist,"
                 "fold-constants,fold-shapes,eliminate-identity,eliminate-dead"
             )
         )

@@ -79,23 +79,35 @@ class Block:
 
 
 @dataclass(frozen=True)
+class Axis:
+    """Where a Scan takes its slices, or stacks them."""
+
+    number: int
+    backwards: bool
+
+
+@dataclass(frozen=True)
 class Flow:
-    """A Loop or an If whose blocks are compiled, and which the host steers (`graphopt.flow`).
+    """Control flow whose blocks are compiled, and which the host steers (`graphopt.flow`).
 
     A Loop takes its number of trips, its condition, what it carries, and what its body reads of
     the values around it; the body takes the number of the iteration in place of the first two,
-    and gives the condition, what is carried on, and what is stacked. An If takes its condition and
-    what its branches read; the one for true comes first.
+    and gives the condition, what is carried on, and what is stacked. A Scan takes what it carries,
+    what it takes slices of, and what its body reads. An If takes its condition and what its
+    branches read; the one for true comes first.
     """
 
-    kind: Literal["If", "Loop"]
+    kind: Literal["If", "Loop", "Scan"]
     node: str
     """Its label."""
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     blocks: tuple[Block, ...]
     carried: int = 0
-    """How many values a Loop carries."""
+    """How many values a Loop or a Scan carries."""
+    scanned: tuple[Axis, ...] = ()
+    stacked: tuple[Axis, ...] = ()
+    """Of a Scan."""
 
 
 @dataclass(frozen=True)
@@ -279,16 +291,23 @@ def _step(item: Mapping[str, Any]) -> Part | Flow:
     blocks = tuple(_block(block) for block in item["blocks"])
     inputs, outputs = (tuple(map(str, item[name])) for name in ("inputs", "outputs"))
     node, carried = str(item["node"]), int(item["carried"])
-    kind, loop = item["kind"], item["kind"] == "Loop"
-    fits = all(
-        len(block.inputs) == len(inputs) - 1 and len(block.outputs) == len(outputs) + loop
-        for block in blocks
+    scanned, stacked = (
+        tuple(Axis(int(axis["number"]), bool(axis["backwards"])) for axis in item[name])
+        for name in ("scanned", "stacked")
     )
-    if fits and kind == "If" and len(blocks) == 2:
-        return Flow("If", node, inputs, outputs, blocks)
-    if fits and loop and len(blocks) == 1 and 0 <= carried < len(inputs) - 1:
-        return Flow("Loop", node, inputs, outputs, blocks, carried)
-    raise ValueError(f"{node!r} is no Loop or If of its blocks")
+    sizes = {(len(inputs) - len(b.inputs), len(b.outputs) - len(outputs)) for b in blocks}
+    left = len(inputs) - carried - len(scanned)
+    match item["kind"], len(blocks):
+        case "If", 2 if sizes == {(1, 0)}:
+            return Flow("If", node, inputs, outputs, blocks)
+        case "Loop", 1 if sizes == {(1, 1)} and 0 <= carried < len(inputs) - 1:
+            return Flow("Loop", node, inputs, outputs, blocks, carried)
+        case "Scan", 1 if sizes == {(0, 0)} and carried >= 0 and scanned and left >= 0:
+            if carried + len(stacked) == len(outputs):
+                return Flow("Scan", node, inputs, outputs, blocks, carried, scanned, stacked)
+        case _:
+            pass
+    raise ValueError(f"{node!r} is no Loop, Scan or If of its blocks")
 
 
 def _block(item: Mapping[str, Any]) -> Block:

@@ -1,4 +1,4 @@
-"""The body of a Loop and the branches of an If as models of their own.
+"""The body of a Loop or Scan and the branches of an If as models of their own.
 
 What they read of the values around them becomes inputs, save constants, which become their own.
 """
@@ -12,18 +12,21 @@ from typing import Literal
 import numpy as np
 
 from graphopt import ir
+from graphopt.artifact import Axis
 from graphopt.cutting import extract, whole
 from graphopt.execute import captured
 from graphopt.shapes import Shapes
 
+_SCAN = 9
+"""The opset from which a Scan has no batches."""
 _FOREVER = np.array(np.iinfo(np.int64).max)
-_BODIES = {"If": ("then_branch", "else_branch"), "Loop": ("body",)}
+_BRANCHES = ("then_branch", "else_branch")
 _NUMBERS = "biuf"
 """Kinds of numpy's dtypes that files of arrays have by name."""
 
 
 class Unfit(Exception):
-    """Why a Loop or an If cannot be taken apart."""
+    """Why a Loop, a Scan or an If cannot be taken apart."""
 
 
 @dataclass(frozen=True)
@@ -43,19 +46,21 @@ class Body:
 
 @dataclass(frozen=True)
 class Opened:
-    """A Loop or an If that was taken apart; see `artifact.Flow`."""
+    """A Loop, a Scan or an If that was taken apart; see `artifact.Flow`."""
 
-    kind: Literal["If", "Loop"]
+    kind: Literal["If", "Loop", "Scan"]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     constants: Mapping[str, ir.Array]
     """Those of its inputs that are constants, by name."""
     bodies: tuple[Body, ...]
-    carried: int
+    carried: int = 0
+    scanned: tuple[Axis, ...] = ()
+    stacked: tuple[Axis, ...] = ()
 
 
 def taken_apart(node: ir.Node, model: ir.Model, shapes: Shapes) -> Opened:
-    """The bodies of a Loop or an If of the main graph; the model is left as it is.
+    """The bodies of a Loop, a Scan or an If of the main graph; the model is left as it is.
 
     Raises:
         Unfit: it handles what is no tensor of numbers, or of which the type is not known.
@@ -63,18 +68,35 @@ def taken_apart(node: ir.Node, model: ir.Model, shapes: Shapes) -> Opened:
     read = list(captured(node))
     around = [value for value in read if ir.constant(value) is None]
     inputs, constants = _given([*node.inputs, *around], node)
-    graphs = [node.attributes[name].as_graph() for name in _BODIES[node.op_type]]
-    carried = len(node.inputs) - 2 if node.op_type == "Loop" else 0
-    for graph in graphs:
-        takes, gives = (2 + carried, 1) if node.op_type == "Loop" else (0, 0)
-        if len(graph.inputs) != takes or len(graph.outputs) != gives + len(node.outputs):
-            raise Unfit("its body takes or gives another number of values")
-        if graph.inputs and len(graph.inputs[0].shape or ()):
-            raise Unfit("its body counts in a tensor that is no scalar")
-    bodies = tuple(_body(graph, read, model, shapes) for graph in graphs)
     outputs = tuple(value.name or "" for value in node.outputs)
-    kind: Literal["If", "Loop"] = "If" if node.op_type == "If" else "Loop"
-    return Opened(kind, inputs, outputs, constants, bodies, carried)
+    count = len(node.inputs)
+
+    def body(name: str, takes: int, gives: int = 0) -> Body:
+        graph = node.attributes[name].as_graph()
+        if len(graph.inputs) != takes or len(graph.outputs) != gives + len(outputs):
+            raise Unfit("its body takes or gives another number of values")
+        return _body(graph, read, model, shapes, loop=node.op_type == "Loop")
+
+    if node.op_type == "If":
+        bodies = tuple(body(name, 0) for name in _BRANCHES)
+        return Opened("If", inputs, outputs, constants, bodies)
+    only = (body("body", count, int(node.op_type == "Loop")),)
+    if node.op_type == "Loop":
+        return Opened("Loop", inputs, outputs, constants, only, count - 2)
+    if ir.opset(model.graph) < _SCAN:
+        raise Unfit("in old opsets a Scan has batches")
+    slices = node.attributes["num_scan_inputs"].as_int()
+    carried = count - slices
+    sides = _axes(node, "input", slices), _axes(node, "output", len(outputs) - carried)
+    return Opened("Scan", inputs, outputs, constants, only, carried, *sides)
+
+
+def _axes(node: ir.Node, side: str, count: int) -> tuple[Axis, ...]:
+    axes, directions = (
+        list(node.attributes[name].as_ints()) if name in node.attributes else [0] * count
+        for name in (f"scan_{side}_axes", f"scan_{side}_directions")
+    )
+    return tuple(Axis(a, bool(d)) for a, d in zip(axes, directions, strict=True))
 
 
 def _given(
@@ -101,7 +123,9 @@ def _numbers(value: ir.Value) -> ir.Array:
     return array
 
 
-def _body(graph: ir.Graph, read: Sequence[ir.Value], model: ir.Model, shapes: Shapes) -> Body:
+def _body(
+    graph: ir.Graph, read: Sequence[ir.Value], model: ir.Model, shapes: Shapes, *, loop: bool
+) -> Body:
     """A body or branch; `read` are the values around it that it may use."""
     around = [value for value in read if ir.constant(value) is None]
     given = [*graph.inputs, *around]
@@ -116,7 +140,10 @@ def _body(graph: ir.Graph, read: Sequence[ir.Value], model: ir.Model, shapes: Sh
     for new, old in stands.items():
         declare(new, old, shapes)
     names = [value.name or "" for value in stands]
-    if graph.inputs:  # a Loop's: its condition holds while the body runs
+    if loop:
+        if len(graph.inputs[0].shape or ()):
+            raise Unfit("its body counts in a tensor that is no scalar")
+        # its condition holds while the body runs
         del names[1]
         _set_true(inner.graph, inner.graph.inputs[1])
     found = Shapes(inner)

@@ -258,10 +258,14 @@ def _block(folder: Path, manifest: Manifest, block: artifact.Block) -> flow.Bloc
             steps.append(flow.Compiled(_part(folder, manifest, step)))
             continue
         blocks = tuple(_block(folder, manifest, each) for each in step.blocks)
+        names = step.inputs, step.outputs
         if step.kind == "If":
-            steps.append(flow.If(step.inputs, step.outputs, blocks))
+            steps.append(flow.If(*names, blocks))
+        elif step.kind == "Loop":
+            steps.append(flow.Loop(*names, blocks[0], step.carried))
         else:
-            steps.append(flow.Loop(step.inputs, step.outputs, blocks[0], step.carried))
+            axes = step.scanned, step.stacked
+            steps.append(flow.Scan(*names, blocks[0], step.carried, *axes))
     constants = npz.read(folder / block.constants) if block.constants else {}
     return flow.Block(block.inputs, block.outputs, tuple(steps), constants)
 

@@ -7,6 +7,7 @@ it. Nothing is copied but what a loop stacks.
 from __future__ import annotations
 
 import dataclasses
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import Protocol
 
 import numpy as np
 
-from graphopt.artifact import TensorInfo
+from graphopt.artifact import Axis, TensorInfo
 from graphopt.backends import Array, OpTime, Part, Value, numpy_dtype, on_host
 from graphopt.errors import GraphoptError
 
@@ -23,7 +24,7 @@ _LOOKED_AT = 4
 
 
 class Step(Protocol):
-    """What a block consists of: a compiled part, a Loop or an If."""
+    """What a block consists of: a compiled part, a Loop, a Scan or an If."""
 
     @property
     def takes(self) -> tuple[str, ...]:
@@ -112,17 +113,16 @@ class If:
         return self.branches[0 if _number(values[0]) else 1]
 
 
-@dataclass(frozen=True)
-class Loop:
-    """A block again and again, by the rules of ONNX's Loop; see `artifact.Flow`.
+class _Iterated(ABC):
+    """A block again and again."""
 
-    The body's outputs are the condition, what is carried on, and what is stacked.
-    """
-
-    takes: tuple[str, ...]
-    gives: tuple[str, ...]
     body: Block
-    carried: int
+
+    @abstractmethod
+    def _run(
+        self, values: Sequence[Value], look: Callable[[int, Sequence[Value]], None]
+    ) -> list[Value]:
+        """Run it; `look` is told the number of each iteration and what the body is given."""
 
     def call(self, values: Sequence[Value]) -> list[Value]:
         """What is carried in the end, and the stacks."""
@@ -149,10 +149,22 @@ class Loop:
         self._run(values, look)
         yield from rows.values()
 
+
+@dataclass(frozen=True)
+class Loop(_Iterated):
+    """By the rules of ONNX's Loop; see `artifact.Flow`.
+
+    The body's outputs are the condition, what is carried on, and what is stacked.
+    """
+
+    takes: tuple[str, ...]
+    gives: tuple[str, ...]
+    body: Block
+    carried: int
+
     def _run(
         self, values: Sequence[Value], look: Callable[[int, Sequence[Value]], None]
     ) -> list[Value]:
-        """Run it; `look` is told the number of each iteration and what the body is given."""
         trips, going_on = _number(values[0]), bool(_number(values[1]))
         first = 1 + self.carried
         stacks: list[list[Value]] = [[] for _ in self.body.outputs[first:]]
@@ -168,6 +180,44 @@ class Loop:
             going_on = bool(_number(results[0]))
             trip += 1
         return [*inputs[1:first], *map(_stacked, stacks, self.body.outputs[first:])]
+
+
+@dataclass(frozen=True)
+class Scan(_Iterated):
+    """By the rules of ONNX's Scan; see `artifact.Flow`."""
+
+    takes: tuple[str, ...]
+    gives: tuple[str, ...]
+    body: Block
+    carried: int
+    scanned: tuple[Axis, ...]
+    stacked: tuple[Axis, ...]
+
+    def _run(
+        self, values: Sequence[Value], look: Callable[[int, Sequence[Value]], None]
+    ) -> list[Value]:
+        first, last = self.carried, self.carried + len(self.scanned)
+        wholes = [
+            np.moveaxis(on_host(value), axis.number, 0)[:: -1 if axis.backwards else 1]
+            for value, axis in zip(values[first:last], self.scanned, strict=True)
+        ]
+        stacks: list[list[Value]] = [[] for _ in self.stacked]
+        inputs = list(values)
+        for trip, slices in enumerate(zip(*wholes, strict=True)):
+            inputs[first:last] = [np.asarray(each) for each in slices]
+            look(trip, inputs)
+            results = self.body.call(inputs)
+            inputs[:first] = results[:first]
+            for stack, value in zip(stacks, results[first:], strict=True):
+                stack.append(value)
+        arrays = map(_stacked, stacks, self.body.outputs[first:])
+        return [
+            *inputs[:first],
+            *(
+                np.moveaxis(array[:: -1 if axis.backwards else 1], 0, axis.number)
+                for array, axis in zip(arrays, self.stacked, strict=True)
+            ),
+        ]
 
 
 def _stacked(values: Sequence[Value], info: TensorInfo) -> Array:

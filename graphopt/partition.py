@@ -2,8 +2,8 @@
 
 Nodes are numbered by how often the runtime changes on the way to them: a node that takes a value
 from another runtime comes later than that value. Equal numbers make a piece, so no two pieces wait
-for each other. A Loop or an If that the backend does not take, and in which there is work for it,
-is a piece of its own, whose bodies are models to be compiled in turn.
+for each other. A Loop, a Scan or an If that the backend does not take, and in which there is work
+for it, is a piece of its own, whose bodies are models to be compiled in turn.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Steered:
-    """A Loop or an If that the host steers."""
+    """A Loop, a Scan or an If that the host steers."""
 
     label: str
     opened: Opened
@@ -116,8 +116,8 @@ def cut(
 
 
 def _is_worth_it(node: ir.Node) -> bool:
-    """Whether there is enough in a Loop or an If for the host to steer it."""
-    if node.op_type not in ("If", "Loop") or node.domain:
+    """Whether there is enough in a Loop, a Scan or an If for the host to steer it."""
+    if node.op_type not in ("If", "Loop", "Scan") or node.domain:
         return False
     stack, inner = list(ir.subgraphs(node)), list[ir.Node]()
     while stack:

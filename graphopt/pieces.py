@@ -178,8 +178,12 @@ class Pieces:
                 outputs = tuple(info(value) for value in body.outputs)
                 constants = inner.constants(body.constants)
                 blocks.append(artifact.Block(body.inputs, outputs, inner.steps(), constants))
-            names = opened.inputs, opened.outputs
-            flow = artifact.Flow(opened.kind, step.label, *names, tuple(blocks), opened.carried)
+            flow = artifact.Flow(
+                *(opened.kind, step.label, opened.inputs, opened.outputs, tuple(blocks)),
+                carried=opened.carried,
+                scanned=opened.scanned,
+                stacked=opened.stacked,
+            )
             made.append(flow)
         return tuple(made)
 

@@ -1,6 +1,6 @@
 """Loops and branches that the host steers, against ONNX Runtime's own.
 
-ONNX Runtime stands in for a native backend that takes neither Loop nor If nor Sin.
+ONNX Runtime stands in for a native backend that takes neither control flow nor Sin.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def native(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFac
         monkeypatch.setenv(f"XDG_{kind}_HOME", str(tmp_path_factory.mktemp(kind)))
 
     def take(self: pieces.Compiler, model: ir.Model, options: Any, folder: Path) -> dict[str, str]:
-        odd = [n for n in ir.nested_nodes(model) if n.op_type in ("Loop", "If", "Sin")]
+        odd = [n for n in ir.nested_nodes(model) if n.op_type in ("Loop", "Scan", "If", "Sin")]
         if not odd:
             self.backend.compile(model, self.target, options, folder)
         return {ir.label(node): f"no {node.op_type}" for node in odd}
@@ -165,6 +165,23 @@ TEXTS = {
                 else_branch = e () => (float[n,2] q) {{ q = Sub (s, x) }}
             >
         }}>
+    }}""",
+    "a_scan": f"""
+    net (float[n,2] x, int64 trips) => (float[n,2] y, float[n,2,n] e, float[m,n] f) <{W}> {{
+        z = Transpose <perm = [1, 0]> (x)
+        y, e, f = Scan <num_scan_inputs = 2, scan_input_axes = [1, 0],
+            scan_input_directions = [1, 0], scan_output_axes = [-1, 0],
+            scan_output_directions = [1, 0],
+            body = b (float[n,2] s, float[2] left, float[2] right)
+            => (float[n,2] t, float[n,2] u, float[n] v) {{
+                m = MatMul (s, w)
+                a = Add (m, left)
+                t = Sub (a, right)
+                u = Sin (t)
+                one = Constant <value_ints = [1]> ()
+                v = ReduceSum <keepdims = 0> (u, one)
+            }}
+        > (x, z, x)
     }}""",
     "branches_of_several_ranks": f"""
     net (float[n,2] x, int64 trips) => (float[k] y, float z, float k) <{W}, float k = {{7}}> {{
@@ -301,6 +318,8 @@ WRONG: list[dict[str, Any]] = [
     {"outputs": ["y"]},
     {"blocks": []},
     {"blocks": [EMPTY]},
+    {"kind": "Scan"},
+    {"scanned": [{"number": "one"}]},
     {"blocks": [EMPTY | {"constants": "../x"}]},
 ]
 
