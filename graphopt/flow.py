@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,7 +17,7 @@ import numpy as np
 
 from graphopt.artifact import Axis, TensorInfo
 from graphopt.backends import Array, OpTime, Part, Value, numpy_dtype, on_host
-from graphopt.errors import GraphoptError
+from graphopt.errors import GraphoptError, InputError
 
 _LOOKED_AT = 4
 """Iterations that the profile of a loop is taken of."""
@@ -72,6 +72,20 @@ class Block:
     outputs: tuple[TensorInfo, ...]
     steps: tuple[Step, ...]
     constants: Mapping[str, Array]
+
+    def __post_init__(self) -> None:
+        """Raise InputError for what nothing gives: of a manifest that was written by hand."""
+        known = {*self.constants, *self.inputs}
+        for step in self.steps:
+            self._require(known, step.takes)
+            known.update(step.gives)
+        self._require(known, (info.name for info in self.outputs))
+
+    @staticmethod
+    def _require(known: Set[str], names: Iterable[str]) -> None:
+        missing = next((name for name in names if name not in known), None)
+        if missing is not None:
+            raise InputError(f"the manifest has no part that gives {missing!r}")
 
     def call(self, values: Sequence[Value]) -> list[Value]:
         """Its outputs, in order."""

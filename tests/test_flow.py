@@ -5,6 +5,7 @@ ONNX Runtime stands in for a native backend that takes neither control flow nor 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 from collections.abc import Callable
@@ -335,6 +336,17 @@ def test_a_loop_that_fits_nothing(tmp_path: Path, change: dict[str, Any]) -> Non
     path.write_text(artifact.sealed(data), "utf-8")
     with pytest.raises(InputError, match="not a manifest of format"):
         artifact.read(tmp_path / "a")
+
+
+def test_parts_out_of_order(tmp_path: Path) -> None:
+    """A manifest that was written by hand, of a folder that is trusted."""
+    build(LOOP, tmp_path / "a")
+    manifest = artifact.read(tmp_path / "a")
+    (tmp_path / "a" / artifact.MANIFEST).unlink()
+    wrong = dataclasses.replace(manifest, parts=manifest.parts[::-1])
+    artifact.write(tmp_path / "a", wrong)
+    with pytest.raises(InputError, match="the manifest has no part that gives '"):
+        compilation.load(tmp_path / "a", trust=True)
 
 
 def test_a_condition_of_several_elements(tmp_path: Path) -> None:
