@@ -79,7 +79,7 @@ def straighten(function: Any) -> Any:
 
 def _straight(buffer: Any, indices: Sequence[Any]) -> list[Any] | None:
     """Indices of the same element without divisions; None where these are no row taken apart."""
-    *outer, last = indices
+    *outer, last = indices or [None]  # a number has no indices
     if not outer or not isinstance(outer[-1], tirx.FloorMod):
         return None
     shape, row = [simple(size) for size in buffer.ty.shape[:-1]], outer[-1].a

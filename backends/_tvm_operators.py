@@ -8,7 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from graphopt.backends import _tvm_convolutions, _tvm_quantized, _tvm_recurrent, _tvm_trees
+from graphopt.backends import (
+    _tvm_convolutions,
+    _tvm_quantized,
+    _tvm_recurrent,
+    _tvm_trees,
+    _tvm_vectors,
+)
 from graphopt.backends._tvm_call import Call, Converter, is_constant, tensor
 from graphopt.backends._tvm_elementwise import ELEMENTWISE
 from graphopt.backends._tvm_indices import number, sizes
@@ -263,5 +269,10 @@ OPERATORS: dict[tuple[str, str], Converter] = {
     ("ai.onnx.ml", "TreeEnsembleClassifier"): _tvm_trees.classifier,
     ("ai.onnx.ml", "Scaler"): _tvm_trees.scaler,
     ("ai.onnx.ml", "ArrayFeatureExtractor"): _tvm_trees.extract,
+    ("ai.onnx.ml", "SVMClassifier"): _tvm_vectors.svm_classifier,
+    ("ai.onnx.ml", "SVMRegressor"): _tvm_vectors.svm_regressor,
+    ("ai.onnx.ml", "LinearClassifier"): _tvm_vectors.linear_classifier,
+    ("ai.onnx.ml", "LinearRegressor"): _tvm_vectors.linear_regressor,
+    ("ai.onnx.ml", "Normalizer"): _tvm_vectors.normalizer,
 }
 """By domain and operator; these come before the importer's own."""
