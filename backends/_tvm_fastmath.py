@@ -22,6 +22,8 @@ _EXP = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2)
 _EXP_LOW = (1.6666665459e-1, 5.0000001201e-1)
 _TWICE_EXP = tuple(2 * coefficient for coefficient in (*_EXP, *_EXP_LOW))
 _LOG2_E, _LN2_HIGH, _LN2_LOW = 1.44269504, 0.693359375, -2.12194440e-4
+_WHOLE = 1.5 * 2**23
+"""Floats of this size have no digits behind the point, so that adding it rounds."""
 _EXP_RANGE = (-86.6, 89.0)
 """Below it is zero, at its end infinity."""
 _ERF_P = (-2.72614225801306e-10, 2.77068142495902e-08, -2.10102402082508e-06)
@@ -49,17 +51,21 @@ def exp(x: Any) -> Any:
 def _power(x: Any) -> Any:
     """exp within its range, beyond the end of which it gives infinity."""
 
-    def scaled(rest: Any, whole: Any) -> Any:
+    def scaled(rest: Any, moved: Any) -> Any:
         # twice the series times half the power: the highest power of two is no float
         series = _polynomial(rest, _TWICE_EXP) * rest * rest + (rest * _f(2.0) + _f(2.0))
-        bits = (whole.astype("int32") + tirx.const(126, "int32")) << tirx.const(23, "int32")
+        whole = tirx.reinterpret("int32", moved)  # in its last bits
+        bits = (whole + tirx.const(126, "int32")) << tirx.const(23, "int32")
         return series * tirx.reinterpret("float32", bits)
 
-    def reduced(whole: Any) -> Any:
+    def reduced(moved: Any, whole: Any) -> Any:
         rest = x - whole * _f(_LN2_HIGH) - whole * _f(_LN2_LOW)
-        return once(rest, lambda rest: scaled(rest, whole))
+        return once(rest, lambda rest: scaled(rest, moved))
 
-    return once(tirx.floor(x * _f(_LOG2_E) + _f(0.5)), reduced)
+    def rounded(moved: Any) -> Any:
+        return once(moved - _f(_WHOLE), lambda whole: reduced(moved, whole))
+
+    return once(x * _f(_LOG2_E) + _f(_WHOLE), rounded)
 
 
 def erf(x: Any) -> Any:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from graphopt.backends import _tvm_integers as integers
+from graphopt.backends import _tvm_winograd as winograd
 from graphopt.backends._tvm_call import constant
 from graphopt.backends._tvm_indices import (
     ceil,
@@ -37,7 +38,7 @@ from graphopt.backends._tvm_stages import (
     row_product,
     tile_attrs,
 )
-from graphopt.backends._tvm_tiles import Registers, Tile, depthwise, ranked
+from graphopt.backends._tvm_tiles import Registers, Tile, depthwise, ranked, squares
 
 te: Any = importlib.import_module("tvm.te")
 tirx: Any = importlib.import_module("tvm.tirx")
@@ -217,7 +218,12 @@ class Kernels:
         _, wide = window.output(shape[1], shape[2])
         inner, outer = kernel.shape[2:]
         key = f"conv2d {shape} {kernel.shape} {window} {groups} {dtype}"
-        tile = self.tile(key, number(wide), outer // groups, dtype)
+        tiles = ranked(number(wide), outer // groups, self.registers, dtype)
+        if groups == 1 and str(data.ty.dtype) == dtype == "float32":
+            tiles = self._with_squares(tiles, window, shape, inner, outer)
+        tile = self._chosen(key, tiles)
+        if tile.squares:
+            return _winograd(builder, data, kernel, window, tile, key)
         if groups > 1:  # blocks must not cross from one group to the next
             lanes = math.gcd(outer // groups, tile.lanes)
             vectors = math.gcd(outer // groups // lanes, tile.vectors)
@@ -249,6 +255,18 @@ class Kernels:
         return builder.call_te(
             compute, left.value, packed, primfunc_name_hint="conv2d", primfunc_attrs=FUSABLE
         )
+
+    def _with_squares(
+        self, tiles: list[Tile], window: Window, shape: list[Any], inner: int, outer: int
+    ) -> list[Tile]:
+        """The better of the direct way and Winograd's first, where there are both."""
+        fits = window.size == (3, 3) and window.strides == window.dilation == (1, 1)
+        high, wide = map(number, window.output(shape[1], shape[2]))
+        if not fits or high is None or wide is None:
+            return tiles
+        others, better = squares(high, wide, inner, outer, self.registers, tiles[0])
+        first, second = (others, tiles) if better else (tiles, others)
+        return [*first[:1], *second[:1], *first[1:], *second[1:]]
 
     def _depthwise(
         self, builder: Any, data: Any, kernel: Any, window: Window, shape: list[Any], dtype: str
@@ -289,6 +307,16 @@ class Kernels:
         return builder.call_te(
             compute, left.value, packed, primfunc_name_hint="depthwise", primfunc_attrs=FUSABLE
         )
+
+
+def _winograd(builder: Any, data: Any, kernel: Any, window: Window, tile: Tile, key: str) -> Any:
+    def compute(x: Any, w: Any) -> Any:
+        return winograd.convolve(x, w, window, kernel.shape[3], tile, key)
+
+    packed = relax.const(winograd.transformed(kernel, tile))
+    return builder.call_te(
+        compute, data, packed, primfunc_name_hint="conv2d", primfunc_attrs=FUSABLE
+    )
 
 
 def default(name: str) -> Any:

@@ -52,7 +52,7 @@ def multiply(schedule: Any, machine: Machine) -> tuple[Any, str]:
             before.append(block)
         else:  # something that only the tail reads
             schedule.compute_inline(block)
-    result = _last_alike(schedule, tail)
+    result = last_alike(schedule, tail)
     for block in tail[:-1]:
         if block is not result:
             schedule.compute_inline(block)
@@ -77,7 +77,7 @@ def multiply(schedule: Any, machine: Machine) -> tuple[Any, str]:
     return function, words["kernel"]
 
 
-def _last_alike(schedule: Any, tail: list[Any]) -> Any:
+def last_alike(schedule: Any, tail: list[Any]) -> Any:
     """The last stage that has as many elements as the product and depends on it.
 
     What follows spreads it over more, as a gate is over a feature map, and has loops of its own.

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from graphopt.backends import _tvm_loops as loops
+from graphopt.backends import _tvm_winograd
 from graphopt.backends._tvm_executable import last_line
 from graphopt.backends._tvm_extremes import infinite_starts
 from graphopt.backends._tvm_free import name_sizes, straighten
@@ -72,6 +73,8 @@ def _one(name: str, function: Any, machine: Machine, log: Log) -> Any:
 def _product(schedule: Any, machine: Machine) -> tuple[Any, str] | None:
     """The function and the kernel's name; None where there is no product."""
     names = [str(schedule.get(block).name_hint) for block in loops.children(schedule)]
+    if _tvm_winograd.SUMS in names:
+        return _tvm_winograd.schedule(schedule, machine)
     return multiply(schedule, machine) if PRODUCT in names else None
 
 

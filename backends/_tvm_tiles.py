@@ -20,6 +20,14 @@ _MOST_UNROLLED = 8
 _BAND = 8
 _IN_FLIGHT = 8
 """Sums that hide the latency of a multiplication: four cycles of two units."""
+_NEAR = 1 << 19
+"""Bytes of the nearer caches that transformed squares may take."""
+_MANY_REGISTERS = 32
+"""What a square of vectors and its transform need."""
+_FEW_SQUARES = 32
+"""Products with fewer rows take as long as reading the weights."""
+_FORTH, _BACK = 40, 24
+"""What it costs to transform a channel of a square, and an output of it, in multiplications."""
 _MANY = 1 << 19
 """Elements of a product that do not stay in the cache of a core."""
 
@@ -66,7 +74,12 @@ class Tile:
     rows_first: bool = False
     """Whether rows get all their columns before the next rows, not columns all their rows."""
     band: int = 0
-    """Rows of a depthwise convolution's input that are padded at a time; 0 to read it in place."""
+    """Rows of a depthwise convolution's input that are padded at a time; 0 to read it in place.
+
+    With squares: rows of them that are transformed at a time.
+    """
+    squares: bool = False
+    """Whether rows are squares of outputs, by Winograd's way, and not outputs."""
 
     @property
     def columns(self) -> int:
@@ -79,12 +92,13 @@ class Tile:
     @classmethod
     def parse(cls, text: str) -> Tile:
         """What `str` made text of; ValueError or TypeError for anything else."""
-        rows, vectors, lanes, unroll, first, band = map(int, text.split("x"))
-        return cls(rows, vectors, lanes, unroll, bool(first), band)
+        rows, vectors, lanes, unroll, first, band, squares = map(int, text.split("x"))
+        return cls(rows, vectors, lanes, unroll, bool(first), band, bool(squares))
 
     def near(self) -> Iterator[Tile]:
         """Those that differ in one thing; whether the registers hold them is not asked."""
-        yield replace(self, rows_first=not self.rows_first)
+        if not self.squares:
+            yield replace(self, rows_first=not self.rows_first)
         if self.band:
             for band in {2 * self.band, max(self.band // 2, 1)} - {self.band}:
                 yield replace(self, band=band)
@@ -161,6 +175,41 @@ def depthwise(
         tiles,
         key=lambda tile: (tile.vectors != preferred.vectors, abs(tile.rows - preferred.rows)),
     )
+
+
+def squares(
+    high: int, wide: int, inner: int, outer: int, registers: Registers, direct: Tile
+) -> tuple[list[Tile], bool]:
+    """Tiles for Winograd's way, and whether it should be faster than the direct one.
+
+    Args:
+        high: outputs above each other.
+        wide: outputs that are side by side.
+        inner: channels.
+        outer: columns.
+        registers: of the CPU.
+        direct: the tile of the other way.
+    """
+    lanes, across = registers.lanes("float32"), -(-wide // 2)
+    if outer % lanes or 2 * math.gcd(inner, lanes) < lanes or registers.count < _MANY_REGISTERS:
+        return [], False
+    many = 64 * inner * outer > 2 * _NEAR
+    band = max(1, _NEAR // (64 * inner * across)) if many else 1
+    tiles = [
+        Tile(rows, vectors, lanes, band=band, squares=True)
+        for vectors in range(1, 5)
+        for rows in range(1, min(across, registers.sums(vectors) // vectors, 16) + 1)
+        if outer % (vectors * lanes) == 0
+    ]
+
+    def cost(tile: Tile) -> float:
+        return _cost(across, outer, tile) + 0.008 * max(tile.rows * tile.vectors - 14, 0)
+
+    tiles.sort(key=lambda tile: (round(cost(tile), 9), tile.vectors))
+    if many and across * -(-high // 2) < _FEW_SQUARES:
+        return tiles, False  # memory is the limit, and there are 16 weights for 9
+    gain = 18 * _cost(wide, outer, direct) - 8 * cost(tiles[0])
+    return tiles, inner * outer * gain > _FORTH * inner + _BACK * outer
 
 
 def _depthwise(

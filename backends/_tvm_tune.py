@@ -179,9 +179,10 @@ def _candidate(tiles: list[Tile], known: dict[str, float]) -> Tile | None:
     for tile in tiles[1:_RANKED]:
         if str(tile) not in known:
             return tile
-    legal = {(tile.rows, tile.vectors) for tile in tiles}
+    legal = {(tile.rows, tile.vectors, tile.squares) for tile in tiles}
+    measured = {str(tiles[0]), *known}
     for tile in _best(tiles, known)[0].near():
-        if (tile.rows, tile.vectors) in legal and str(tile) not in {str(tiles[0]), *known}:
+        if (tile.rows, tile.vectors, tile.squares) in legal and str(tile) not in measured:
             return tile
     return None
 

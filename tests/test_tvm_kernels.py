@@ -14,7 +14,7 @@ import pytest
 from graphopt import backends, compilation, ir
 from graphopt.target import Target
 from tests._models import parse
-from tests.test_tvm import CPU, agree, needs_tvm, random, with_weights
+from tests.test_tvm import CPU, agree, expected, needs_tvm, random, with_weights
 
 
 def lowered(model: ir.Model, target: Target = CPU) -> tuple[Any, Any, Any]:
@@ -90,6 +90,52 @@ def test_copies_for_depthwise_are_made_in_bands() -> None:
     text += "{ y = Conv <group = 100, pads = [1, 1, 1, 1]> (x, w) }"
     kernels, _, _ = lowered(with_weights(text, w=random(100, 1, 3, 3)))
     assert "T.grid(T.int64(1), T.int64(10), T.int64(42), T.int64(7))" in kernels.script()
+
+
+@needs_tvm
+@pytest.mark.parametrize(
+    ("shape", "outer", "pads", "tail"),
+    [
+        ((1, 16, 12, 12), 32, [1, 1, 1, 1], "y = Relu (c)"),
+        ((2, 24, 13, 9), 48, [1, 1, 1, 1], "a = Add (c, r) y = Relu (a)"),
+        ((1, 32, 8, 11), 16, [0, 0, 0, 0], "y = Sigmoid (c)"),
+        ((1, 16, 5, 14), 64, [2, 0, 1, 3], "s = Mul (c, g) y = Add (s, r)"),
+        ((1, 512, 14, 14), 32, [1, 1, 1, 1], "y = Neg (c)"),
+        ((1, 16, 32, 6), 32, [1, 1, 1, 1], "m = GlobalAveragePool (c) y = Mul (c, m)"),
+    ],
+)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_squares_of_outputs(
+    tmp_path: Path, shape: tuple[int, ...], outer: int, pads: list[int], tail: str, threads: int
+) -> None:
+    """Winograd's way is as exact as sums in order, at any edge, with what is fused to it."""
+    n, inner, high, wide = shape
+    full = [n, outer, high + pads[0] + pads[2] - 2, wide + pads[1] + pads[3] - 2]
+    text = f"g (float{list(shape)} x, float{full} r, float[{outer},1,1] g, float[] w, float[] b) "
+    text += f"=> (float y) {{ c = Conv <pads = {pads}> (x, w, b) {tail} }}"
+    weights = random(outer, inner, 3, 3) / np.float32(inner**0.5)
+    model = with_weights(text, w=weights, b=random(outer))
+    feeds = {"x": random(*shape), "r": random(*full), "g": random(outer, 1, 1)}
+    kernels, _, _ = lowered(model)
+    assert 'sblock("winograd_update")' in kernels.script()
+    options = {"threads": threads}
+    compilation.compile(model, CPU, tmp_path, backend="tvm", options=options, level=0, verify="off")
+    notes = json.loads((tmp_path / "kernels.json").read_text())
+    assert all("(" not in rule for rule in notes["rules"].values()), notes["rules"]
+    (found,) = compilation.load(tmp_path, trust=True).run(feeds).values()
+    (wanted,) = expected(model, feeds)
+    assert isinstance(found, np.ndarray)
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+@needs_tvm
+def test_squares_of_any_batch(tmp_path: Path) -> None:
+    text = "g (float[N,16,9,10] x, float[] w) => (float y) "
+    text += "{ c = Conv <pads = [1, 1, 1, 1]> (x, w) y = Relu (c) }"
+    model = with_weights(text, w=random(32, 16, 3, 3))
+    kernels, _, _ = lowered(model)
+    assert 'sblock("winograd_update")' in kernels.script()
+    agree(model, {"x": random(3, 16, 9, 10)}, tmp_path / "a", "product")
 
 
 @needs_tvm

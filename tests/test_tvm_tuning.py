@@ -71,6 +71,7 @@ def test_tuning_that_was_killed_goes_on(tmp_path: Path) -> None:
     [
         ("y = MatMul (x, w)", (12, 64), (64, 48)),
         ("y = Conv <pads = [1, 1, 1, 1]> (x, w)", (1, 8, 9, 11), (40, 8, 3, 3)),
+        ("y = Conv <pads = [1, 1, 1, 1]> (x, w)", (1, 16, 9, 11), (32, 16, 3, 3)),
         ("y = Conv <pads = [1, 1, 1, 1], group = 32> (x, w)", (2, 32, 9, 11), (32, 1, 3, 3)),
     ],
 )
