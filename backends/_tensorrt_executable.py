@@ -116,7 +116,7 @@ class _Bound:
         self._stream = executable.stream
         self._held: dict[str, Memory | HostMemory] = {}
         for info in executable.inputs:
-            array = np.ascontiguousarray(feeds[info.name])
+            array = np.asarray(feeds[info.name], order="C")
             if not self._context.set_input_shape(info.name, array.shape):
                 reason = (log().take() or ["it is out of the ranges that it was built for"])[0]
                 raise InputError(f"input {info.name!r} of {list(array.shape)}: {reason}")

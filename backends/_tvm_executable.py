@@ -187,7 +187,7 @@ class TvmExecutable:
     def _tensor(self, array: Array, info: TensorInfo) -> Any:
         """A copy of an array."""
         if self._on_gpu or info.dtype not in _SHARED or not array.size:
-            return self._tvm.runtime.tensor(np.ascontiguousarray(array), self._device)
+            return self._tvm.runtime.tensor(np.asarray(array, order="C"), self._device)
         space = np.empty(array.nbytes + _ALIGNMENT, np.uint8)
         start = -int(space.__array_interface__["data"][0]) % _ALIGNMENT
         copy = space[start : start + array.nbytes].view(info.dtype).reshape(array.shape)

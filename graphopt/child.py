@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from graphopt import errors, places
-from graphopt.errors import GraphoptError, MemoryLimitError, TimeLimitError
+from graphopt.errors import GraphoptError, InputError, MemoryLimitError, TimeLimitError
 
 SECONDS = 3600.0
 """How long a child may take unless told otherwise: no compiler is waited for without end."""
@@ -64,6 +64,7 @@ def call(
     Raises:
         TimeLimitError: the time was over.
         MemoryLimitError: it ran out of memory, or was killed.
+        InputError: there is no place for its log.
         GraphoptError: what the function raised, as the same class; or it crashed or raised
             something else, and then the line names the log.
     """
@@ -193,7 +194,8 @@ def _new_log(what: str) -> Path:
         for path in old[: -_LOGS + 1]:
             path.unlink(missing_ok=True)
     except OSError as error:
-        raise GraphoptError(f"{folder}: {error.strerror}; logs are kept there") from None
+        where = "logs are kept there, below XDG_STATE_HOME"
+        raise InputError(f"{folder}: {error.strerror}; {where}") from None
     name = "".join(c if c.isalnum() else "-" for c in what)[:40]
     return (
         folder

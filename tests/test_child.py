@@ -119,5 +119,5 @@ def test_old_logs_go(state: Path) -> None:
 def test_a_state_folder_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
-    with pytest.raises(GraphoptError, match="logs are kept there"):
+    with pytest.raises(InputError, match="logs are kept there"):
         child.call("tests._child:double", {"number": 1}, what="it")

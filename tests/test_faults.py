@@ -66,18 +66,23 @@ def test_a_runtime_that_tells_of_models(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_interrupted(tmp_path: Path) -> None:
+@pytest.mark.parametrize("group", [False, True])
+def test_interrupted(tmp_path: Path, group: bool) -> None:
     process = subprocess.Popen(
         [*COMPILE, MODEL, "-o", "out", "--tune", "5"],
         cwd=tmp_path,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
     for _ in range(600):
         if any(tmp_path.iterdir()):
             break
         time.sleep(0.05)
-    process.send_signal(SIGINT)
+    if group:
+        os.killpg(process.pid, SIGINT)
+    else:
+        process.send_signal(SIGINT)
     _, errors = process.communicate(timeout=60)
     assert (process.returncode, errors) == (130, "graphopt: interrupted\n")
     assert not list(tmp_path.iterdir())

@@ -82,17 +82,20 @@ class Group(click.Group):
 def _terminable() -> Generator[None]:
     """Within, what ends the process does so as an exception: children and folders go with it.
 
-    That is SIGTERM, and SIGHUP of a terminal that is closed, unless `nohup` had it ignored.
+    That is SIGINT, SIGTERM, and SIGHUP of a terminal that is closed, unless `nohup` had it ignored.
     """
 
     def end(number: int, _frame: object) -> None:
         signal.signal(number, signal.SIG_IGN)  # groups of processes are told twice
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
         fail("terminated", 128 + number)
 
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in signals}
     for number, handler in before.items():
         if handler is not signal.SIG_IGN:
             signal.signal(number, end)

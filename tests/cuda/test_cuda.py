@@ -69,8 +69,9 @@ def image() -> onnx.ModelProto:
 
 
 def sentence() -> onnx.ModelProto:
-    """Free sizes: rows that are looked up, attention, a norm, functions, an extreme's place."""
-    text = """g (int64[batch,seq] ids, float[] table, float[] q, float[] k, float[] scale)
+    """Free sizes: rows that are looked up, attention, a norm, functions, a scalar, a place."""
+    text = """g (int64[batch,seq] ids, float one,
+           float[] table, float[] q, float[] k, float[] scale)
         => (float[batch,seq,24] y, int64[batch,seq] best, float[batch,24] mean) {
         x = Gather(table, ids)
         a = MatMul(x, q)
@@ -82,7 +83,8 @@ def sentence() -> onnx.ModelProto:
         n = LayerNormalization(c, scale)
         e = Erf(n)
         t = Tanh(e)
-        y = Add(t, x)
+        u = Mul(t, one)
+        y = Add(u, x)
         best = ArgMax<axis=-1, keepdims=0>(y)
         mean = ReduceMean<keepdims=0>(y, ax)
     }"""
