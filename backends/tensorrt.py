@@ -21,6 +21,12 @@ if TYPE_CHECKING:
     from graphopt.pass_manager import Pass
 
 ENGINE = "model.engine"
+_LACKING = (
+    *("AffineGrid", "BlackmanWindow", "CausalConvWithState", "CenterCropPad", "HammingWindow"),
+    *("HannWindow", "LinearAttention", "NegativeLogLikelihoodLoss", "SoftmaxCrossEntropyLoss"),
+    "SwiGLU",
+)
+"""Operators that its parser has not, and the standard defines by others."""
 
 
 class Tensorrt:
@@ -81,11 +87,12 @@ class Tensorrt:
         return _tensorrt_build.unsupported(model)
 
     def legalize(self, target: Target) -> tuple[Pass, ...]:
-        """Opset, and quantization that it does not know as arithmetic."""
+        """Opset, operators by simpler ones, and quantization that it lacks as arithmetic."""
         from graphopt.pass_manager import parse_pipeline
 
-        pipeline = "convert-opset{version=13,at_least=true},inline-functions,convert-quantize"
-        return tuple(parse_pipeline(pipeline))
+        expand = f"expand-operators{{operators={_LACKING}}},fold-constants,fold-shapes"
+        pipeline = f"convert-opset{{version=13,at_least=true}},inline-functions,{expand}"
+        return tuple(parse_pipeline(f"{pipeline},convert-quantize"))
 
     def compile(self, model: ir.Model, target: Target, options: Options, folder: Path) -> None:
         """Build an engine."""

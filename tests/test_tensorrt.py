@@ -237,6 +237,16 @@ def test_an_operator_that_it_lacks_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("installed")
+def test_operators_that_the_standard_defines_by_others(tmp_path: Path) -> None:
+    loss = helper.make_node("SoftmaxCrossEntropyLoss", ["x", "labels"], ["y"])
+    crop = helper.make_node("CenterCropPad", ["x", "size"], ["y"], axes=[1])
+    made = {"a": mlp(loss, labels=np.arange(4)), "b": mlp(crop, size=np.array([48]))}
+    for name, model in made.items():
+        model.opset_import[0].version = 22
+        assert artifact.read(build(model, tmp_path / name)).parts == ()
+
+
+@pytest.mark.usefixtures("installed")
 def test_attention_without_a_kernel_of_its_own(tmp_path: Path) -> None:
     """In float32 there is none."""
     text = """
