@@ -182,6 +182,10 @@ class Backend(Protocol):
         """
         ...
 
+    def remarks(self, folder: Path) -> list[str]:
+        """What of an artifact is slower than it should be, a line each."""
+        ...
+
     def load(self, folder: Path, manifest: Manifest) -> Part:
         """Load what `compile` wrote; the files are those that the manifest vouches for.
 

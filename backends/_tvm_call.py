@@ -59,7 +59,7 @@ class Call:
         ]
         if all(map(same, own, cast)):
             return value
-        return self.builder.match_cast(value, _relax.TensorType(cast, value.ty.dtype))
+        return match(self.builder, value, cast)
 
     def attribute(self, name: str, default: Any) -> Any:
         """An attribute's plain value, or the default."""
@@ -69,6 +69,16 @@ class Call:
 def tensor(array: Any) -> Any:
     """An array as a constant of its own type; `relax.const` makes 32 bits of 64."""
     return _relax.const(array, str(array.dtype))
+
+
+def match(builder: Any, value: Any, shape: Sequence[Any]) -> Any:
+    """A tensor with other sizes, which the run checks.
+
+    It gets a name before that: TVM's change of layouts forgets what it knows of an operator's
+    result where the result is cast at once, and then gives the whole model up.
+    """
+    named = value if isinstance(value, _relax.Var) else builder.emit(value)
+    return builder.match_cast(named, _relax.TensorType(list(shape), value.ty.dtype))
 
 
 def is_constant(value: Any) -> bool:

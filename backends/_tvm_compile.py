@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 tvm: Any = importlib.import_module("tvm")
 relax: Any = importlib.import_module("tvm.relax")
 
+_AGAIN = "LegalizeOps"
+"""TVM's pass that would make kernels of the Reshapes that are views already."""
 _VIEWS = "RewriteDataflowReshape"
 """TVM's pass that makes views of Reshapes."""
 
@@ -127,7 +129,7 @@ def generate(lowered: Any, aim: Any) -> Any:
     TVM fails to prove what divides its free sizes.
     """
     _tvm_statements.register()
-    disabled = ["StaticPlanBlockMemory"] if _branches(lowered) else []
+    disabled = [_AGAIN, *(["StaticPlanBlockMemory"] if _branches(lowered) else [])]
 
     def build() -> Any:
         with tvm.transform.PassContext(disabled_pass=disabled):

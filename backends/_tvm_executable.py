@@ -33,6 +33,8 @@ NOTES = "kernels.json"
 ERRORS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError)
 """What TVM raises: Python's own classes, chosen by the text of the C++ error."""
 _REASON_LENGTH = 300
+_SHOWN = 4
+"""Kernels that a remark names."""
 _WARMUP = 3
 _ALIGNMENT = 64
 """Bytes: where TVM's kernels expect tensors to begin."""
@@ -72,6 +74,22 @@ def load(folder: Path, manifest: Manifest, options: Options) -> TvmExecutable:
             raise GraphoptError(f"{folder / OBJECTS}: {last_line(error)}") from None
         shutil.copyfile(folder / NOTES, library.with_name(NOTES))
         return TvmExecutable(library, manifest, options)  # stays mapped without its file
+
+
+def remarks(folder: Path) -> list[str]:
+    """Kernels of an artifact, and of its parts, that run as plain loops, and why."""
+    lines: list[str] = []
+    for path in sorted(folder.rglob(NOTES)):
+        notes = json.loads(path.read_bytes())
+        plain = {**notes.get("untiled", {}), **notes.get("unscheduled", {})}
+        some = [f"{kernel} ({reason})" for kernel, reason in plain.items()][:_SHOWN]
+        if plain:
+            more = "" if len(some) == len(plain) else f" and {len(plain) - len(some)} more"
+            lines.append(
+                "tvm runs kernels as plain loops, which may be many times slower: "
+                f"{', '.join(some)}{more}; see {path.relative_to(folder)}"
+            )
+    return lines
 
 
 class TvmExecutable:

@@ -16,7 +16,7 @@ from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
 from graphopt import files, ir
-from graphopt.backends._tvm_call import Call, is_constant
+from graphopt.backends._tvm_call import Call, is_constant, match
 from graphopt.backends._tvm_executable import last_line
 from graphopt.backends._tvm_indices import number
 from graphopt.backends._tvm_operators import OPERATORS
@@ -317,7 +317,7 @@ class _Importer:
         shape = self._sizes.cast(output)
         if shape is None:
             return value
-        return self._bb.match_cast(value, relax.TensorType(shape, kind.dtype))
+        return match(self._bb, value, shape)
 
     def _convert_if(self, node: ir.Node, proto: Any) -> None:
         condition = self._as_tensor(self._nodes[proto.input[0]])

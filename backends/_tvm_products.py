@@ -52,24 +52,23 @@ def multiply(schedule: Any, machine: Machine) -> tuple[Any, str]:
             before.append(block)
         else:  # something that only the tail reads
             schedule.compute_inline(block)
-    result = last_alike(schedule, tail)
-    for block in tail[:-1]:
-        if block is not result:
+    outputs = [block for block in tail if _is_output(schedule, block)]
+    result = last_alike(schedule, tail) if len(outputs) == 1 else _first(schedule, tail, outputs)
+    for block in tail:
+        if block is not result and block not in outputs:
             schedule.compute_inline(block)
+    rest = [block for block in outputs if block is not result]
     annotations = schedule.get(product).annotations
     words = {name: str(annotations[name]) for name in ("kernel", "dot")}
     notes = {str(key): int(value) for key, value in annotations.items() if key not in words}
     for name in words:
         schedule.unannotate(product, name)
-    more = result is not tail[-1]
-    last = tail[-1]
     if notes["flat"]:
-        schedule, (result, product, last, *before) = _flatten(
-            schedule, [result, product, last, *before]
-        )
+        schedule, (result, product, *others) = _flatten(schedule, [result, product, *before, *rest])
+        before, rest = others[: len(before)], others[len(before) :]
     _Product(schedule, machine, product, result, before, notes, words["dot"]).run()
-    if more:
-        elementwise(schedule, last, machine)
+    for block in rest:
+        elementwise(schedule, block, machine)
     function = schedule.mod["main"]
     by_columns = not notes["rows_first"] and not {"depthwise", "stacked"} & set(notes)
     if by_columns and not words["dot"]:
@@ -94,6 +93,23 @@ def last_alike(schedule: Any, tail: list[Any]) -> Any:
             if names[name] not in alike and same(size(consumer), size(tail[0])):
                 alike.append(names[name])
     return max(alike, key=tail.index)
+
+
+def _is_output(schedule: Any, block: Any) -> bool:
+    written = schedule.get(block).writes[0].source
+    return any(written.same_as(parameter) for parameter in schedule.mod["main"].params)
+
+
+def _first(schedule: Any, tail: list[Any], outputs: list[Any]) -> Any:
+    """Of several outputs the first, if the others depend on it alone, else what all depend on."""
+    end = tail.index(outputs[0])
+    names = [str(schedule.get(block).name_hint) for block in tail]
+    reach = [
+        names.index(str(schedule.get(consumer).name_hint))
+        for block in tail[:end]
+        for consumer in schedule.get_consumers(block)
+    ]
+    return tail[0] if any(index > end for index in reach) else outputs[0]
 
 
 def _flatten(schedule: Any, blocks: list[Any]) -> tuple[Any, list[Any]]:

@@ -18,6 +18,8 @@ from graphopt.backends._tvm_rows import row_by_row
 tvm: Any = importlib.import_module("tvm")
 _s_tir: Any = importlib.import_module("tvm.s_tir")
 _tirx: Any = importlib.import_module("tvm.tirx")
+_ir: Any = importlib.import_module("tvm.ir")
+_ffi: Any = importlib.import_module("tvm_ffi")
 
 DONE = "tirx.is_scheduled"
 """The attribute of kernels that are left as they are."""
@@ -33,6 +35,8 @@ class Log:
     """For products, which one it is: what tuning knows it by."""
     unscheduled: dict[str, str] = field(default_factory=dict[str, str])
     """Why, by kernel: these run as plain loops, correctly and slowly."""
+    untiled: dict[str, str] = field(default_factory=dict[str, str])
+    """Products without tiles, by kernel: why, and 10 to 200 times slower."""
 
 
 def schedule_all(module: Any, machine: Machine) -> tuple[Any, Log]:
@@ -63,11 +67,28 @@ def _one(name: str, function: Any, machine: Machine, log: Log) -> Any:
         log.rules[name] = rule.__name__[1:] + (f" ({'; '.join(reasons)})" if reasons else "")
         if kernel:
             log.kernels[name] = kernel
+        elif _multiplies(function):
+            log.untiled[name] = "; ".join(reasons) or "it has no form that tiles are known for"
         if function.attrs:
             scheduled = scheduled.with_attrs(function.attrs)
         return scheduled.with_attr(DONE, True)
     log.unscheduled[name] = "; ".join(reasons)
     return infinite_starts(function)
+
+
+def _multiplies(function: Any) -> bool:
+    """Whether a kernel adds up products of two tensors."""
+    found: list[Any] = []
+
+    def visit(total: Any) -> None:
+        term = total.b
+        if isinstance(term, _tirx.Mul) and isinstance(total.a, _ir.TensorLoad):
+            parts = [term.a, term.b]
+            if all(isinstance(part, _ir.TensorLoad) for part in parts):
+                found.append(not term.a.source.same_as(term.b.source))
+
+    _ffi.structural_walk(function, (_tirx.Add, visit))
+    return any(found)
 
 
 def _product(schedule: Any, machine: Machine) -> tuple[Any, str] | None:

@@ -164,6 +164,10 @@ class OnnxRuntime:
             for written in folder.glob("model.onnx*"):
                 written.unlink()
 
+    def remarks(self, folder: Path) -> list[str]:
+        """None: its library chooses its kernels by itself."""
+        return []
+
     def load(self, folder: Path, manifest: Manifest) -> OnnxRuntimeExecutable:
         """A session on the folder's model, ready to run."""
         reason = self.can_run(manifest.target)

@@ -102,6 +102,10 @@ class Tensorrt:
         engine = _tensorrt_build.build(model, target, options)
         (folder / ENGINE).write_bytes(engine)
 
+    def remarks(self, folder: Path) -> list[str]:
+        """None: its library chooses its kernels by itself."""
+        return []
+
     def load(self, folder: Path, manifest: Manifest) -> TensorrtExecutable:
         """The engine on the first GPU."""
         reason = self.can_run(manifest.target)

@@ -107,6 +107,12 @@ class Tvm:
 
         _tvm_compile.compile_model(model, target, options, folder)
 
+    def remarks(self, folder: Path) -> list[str]:
+        """Kernels without a schedule, and products without tiles."""
+        from graphopt.backends import _tvm_executable
+
+        return _tvm_executable.remarks(folder)
+
     def load(self, folder: Path, manifest: Manifest) -> TvmExecutable:
         """The library in TVM's virtual machine; needs neither onnx nor a compiler."""
         from graphopt.backends import _tvm_executable

@@ -165,7 +165,7 @@ def compile(
             if built.key:
                 kept.store(built.key, staging)
     if report is not None:
-        report.notes += [*pieces.notes(chosen, built.parts, built.refused), *notes]
+        report.notes += [*pieces.notes(chosen, built.parts, built.refused, folder), *notes]
     return folder
 
 

@@ -299,14 +299,16 @@ def compile_here(
 
 
 def notes(
-    backend: Backend, steps: Sequence[artifact.Part | artifact.Flow], refused: Mapping[str, str]
+    backend: Backend,
+    steps: Sequence[artifact.Part | artifact.Flow],
+    refused: Mapping[str, str],
+    folder: Path,
 ) -> list[str]:
-    """What runs where, of a model that was cut: a line each."""
+    """What runs where, of a model that was cut, and what the backend says of it: a line each."""
     left = [f"{FALLBACK} runs {label}: {why}" for label, why in refused.items()]
     flows = (flow.node for flow in artifact.flows(steps))
-    return left + [
-        f"{backend.name} runs what is in {flow}, which the host steers" for flow in flows
-    ]
+    steered = [f"{backend.name} runs what is in {flow}, which the host steers" for flow in flows]
+    return left + steered + backend.remarks(folder)
 
 
 def info(value: ir.Value) -> TensorInfo:

@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from graphopt import compilation
+from graphopt.report import Report
+from tests._models import parse
 from tests.test_tvm import CPU, expected, needs_tvm, random, with_weights
 from tests.test_tvm_kernels import lowered
 
@@ -47,3 +49,38 @@ def test_computed_sizes(tmp_path: Path) -> None:
         found = executable.run(feeds)["y"]
         assert isinstance(found, np.ndarray)
         np.testing.assert_allclose(found, expected(model, feeds)[0], rtol=1e-3, atol=1e-3)
+
+
+_MERGED = """
+    g (float[batch,3,high,wide] x, float[] a, float[] p, float[4] scales, float[] none)
+        => (float y) {
+        one = Conv <strides = [2, 2], pads = [1, 1, 1, 1]> (x, a) r = Relu (one)
+        two = Conv <strides = [2, 2], pads = [1, 1, 1, 1]> (r, p)
+        up = Resize <mode = "nearest"> (two, none, scales) sum = Add (up, one)
+        three = Conv <pads = [1, 1, 1, 1]> (sum, p) s = Constant <value_ints = [0, 8, -1]> ()
+        y = Reshape (three, s)
+    }"""
+
+
+@needs_tvm
+def test_sizes_that_only_the_run_makes_equal() -> None:
+    """Channels stay last all the same, and a Reshape makes no copy."""
+    weights = {"a": random(8, 3, 3, 3), "p": random(8, 8, 3, 3), "none": np.zeros(0, np.float32)}
+    scales = np.array([1, 1, 2, 2], np.float32)
+    kernels, _, log = lowered(with_weights(_MERGED, scales=scales, **weights))
+    assert sum(rule == "product" for rule in log.rules.values()) == 3, log
+    calls = kernels["main"].script()
+    assert len(re.findall(r"cls\.\w*transpose", calls)) <= 2
+    assert "R.reshape(" in calls and "cls.reshape" not in calls
+
+
+@needs_tvm
+def test_products_without_tiles_are_told(tmp_path: Path) -> None:
+    text = "g (float[2,1,7,5] x, float[3,5,6] w) => (float y) { y = MatMul (x, w) }"
+    report = Report()
+    compilation.compile(parse(text), CPU, tmp_path / "a", backend="tvm", level=0, report=report)
+    (note,) = [note for note in report.notes if "plain loops" in note]
+    assert note == (
+        "tvm runs kernels as plain loops, which may be many times slower: "
+        "matmul (it has no form that tiles are known for); see kernels.json"
+    )
