@@ -18,6 +18,7 @@ from graphopt.backends._tvm_fastmath import FAST
 from graphopt.backends._tvm_indices import number
 from graphopt.backends._tvm_integers import KEPT, keep
 from graphopt.backends._tvm_kernels import Kernels, default
+from graphopt.backends._tvm_resize import RESIZE
 
 relax: Any = importlib.import_module("tvm.relax")
 te: Any = importlib.import_module("tvm.te")
@@ -31,7 +32,7 @@ Legalization = Callable[[Any, Any], Any]
 def table(kernels: Kernels) -> dict[str, Legalization]:
     """The legalizations that differ from TVM's, by operator."""
     numbers = {name: _with_number(name, combine) for name, combine in _COMBINE.items()}
-    return _with_sums({**_folds(), **numbers, **FAST, **EXTREMES, **kernels.table()})
+    return _with_sums({**_folds(), **numbers, **FAST, **EXTREMES, **RESIZE, **kernels.table()})
 
 
 def gpu_table() -> dict[str, Legalization]:

@@ -139,6 +139,25 @@ def test_squares_of_any_batch(tmp_path: Path) -> None:
 
 
 @needs_tvm
+@pytest.mark.parametrize("way", ["half_pixel", "pytorch_half_pixel", "align_corners", "asymmetric"])
+@pytest.mark.parametrize("body", ["r = Neg (x)", "r = Conv (x, w)"])
+def test_linear_interpolation(tmp_path: Path, way: str, body: str) -> None:
+    """From tables, in both layouts, up and down, by any factor."""
+    sizes = {"a": (14, 18), "b": (3, 5), "c": (7, 20), "d": (1, 1)}
+    outputs = ", ".join(f"float y{name}" for name in sizes)
+    constants = ", ".join(
+        f"int64[4] {name} = {{2, 16, {h}, {w}}}" for name, (h, w) in sizes.items()
+    )
+    how = f'mode = "linear", coordinate_transformation_mode = "{way}"'
+    nodes = " ".join(f"y{name} = Resize <{how}> (r, , , {name})" for name in sizes)
+    text = f"g (float[2,16,7,9] x, float[] w) => ({outputs}) <{constants}> {{ {body} {nodes} "
+    model = with_weights(text + "}", w=random(16, 16, 1, 1))
+    kernels, _, _ = lowered(model)
+    assert 'sblock("down")' in kernels.script()
+    agree(model, {"x": random(2, 16, 7, 9)}, tmp_path / "a", tolerance=1e-5)
+
+
+@needs_tvm
 def test_sums_are_not_on_the_heap() -> None:
     """Those of a tile may take more than TVM leaves on the stack by itself."""
     text = "g (float[64,96] x, float[] w) => (float y) { y = MatMul (x, w) }"
