@@ -8,6 +8,7 @@
 #include <elf.h>
 #include <fstream>
 #include <iterator>
+#include <map>
 #include <regex>
 #include <set>
 #include <string>
@@ -77,6 +78,49 @@ void block(dim3 threads) {
         emulated_switch(&home, fibers[current].sp);
       }
 }
+
+// ---- memory of the GPU, which the host does not see but through calls and kernels
+constexpr u64 BASE = 0x200000000000, ROOM = 1ull << 33, PARTS = 4;
+void *room() { // each of the libraries takes a part of its own
+  for (u64 i = 0; i < PARTS; ++i) {
+    void *at = mmap((void *)(BASE + i * ROOM), ROOM, PROT_NONE,
+                    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED_NOREPLACE, -1, 0);
+    if (at != MAP_FAILED) return at;
+  }
+  abort();
+}
+std::map<u64, size_t> taken;
+std::multimap<size_t, u64> given_back;
+u64 next;
+u64 take(size_t size) {
+  if (!next) next = (u64)room();
+  size = (size + 256) / 256 * 256;
+  auto found = given_back.find(size);
+  u64 at = next;
+  if (found == given_back.end()) next += size;
+  else { at = found->second; given_back.erase(found); }
+  taken[at] = size;
+  return at;
+}
+int give_back(u64 at) {
+  auto found = taken.find(at);
+  if (found == taken.end()) return at ? 1 : 0;
+  given_back.emplace(found->second, at);
+  taken.erase(found);
+  return 0;
+}
+struct Access {
+  static void set(int rights) {
+    for (u64 i = 0; i < PARTS; ++i) mprotect((void *)(BASE + i * ROOM), ROOM, rights);
+  }
+  Access() { set(PROT_READ | PROT_WRITE); }
+  ~Access() { set(PROT_NONE); }
+};
+int copy(void *to, const void *from, size_t size) {
+  Access access;
+  memmove(to, from, size);
+  return 0;
+}
 } // namespace
 
 extern "C" {
@@ -102,10 +146,10 @@ int cuDeviceGetAttribute(int *v, int a, int) { return attribute(v, a); }
 int cuDevicePrimaryCtxRetain(void **c, int) { *c = (void *)1; return 0; }
 int cuCtxSetCurrent(void *) { return 0; }
 int cuMemGetInfo_v2(size_t *f, size_t *t) { *f = *t = 1ull << 34; return 0; }
-int cuMemAlloc_v2(u64 *p, size_t n) { *p = (u64)aligned_alloc(256, (n + 255) / 256 * 256); return 0; }
-int cuMemFree_v2(u64 p) { free((void *)p); return 0; }
-int cuMemcpyHtoD_v2(u64 d, const void *s, size_t n) { memcpy((void *)d, s, n); return 0; }
-int cuMemcpyDtoH_v2(void *d, u64 s, size_t n) { memcpy(d, (void *)s, n); return 0; }
+int cuMemAlloc_v2(u64 *p, size_t n) { *p = take(n); return 0; }
+int cuMemFree_v2(u64 p) { return give_back(p); }
+int cuMemcpyHtoD_v2(u64 d, const void *s, size_t n) { return copy((void *)d, s, n); }
+int cuMemcpyDtoH_v2(void *d, u64 s, size_t n) { return copy(d, (void *)s, n); }
 int cuStreamCreate(void **s, unsigned) { *s = (void *)1; return 0; }
 int cuStreamDestroy_v2(void *) { return 0; }
 int cuStreamSynchronize(void *) { return 0; }
@@ -146,6 +190,7 @@ int cuLaunchKernelEx(const Launch *l, void *f, void **arguments, void **) {
   if (l->bx * l->by * l->bz > 1024 || !l->gx || !l->gy || !l->gz || l->gy > 65535 || l->gz > 65535)
     return 1;
   if (l->shared > 101376) return 1;
+  Access access;
   entry = (void (*)(void **))f;
   values = arguments;
   emulated_place.threads = {l->bx, l->by, l->bz};
@@ -167,10 +212,10 @@ int cudaEventDestroy(void *e) { return cuEventDestroy_v2(e); }
 int cudaEventElapsedTime(float *ms, void *a, void *b) { return cuEventElapsedTime(ms, a, b); }
 int cudaEventRecord(void *e, void *s) { return cuEventRecord(e, s); }
 int cudaEventSynchronize(void *) { return 0; }
-int cudaMalloc(void **p, size_t n) { return cuMemAlloc_v2((u64 *)p, n ? n : 1); }
-int cudaFree(void *p) { free(p); return 0; }
-int cudaMallocHost(void **p, size_t n) { return cudaMalloc(p, n); }
-int cudaFreeHost(void *p) { return cudaFree(p); }
+int cudaMalloc(void **p, size_t n) { return cuMemAlloc_v2((u64 *)p, n); }
+int cudaFree(void *p) { return give_back((u64)p); }
+int cudaMallocHost(void **p, size_t n) { *p = malloc(n); return 0; }
+int cudaFreeHost(void *p) { free(p); return 0; }
 int cudaGetDevice(int *d) { *d = 0; return 0; }
 int cudaSetDevice(int) { return 0; }
 int cudaGetDeviceCount(int *n) { *n = 1; return 0; }
@@ -184,8 +229,8 @@ int cudaGraphExecDestroy(void *) { return 801; }
 int cudaGraphInstantiate(void *) { return 801; }
 int cudaGraphLaunch(void *) { return 801; }
 int cudaMemGetInfo(size_t *f, size_t *t) { return cuMemGetInfo_v2(f, t); }
-int cudaMemcpyAsync(void *d, const void *s, size_t n, int, void *) { memmove(d, s, n); return 0; }
-int cudaMemcpyPeerAsync(void *d, int, const void *s, int, size_t n, void *) { memmove(d, s, n); return 0; }
+int cudaMemcpyAsync(void *d, const void *s, size_t n, int, void *) { return copy(d, s, n); }
+int cudaMemcpyPeerAsync(void *d, int, const void *s, int, size_t n, void *) { return copy(d, s, n); }
 int cudaStreamBeginCapture(void *, int) { return 801; }
 int cudaStreamEndCapture(void *, void *) { return 801; }
 int cudaStreamCreate(void **s) { return cuStreamCreate(s, 0); }

@@ -2,9 +2,11 @@
 
     python tests/cuda/emulator.py FOLDER     builds them there, and prints the environment to set
 
-TVM's own runtime for CUDA then runs on them as it is. Threads of a block take turns from barrier to
-barrier, so that wrong indices, bounds and barriers show in the results; what runs at the same time
-on a GPU, and how fast, does not. Needs g++ on x86-64.
+TVM's own runtime for CUDA then runs on them as it is. The GPU's memory is closed to the rest of the
+process, which crashes where it reads it. Threads of a block take turns from barrier to barrier, so
+that wrong indices, bounds and barriers show in the results; what runs at the same time on a GPU,
+and how fast, does not, and code that counts on the lockstep of a warp (TVM's running sums) gives
+other results here. Needs g++ on x86-64.
 """
 
 from __future__ import annotations
