@@ -90,7 +90,9 @@ class Tensorrt:
         """Opset, operators by simpler ones, and quantization that it lacks as arithmetic."""
         from graphopt.pass_manager import parse_pipeline
 
-        expand = f"expand-operators{{operators={_LACKING}}},fold-constants,fold-shapes"
+        expand = (
+            f"expand-operators{{operators={_LACKING}}},expand-fourier,fold-constants,fold-shapes"
+        )
         pipeline = f"convert-opset{{version=13,at_least=true}},inline-functions,{expand}"
         return tuple(parse_pipeline(f"{pipeline},convert-quantize"))
 

@@ -92,10 +92,10 @@ class Tvm:
         """The passes that rid a model of what the importer cannot take."""
         from graphopt.pass_manager import parse_pipeline
 
-        expand = f"expand-operators{{operators={_LACKING}}}"
+        expand = f"expand-operators{{operators={_LACKING}}},expand-cdist,expand-fourier"
         return tuple(
             parse_pipeline(
-                f"convert-opset{{version=13,at_least=true}},inline-functions,{expand},expand-cdist,"
+                f"convert-opset{{version=13,at_least=true}},inline-functions,{expand},"
                 "fold-constants,fold-shapes,eliminate-identity,eliminate-dead"
             )
         )
