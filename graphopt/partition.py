@@ -20,6 +20,7 @@ _HEAVY = frozenset(
     (
         *("Attention", "Conv", "ConvTranspose", "ConvInteger", "Einsum", "Gemm", "GRU", "LSTM"),
         *("MatMul", "MatMulInteger", "QLinearConv", "QLinearMatMul", "RNN"),
+        *("SVMClassifier", "SVMRegressor"),
         *("TreeEnsemble", "TreeEnsembleClassifier", "TreeEnsembleRegressor"),
     )
 )

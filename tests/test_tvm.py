@@ -388,3 +388,44 @@ def test_on_a_gpu(tmp_path: Path) -> None:
     found = compilation.load(tmp_path / "a", trust=True).run({"x": x})["y"]
     assert isinstance(found, np.ndarray)
     np.testing.assert_allclose(found, expected(model, {"x": x})[0], rtol=1e-3, atol=1e-3)
+
+
+@needs_tvm
+def test_a_loop_that_looks_up_what_it_wrote_before(tmp_path: Path) -> None:
+    """A cache that grows, a token that is chosen by what is in it, and a branch on the way."""
+    text = """g (int64[1] first, float[p, 8] past, int64 trips, float[8, 8] table, float[8, 8] w)
+    => (int64[t, 1] tokens, float[q, 8] end) {
+        last, end, tokens = Loop (trips, "", first, past) <body = step
+        (int64 i, bool c, int64[1] token, float[n, 8] cache)
+        => (bool on, int64[1] next, float[m, 8] grown, int64[1] told) {
+            on = Identity (c)
+            x = Gather (table, token)
+            h = MatMul (x, w)
+            grown = Concat <axis = 0> (cache, h)
+            turned = Transpose <perm = [1, 0]> (grown)
+            scores = MatMul (h, turned)
+            soft = Softmax <axis = -1> (scores)
+            read = MatMul (soft, grown)
+            next = ArgMax <axis = 1, keepdims = 0> (read)
+            told = Identity (next)
+        }>
+    }"""
+    model = with_weights(text, table=random(8, 8), w=random(8, 8))
+    folder = compilation.compile(model, CPU, tmp_path / "a", backend="tvm", options={"threads": 1})
+    found = artifact.read(folder)
+    assert not found.fallback
+    assert [flow.kind for flow in artifact.flows(found.parts)] == ["Loop"]
+    assert [step.backend for step in artifact.compiled(found.parts)] == ["tvm"]
+    executable = compilation.load(folder)
+    for trips, past in ((5, 2), (0, 3), (3, 1)):
+        feeds = {
+            "first": np.array([3]),
+            "past": random(past, 8),
+            "trips": np.array(trips),
+        }
+        results = executable.run(feeds)
+        for value, wanted in zip(results.values(), expected(model, feeds), strict=True):
+            np.testing.assert_allclose(np.asarray(value), wanted, rtol=1e-4, atol=1e-5)
+    with pytest.raises(GraphoptError, match="has an index that is not below 8"):
+        executable.run({"first": np.array([9]), "past": random(2, 8), "trips": np.array(1)})
+    assert {row.calls for row in executable.profile(feeds, 2)} == {3.0}
