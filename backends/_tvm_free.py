@@ -79,13 +79,13 @@ def straighten(function: Any) -> Any:
 
 def _straight(buffer: Any, indices: Sequence[Any]) -> list[Any] | None:
     """Indices of the same element without divisions; None where these are no row taken apart."""
-    *outer, last = indices or [None]  # a number has no indices
+    outer = list(indices[:-1])
     if not outer or not isinstance(outer[-1], tirx.FloorMod):
         return None
     shape, row = [simple(size) for size in buffer.ty.shape[:-1]], outer[-1].a
     for taken_apart in (unravel(row, shape), _nested(row, shape)):
         if all(map(_ffi.structural_equal, outer, taken_apart)):
-            return [*[tirx.const(0, "int64")] * (len(outer) - 1), row, last]
+            return [*[tirx.const(0, "int64")] * (len(outer) - 1), row, indices[-1]]
     return None
 
 

@@ -162,14 +162,18 @@ class _Watch:
 def _inputs(module: Any) -> list[Any]:
     random = np.random.default_rng(0)
     made: list[Any] = []
+    sizes = [size for parameter in module["main"].params for size in parameter.ty.shape.values]
+    free = dict.fromkeys(size.name for size in sizes if hasattr(size, "name"))
+    if free:
+        raise InputError(
+            f"tuning needs numbers for the free sizes {', '.join(free)}: "
+            f"give them, as with --option dims={','.join(f'{name}=1' for name in free)}"
+        )
     for parameter in module["main"].params:
-        shape = [number(size) for size in parameter.ty.shape.values]
-        if None in shape:
-            raise InputError("tuning needs numbers for all sizes: set them with dims")
+        shape = [number(size) or 0 for size in parameter.ty.shape.values]
         dtype = np.dtype(str(parameter.ty.dtype))
-        sizes = [size or 0 for size in shape]
         floats = dtype.kind == "f"
-        array = random.standard_normal(sizes).astype(dtype) if floats else np.zeros(sizes, dtype)
+        array = random.standard_normal(shape).astype(dtype) if floats else np.zeros(shape, dtype)
         made.append(tvm.runtime.tensor(array))
     return made
 

@@ -11,7 +11,7 @@ import numpy as np
 from graphopt import compilation
 from graphopt.report import Report
 from tests._models import parse
-from tests.test_tvm import CPU, expected, needs_tvm, random, with_weights
+from tests.test_tvm import CPU, agree, expected, needs_tvm, random, with_weights
 from tests.test_tvm_kernels import lowered
 
 _HALVED = """
@@ -84,3 +84,11 @@ def test_products_without_tiles_are_told(tmp_path: Path) -> None:
         "tvm runs kernels as plain loops, which may be many times slower: "
         "matmul (it has no form that tiles are known for); see kernels.json"
     )
+
+
+@needs_tvm
+def test_numbers_beside_free_sizes(tmp_path: Path) -> None:
+    """Tensors without axes have no indices."""
+    text = "g (float[batch,6] x, int64 i) => (float y) { y = Gather <axis = 1> (x, i) }"
+    feeds = {"x": random(3, 6), "i": np.array(4)}
+    agree(parse(text), feeds, tmp_path / "a")

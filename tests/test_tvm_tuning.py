@@ -42,6 +42,14 @@ def test_tuning_goes_on_and_is_never_worse(tmp_path: Path) -> None:
 
 
 @needs_tvm
+def test_tuning_names_the_sizes_that_are_free(tmp_path: Path) -> None:
+    model = with_weights("g (float[n,t,8] x, float[] w) => (float y) { y = MatMul (x, w) }",
+                         w=random(8, 8))  # fmt: skip
+    with pytest.raises(InputError, match=r"sizes n, t: give them, as .* dims=n=1,t=1$"):
+        BACKEND.compile(model, CPU, backends.make_options(BACKEND, {"tune": 1}), tmp_path)
+
+
+@needs_tvm
 def test_tuning_that_was_killed_goes_on(tmp_path: Path) -> None:
     model = with_weights("g (float[12,64] x, float[] w) => (float[12,96] y) { y = MatMul (x, w) }",
                          w=random(64, 96))  # fmt: skip
