@@ -77,7 +77,8 @@ class Kernels:
         if len(b) == 2 and matrix is not None and len(a) >= 2:
             return self._dense(builder, left, matrix, a, dtype)
         alike = len(a) == len(b) >= 2 and all(map(same, a[:-2], b[:-2]))
-        if not alike:
+        single = number(a[-2]) == 1 and number(b[-1]) is None
+        if not alike or single:  # a copy of the matrix to whole tiles would cost more than one row
             return default("relax.matmul")(builder, call)
         return self._stacked(builder, left, right, a, b, dtype)
 

@@ -390,3 +390,11 @@ def test_operators_by_their_parts(tmp_path: Path) -> None:
 def test_what_is_refused(body: str, reason: str) -> None:
     text = "g (float[4] x) => (float y) <float half = {0.5}, bool yes = {1}> { " + body + " }"
     assert backends.get("tvm").supports(parse(text), CPU)["a"].startswith(reason)
+
+
+@needs_tvm
+def test_one_row_by_a_matrix_of_free_width_is_not_copied_to_tiles(tmp_path: Path) -> None:
+    """As a token's attention to what was before it."""
+    text = "g (float[1,3,1,8] x, float[1,3,8,n] y) => (float[1,3,1,n] z) { z = MatMul (x, y) }"
+    feeds = {"x": random(1, 3, 1, 8), "y": random(1, 3, 8, 21)}
+    agree(parse(text, opset=18), feeds, tmp_path / "a", "stages")
