@@ -92,6 +92,25 @@ def _lower(function: Any, aim: Any) -> None:
         rewrite(part.body, check)
 
 
+def _has_threads(function: Any) -> bool:
+    """Whether parts of a kernel are shared out to threads already, as sorting is."""
+    found: list[Any] = []
+
+    def look(statement: Any, _: list[Any]) -> Any:
+        bound = isinstance(statement, _tirx.AttrStmt) and statement.attr_key == "thread_extent"
+        is_loop = isinstance(statement, _tirx.For)
+        if bound or (is_loop and statement.kind == _tirx.ForKind.THREAD_BINDING):
+            found.append(statement)
+        return None
+
+    rewrite(function.body, look)
+    return bool(found)
+
+
+def _as_it_is(function: Any, aim: Any) -> Any:
+    return function if _has_threads(function) else None
+
+
 def _theirs(rule: Any) -> Rule:
     def apply(function: Any, aim: Any) -> Any:
         found = rule.apply(function, aim, False)  # a schedule, some of them, or None
@@ -104,6 +123,8 @@ def _theirs(rule: Any) -> Rule:
 
 def _by_thread(function: Any, aim: Any, *, only_short: bool = False, fused: bool = True) -> Any:
     """One thread for each result, with the sums it needs; None where they would be repeated."""
+    if _has_threads(function):
+        return None
     schedule = _s_tir.Schedule(function)
     inline_all(schedule, children(schedule)[:-1])
     blocks = children(schedule)
@@ -171,5 +192,6 @@ _RULES: dict[str, Rule] = {
     "thread for each result, long": _by_thread,
     "thread for each result, axis by axis": partial(_by_thread, fused=False),
     "stage by stage": _theirs(_dlight.Fallback()),
+    "threads of its own": _as_it_is,
 }
 """The first that fits is taken."""

@@ -15,6 +15,10 @@
 #define uchar unsigned char
 #define ushort unsigned short
 
+#define CUDART_INF_F INFINITY
+#define CUDART_INF double(INFINITY)
+#define CUDART_NAN_F NAN
+
 struct dim3 { unsigned x, y, z; };
 struct Place { dim3 thread, block, threads, blocks; unsigned lane, count; };
 extern "C" Place emulated_place;

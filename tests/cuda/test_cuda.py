@@ -120,10 +120,21 @@ def quantized() -> onnx.ModelProto:
     return model(text, **scales, z=np.array(0, np.int8), w=integers, bias=weight(16))
 
 
+def places() -> onnx.ModelProto:
+    """Kernels that share themselves out to threads: scattering and sorting."""
+    text = """g (float[3,4] x, int64[] at, float[] u, int64[] two)
+        => (float[3,4] y, float[3,2] v, int64[3,2] i) {
+        y = ScatterElements(x, at, u)
+        v, i = TopK(x, two)
+    }"""
+    return model(text, at=np.array([[2, 0, 1, 2]]), u=weight(1, 4), two=np.array([2]))
+
+
 MODELS = {
     "image": (image, 1e-4),
     "sentence": (sentence, 1e-4),
     "half": (half, 5e-3),
+    "places": (places, 0.0),
     "quantized": (quantized, 0.0501),  # a step
 }
 
