@@ -1,6 +1,7 @@
-"""SHA-256 of files; that of a large one is remembered until the file is touched.
+"""SHA-256 of files, remembered until a file is touched.
 
-Hashing takes about 0.8 ms a megabyte, which loading an artifact would pay each time. As git's index
+Hashing takes about 0.8 ms a megabyte and OpenSSL, which `hashlib` loads, 3 to 5 ms by itself:
+loading an artifact would pay that each time. As git's index
 does for files, a record in the user's cache holds what the system says of a file (device, inode,
 size, times of its last modification and change) beside its digest. Whoever writes to the file
 changes that; what was written a moment ago is not remembered, as clocks of files tick slowly.
@@ -15,23 +16,22 @@ from pathlib import Path
 
 from graphopt import places
 
-_LARGE_BYTES = 1 << 20
 _SETTLED_NS = 100_000_000
 _RECORDS = 500  # kept
 
 
 def sha256(path: Path) -> str:
     """SHA-256 of a file in hexadecimal, read in pieces."""
-    import hashlib  # it loads OpenSSL, in 3 ms
+    import hashlib  # with all of OpenSSL
 
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def remembered(path: Path) -> str:
-    """The same, from the record of a file that is large, and was not touched since."""
+    """The same, from the record of a file that was not touched since."""
     status = path.stat()
-    if status.st_size < _LARGE_BYTES or os.name != "posix":  # elsewhere there is no time of change
+    if os.name != "posix":  # there is no time of change elsewhere
         return sha256(path)
     record, now = _record(status), time.time_ns()
     known = _read(record, _state(status))

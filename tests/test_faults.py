@@ -38,12 +38,12 @@ def test_a_full_disk(tmp_path: Path, form: str) -> None:
 
 def test_a_full_disk_below_the_caches(tmp_path: Path) -> None:
     """Records and keys are done without, and no half of one is left."""
-    large = tmp_path / "large"
-    large.write_bytes(bytes(1 << 20))
+    file = tmp_path / "file"
+    file.write_bytes(bytes(1 << 10))
     time.sleep(0.2)  # what was written a moment ago is not remembered
     code = (
         "from pathlib import Path; from graphopt import digests, trust\n"
-        "digests.remembered(Path('large')); trust.sign(Path())"
+        "digests.remembered(Path('file')); trust.sign(Path())"
     )
     home = {"XDG_CACHE_HOME": str(tmp_path / "c"), "XDG_STATE_HOME": str(tmp_path / "s")}
     subprocess.run(
@@ -53,7 +53,7 @@ def test_a_full_disk_below_the_caches(tmp_path: Path) -> None:
         timeout=120,
         check=True,
     )
-    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [large]
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [file]
 
 
 def test_a_runtime_that_tells_of_models(tmp_path: Path) -> None:
