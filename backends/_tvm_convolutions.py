@@ -1,8 +1,8 @@
 """Converters of convolutions that the importer, or the schedules, would rather have otherwise.
 
-One axis becomes two, of which the first is 1; a transposed convolution becomes a plain one of the
-input with zeros between its elements (Dumoulin and Visin, "A guide to convolution arithmetic for
-deep learning", 2016).
+One axis becomes two, of which the first is 1; a transposed convolution becomes a plain one, of the
+input with zeros between its elements where it is dilated (Dumoulin and Visin, "A guide to
+convolution arithmetic for deep learning", 2016).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from graphopt.backends._tvm_call import Call, is_constant, tensor
 from graphopt.backends._tvm_indices import number
 
 relax: Any = importlib.import_module("tvm.relax")
+te: Any = importlib.import_module("tvm.te")
 _op: Any = relax.op
 
 
@@ -91,6 +92,9 @@ def conv_transpose(call: Call) -> Any:
         kernel, strides, dilations = np.expand_dims(kernel, 2), [1, *strides], [1, *dilations]
         pads = [0, pads[0], 0, pads[1]]
         x = call.emit(_op.expand_dims(x, 2))
+    if strides != [1, 1] == dilations and min(pads[:2]) >= 0:
+        result = call.emit(_by_phases(call, x, kernel, strides, pads, groups))
+        return _biased(call, call.emit(_op.squeeze(result, [2])) if axes == 1 else result, bias)
     n, c, high, wide = x.ty.shape.values
     if strides != [1, 1]:
         x = call.emit(_op.reshape(x, (n, c, high, 1, wide, 1)))
@@ -110,6 +114,48 @@ def conv_transpose(call: Call) -> Any:
     plain = tensor(np.ascontiguousarray(turned))
     result = call.emit(_op.nn.conv2d(x, plain, [1, 1], around, dilations, groups=groups))
     return _biased(call, call.emit(_op.squeeze(result, [2])) if axes == 1 else result, bias)
+
+
+def _by_phases(
+    call: Call, x: Any, kernel: Any, strides: list[int], pads: list[int], groups: int
+) -> Any:
+    """A transposed convolution as one that makes all outputs between two inputs at once.
+
+    With strides s, output `s * m + r` sums inputs `m - a` times weights `s * a + r`: each r is a
+    channel of a plain convolution, and no zeros are multiplied (Shi et al., "Is the deconvolution
+    layer the same as a convolutional layer?", 2016).
+    """
+    channels, per_group, *size = kernel.shape
+    ends = [max(-pad, 0) for pad in pads[2:]]
+    reach = [-(-(k + e) // s) for k, e, s in zip(size, ends, strides, strict=True)]
+    fill = [(0, r * s - k) for r, s, k in zip(reach, strides, size, strict=True)]
+    full = np.pad(kernel, [(0, 0), (0, 0), *fill])
+    (down, across), (sy, sx) = reach, strides
+    cut = full.reshape(groups, channels // groups, per_group, down, sy, across, sx)
+    phases = cut[:, :, :, ::-1, :, ::-1].transpose(0, 2, 4, 6, 1, 3, 5)
+    plain = phases.reshape(groups * per_group * sy * sx, channels // groups, down, across)
+    around = [down - 1, across - 1] * 2
+    made = call.emit(
+        _op.nn.conv2d(x, tensor(np.ascontiguousarray(plain)), padding=around, groups=groups)
+    )
+    shorter = [k - r * s for k, r, s in zip(size, reach, strides, strict=True)]
+
+    def compute(z: Any) -> Any:
+        n, _, high, wide = z.shape
+        outputs = [
+            extent * step + less - pads[axis] - pads[axis + 2]
+            for axis, (extent, step, less) in enumerate(
+                zip((high, wide), strides, shorter, strict=True)
+            )
+        ]
+
+        def value(b: Any, c: Any, i: Any, j: Any) -> Any:
+            y, x = i + pads[0], j + pads[1]
+            return z(b, (c * sy + y % sy) * sx + x % sx, y // sy, x // sx)
+
+        return te.compute((n, groups * per_group, *outputs), value, name="interleave")
+
+    return call.builder.call_te(compute, made, primfunc_name_hint="interleave")
 
 
 def _biased(call: Call, result: Any, bias: Any) -> Any:

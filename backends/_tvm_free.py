@@ -39,7 +39,12 @@ def name_sizes(function: Any) -> Any:
             named.setdefault(_ffi.StructuralKey(key.key.a), named[key] - key.key.b)
 
     def name(part: Any) -> Any:
-        return named.get(_ffi.StructuralKey(part), part)
+        found = named.get(_ffi.StructuralKey(part))
+        if found is None and isinstance(part, tirx.Mul) and isinstance(part.a, tirx.Mul):
+            # an index times a size, whose own factor TVM has moved to the end
+            found = named.get(_ffi.StructuralKey(part.a.b * part.b))
+            return part if found is None else part.a.a * found
+        return part if found is None else found
 
     return _ffi.structural_map(function, (_COMPUTED, name), order="pre")
 

@@ -75,6 +75,19 @@ def test_sizes_that_only_the_run_makes_equal() -> None:
 
 
 @needs_tvm
+def test_transposed_convolutions(tmp_path: Path) -> None:
+    """What they make is interleaved, and no zeros are put between elements of free sizes."""
+    text = """
+        g (float[batch,3,high,wide] x, float[] w, float[] p) => (float y) {
+            a = Conv <strides = [4, 4]> (x, p) b = ConvTranspose <strides = [2, 2]> (a, w)
+            y = ConvTranspose <strides = [2, 2]> (b, w) }"""
+    model = with_weights(text, p=random(8, 3, 4, 4), w=random(8, 8, 2, 2))
+    _, _, log = lowered(model)
+    assert not log.untiled and sum(rule == "product" for rule in log.rules.values()) == 3, log
+    agree(model, {"x": random(2, 3, 20, 13)}, tmp_path / "a", tolerance=1e-3)
+
+
+@needs_tvm
 def test_products_without_tiles_are_told(tmp_path: Path) -> None:
     text = "g (float[2,1,7,5] x, float[3,5,6] w) => (float y) { y = MatMul (x, w) }"
     report = Report()
