@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -170,18 +171,29 @@ class _Room:
         self.memory: Memory | None = None
         self.shape: tuple[int, ...] = ()
 
+    def grow(self, size: int) -> int:
+        """The address of so many bytes."""
+        if self.memory is None or self.memory.size < size:
+            self.memory = Memory(size)
+        return self.memory.address
+
     def allocator(self) -> Any:
-        """What TensorRT asks for the memory and tells the shape."""
+        """What TensorRT asks for the memory and tells the shape.
+
+        It does not keep the memory: its class is freed late, by the collector of garbage.
+        """
+        room = weakref.ref(self)
 
         def reallocate(
             _: object, tensor_name: str, memory: int, size: int, alignment: int, stream: int = 0
         ) -> int:
-            if self.memory is None or self.memory.size < size:
-                self.memory = Memory(size)
-            return self.memory.address
+            found = room()
+            return 0 if found is None else found.grow(size)
 
         def notify(_: object, tensor_name: str, shape: Any) -> None:
-            self.shape = tuple(shape)
+            found = room()
+            if found is not None:
+                found.shape = tuple(shape)
 
         return derive(
             library().IOutputAllocator,

@@ -7,6 +7,7 @@ where, which shapes it is told, and what it asks for are as in TensorRT's interf
 from __future__ import annotations
 
 import ctypes
+import gc
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -145,6 +146,17 @@ def test_results(tmp_path: Path) -> None:
         found = executable.run(given)
         np.testing.assert_array_equal(np.asarray(found["y"]), given["x"] * 3)
         np.testing.assert_array_equal(np.asarray(found["above"]), given["x"][given["x"] > 0])
+
+
+@pytest.mark.usefixtures("contexts")
+def test_memory_is_given_back_at_once(tmp_path: Path) -> None:
+    executable, held = load(tmp_path), len(DRIVER.held)
+    gc.disable()
+    try:
+        executable.run(feeds(3))
+        assert len(DRIVER.held) == held
+    finally:
+        gc.enable()
 
 
 def test_shapes_are_computed_from_values_in_this_process(
