@@ -8,6 +8,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -266,6 +268,22 @@ def test_random_bodies(seed: int, tmp_path: Path) -> None:
     text = f"net (float[n,2] x, int64 trips) => (float[n,2] {end}) <{weights}> {{ {lines} }}"
     build(text, tmp_path / "a")
     compare(text, tmp_path / "a", *({"x": X, "trips": trips} for trips in (0, 1, 3)))
+
+
+def test_an_artifact_with_loops_needs_no_onnx(tmp_path: Path) -> None:
+    build(TEXTS["in_one_another"], tmp_path / "a")
+    script = f"""
+import sys
+sys.path[:] = {sys.path!r}
+import numpy as np
+from graphopt import compilation
+model = compilation.load({str(tmp_path / "a")!r})
+result = model.run({{"x": np.ones((3, 2), np.float32), "trips": np.array(2)}})
+assert result["e"].shape == (2, 2, 3, 2), result["e"].shape
+assert not {{"onnx", "onnx_ir", "sympy", "click", "rich"}} & set(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_a_profile_stands_for_all_iterations(tmp_path: Path) -> None:
