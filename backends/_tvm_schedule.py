@@ -58,6 +58,8 @@ def _one(name: str, function: Any, machine: Machine, log: Log) -> Any:
         schedule = _s_tir.Schedule(tvm.IRModule({"main": function}))
         try:
             found = rule(schedule, machine)
+            if found is not None:
+                _require_lowering(found[0])
         except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
             reasons.append(f"{rule.__name__[1:]}: {last_line(error)}")
             continue
@@ -74,6 +76,22 @@ def _one(name: str, function: Any, machine: Machine, log: Log) -> Any:
         return scheduled.with_attr(DONE, True)
     log.unscheduled[name] = "; ".join(reasons)
     return infinite_starts(function)
+
+
+def _require_lowering(function: Any) -> None:
+    """Raise RuntimeError where TVM would fail with the whole model later, without this name."""
+    steps = _s_tir.transform
+    lowering = [
+        steps.LowerInitBlock(),
+        steps.PlanAndUpdateBufferAllocationLocation(),
+        steps.ConvertBlocksToOpaque(),
+        steps.CompactBufferAllocation(),
+    ]
+    try:
+        tvm.transform.Sequential(lowering)(tvm.IRModule({"main": function}))
+    except RuntimeError as error:
+        text = "TVM cannot bound what it reads of free sizes"
+        raise RuntimeError(f"{text} ({last_line(error)[:80]})") from None
 
 
 def _multiplies(function: Any) -> bool:

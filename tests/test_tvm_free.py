@@ -105,3 +105,15 @@ def test_numbers_beside_free_sizes(tmp_path: Path) -> None:
     text = "g (float[batch,6] x, int64 i) => (float y) { y = Gather <axis = 1> (x, i) }"
     feeds = {"x": random(3, 6), "i": np.array(4)}
     agree(parse(text), feeds, tmp_path / "a")
+
+
+@needs_tvm
+def test_regions_that_tvm_cannot_bound(tmp_path: Path) -> None:
+    """A schedule that would fail with the whole model later gives way to plain loops."""
+    text = """
+        g (float[batch,8,high,wide] x, float[] w, float[] p) => (float y) {
+            a = ConvTranspose <strides = [2, 2], pads = [1, 1, 1, 1]> (x, w) y = Conv (a, p) }"""
+    model = with_weights(text, w=random(8, 8, 3, 3), p=random(8, 8, 2, 2))
+    _, _, log = lowered(model)
+    assert not log.unscheduled and all("bound" in why for why in log.untiled.values())
+    agree(model, {"x": random(2, 8, 9, 13)}, tmp_path / "a", tolerance=1e-3)
