@@ -119,8 +119,9 @@ def tested(name: str, seconds: float) -> dict[str, Any]:
     """What came of a test in a process of its own."""
     with tempfile.TemporaryDirectory(prefix="graphopt-gpu-") as scratch:
         out = Path(scratch) / "out.xml"
+        written = (f"--junitxml={out}", "-o", "junit_family=xunit1")  # the other has no properties
         try:
-            done = _pytest(name, f"--junitxml={out}", seconds=seconds)
+            done = _pytest(name, *written, seconds=seconds)
         except subprocess.TimeoutExpired:
             return {"outcome": "failed", "reason": f"it took more than {seconds:g} s"}
         if not out.is_file():
@@ -140,7 +141,8 @@ def tested(name: str, seconds: float) -> dict[str, Any]:
 
 
 def _pytest(*arguments: str, seconds: float) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments]
+    own = ("-c", str(ROOT / "pyproject.toml"), "-p", "no:cacheprovider")
+    command = [sys.executable, "-m", "pytest", *own, *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
 
 

@@ -74,3 +74,10 @@ def test_what_crashes_is_a_row(monkeypatch: pytest.MonkeyPatch, function: str, t
     row = gpu_check.one("tvm", Path("m.onnx"), 60)
     assert row["outcome"] == "failed"
     assert text in row["reason"]
+
+
+def test_figures_of_a_test(tmp_path: Path) -> None:
+    file = tmp_path / "test_one.py"
+    file.write_text("def test_it(record_property):\n    record_property('ms', 3)\n")
+    row = gpu_check.tested(f"{file}::test_it", 60)
+    assert row == {"outcome": "passed", "figures": {"ms": "3"}}
