@@ -14,15 +14,20 @@ _ROOT = Path(__file__).resolve().parents[1]
 _VARIABLE = "GRAPHOPT_SHARED"
 
 
+def folder() -> Path:
+    """The one named by the environment variable GRAPHOPT_SHARED, else `shared` beside the checkout.
+
+    It need not be there.
+    """
+    return Path(os.environ.get(_VARIABLE) or _ROOT.parent / "shared")
+
+
 def shared(name: str) -> Path:
     """The file or folder `name` (may hold slashes) of the folder of extra models.
 
-    That folder is the one named by the environment variable GRAPHOPT_SHARED, else the folder
-    `shared` beside the checkout. Skips the calling test, or the module that is being collected,
-    where the file is absent.
+    Skips the calling test, or the module that is being collected, where the file is absent.
     """
-    folder = Path(os.environ.get(_VARIABLE) or _ROOT.parent / "shared")
-    path = folder / name
+    path = folder() / name
     if not path.exists():
         pytest.skip(
             f"extra models not present: no {name} (see {_VARIABLE})", allow_module_level=True

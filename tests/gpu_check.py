@@ -154,9 +154,10 @@ def _collected() -> list[str]:
 
 def _models(given: Sequence[Path] | None) -> Iterator[Path]:
     """Those of the package, then those that are given, or all that lie in the usual folder."""
+    from tests._shared import folder  # a script finds it only once `main` has said where
+
     yield from map(models.path, models.names())
-    folder = Path(os.environ.get("GRAPHOPT_SHARED") or ROOT.parent / "shared")
-    for place in [folder / "corpus" / "models"] if given is None else given:
+    for place in [folder() / "corpus" / "models"] if given is None else given:
         yield from [place] if place.is_file() else sorted(place.rglob("*.onnx"))
 
 
