@@ -16,8 +16,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-_PASSED_ON = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT}
-_ENDED = {signal.SIGINT: (130, "interrupted"), signal.SIGTERM: (143, "terminated")}
+_ENDED = {"SIGINT": "interrupted", "SIGTERM": "terminated", "SIGHUP": "terminated"}
+_PASSED_ON = {number for number in signal.Signals if number.name in {*_ENDED, "SIGQUIT"}}
 
 
 def supervised(command: Callable[[], object]) -> None:
@@ -97,15 +97,14 @@ def _told(code: int) -> int:
     """The exit code of a command, after a line about the signal that ended it."""
     if code >= 0:
         return code
-    ended = signal.Signals(-code)
-    code, text = _ENDED.get(ended, (4, ""))
-    if ended == signal.SIGKILL:
+    name = signal.Signals(-code).name
+    if name == "SIGKILL":
         text = "killed, perhaps by the system for want of memory; see --memory-limit"
-    elif not text:
-        text = (
-            f"native code crashed with {ended.name}, most likely ONNX Runtime on this model "
+    else:
+        text = _ENDED.get(name) or (
+            f"native code crashed with {name}, most likely ONNX Runtime on this model "
             "(GRAPHOPT_TRACEBACK=1 shows where)"
         )
     with contextlib.suppress(OSError):
         sys.stderr.write(f"graphopt: {text}\n")
-    return code
+    return 128 - code if name in _ENDED else 4

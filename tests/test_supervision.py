@@ -49,6 +49,7 @@ def first_line(process: subprocess.Popen[str]) -> int:
         ("os.kill(os.getpid(), 11)", 4, "graphopt: native code crashed with SIGSEGV"),
         ("os.kill(os.getpid(), 9)", 4, "graphopt: killed, perhaps by the system for want of mem"),
         ("os.kill(os.getpid(), 15)", 143, "graphopt: terminated"),
+        ("os.kill(os.getpid(), 1)", 129, "graphopt: terminated"),
         ("signal.signal(2, signal.SIG_DFL); os.kill(os.getpid(), 2)", 130, "graphopt: interrupted"),
     ],
 )
