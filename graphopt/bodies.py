@@ -147,7 +147,7 @@ def _body(
         del names[1]
         _set_true(inner.graph, inner.graph.inputs[1])
     found = Shapes(inner)
-    outputs = [_source(value) for value in inner.graph.outputs]
+    outputs = [ir.behind_identities(value) for value in inner.graph.outputs]
     for value in outputs:
         declare(value, value, found)
     constants = {v.name or "": _numbers(v) for v in outputs if ir.constant(v) is not None}
@@ -195,12 +195,3 @@ def _set_true(graph: ir.Graph, value: ir.Value) -> None:
     graph.inputs.remove(value)
     value.const_value = ir.tensor(np.full((1,) * len(value.shape or ()), True), name=value.name)
     graph.register_initializer(value)
-
-
-def _source(value: ir.Value) -> ir.Value:
-    """What a value is a copy of."""
-    while (node := value.producer()) is not None and node.op_type == "Identity":
-        if node.domain or node.inputs[0] is None:
-            break
-        value = node.inputs[0]
-    return value

@@ -97,6 +97,7 @@ __all__ = [
     "all_nodes",
     "array",
     "attribute",
+    "behind_identities",
     "constant",
     "constants",
     "convenience",
@@ -209,6 +210,15 @@ def constant(value: Value | None) -> TensorProtocol | None:
         if name == "value_strings":
             return onnx_ir.StringTensor([s.encode() for s in attr.as_strings()])
     return None
+
+
+def behind_identities(value: Value) -> Value:
+    """What a value is a copy of, through any number of Identities; itself where it is none."""
+    while (node := value.producer()) is not None and node.op_type == "Identity":
+        if node.domain or node.inputs[0] is None:
+            break
+        value = node.inputs[0]
+    return value
 
 
 def constants(model: Model) -> list[TensorProtocol]:

@@ -25,7 +25,7 @@ def distances(op: Op, node: ir.Node) -> tuple[ir.Value, ir.Value] | None:
     if any(op.attr(node, f"scan_{side}put_{what}") for side in ("in", "out") for what in _WHERE):
         return None
     state, row = body.inputs
-    if len(body.outputs) != 2 or _plain(body.outputs[0]) is not state:
+    if len(body.outputs) != 2 or ir.behind_identities(body.outputs[0]) is not state:
         return None
     if not _is_square_distance(op, body.outputs[1], state, row):
         return None
@@ -33,15 +33,6 @@ def distances(op: Op, node: ir.Node) -> tuple[ir.Value, ir.Value] | None:
     if x is None or points is None or op.rank(x) != 2 or op.rank(points) != 2:
         raise Refuse("the points are no matrix")
     return x, points
-
-
-def _plain(value: ir.Value | None) -> ir.Value | None:
-    """What a value is an Identity of."""
-    while value is not None and (node := value.producer()) is not None:
-        if node.op_type != "Identity":
-            break
-        value = node.inputs[0]
-    return value
 
 
 def _is_square_distance(op: Op, value: ir.Value, state: ir.Value, row: ir.Value) -> bool:
@@ -55,4 +46,4 @@ def _is_square_distance(op: Op, value: ir.Value, state: ir.Value, row: ir.Value)
     difference = None if total.inputs[0] is None else total.inputs[0].producer()
     if list(axes or []) not in ([1], [-1]) or difference is None or difference.op_type != "Sub":
         return False
-    return {_plain(operand) for operand in difference.inputs} == {state, row}
+    return {ir.behind_identities(x) for x in difference.inputs if x is not None} == {state, row}

@@ -273,7 +273,7 @@ def _iterated(op: Op, node: ir.Node, nonempty: bool) -> dict[ir.Value, ir.Value]
     loop = node.op_type == "Loop"
     first, offset = (2, 1) if loop else (0, 0)
     states = len(node.inputs) - first - count
-    outputs = [_source(value) for value in body.outputs]
+    outputs = [ir.behind_identities(value) for value in body.outputs]
     if states not in (1, 2) or (loop and not _goes_through(op, node, body, outputs[0])):
         return None
     axes = op.attr(node, "scan_input_axes", [0] * count)
@@ -305,15 +305,6 @@ def _iterated(op: Op, node: ir.Node, nonempty: bool) -> dict[ir.Value, ir.Value]
         _require_faster(op, cell, length or _MANY_STEPS)
         return _layer_of(op, node, cell, weights, x, first_states, length, index)
     return None
-
-
-def _source(value: ir.Value) -> ir.Value:
-    """What a value is a copy of."""
-    while (node := value.producer()) is not None and node.op_type == "Identity":
-        if node.domain or node.inputs[0] is None:
-            break
-        value = node.inputs[0]
-    return value
 
 
 def _goes_through(op: Op, node: ir.Node, body: ir.Graph, condition: ir.Value) -> bool:
