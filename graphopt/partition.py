@@ -120,11 +120,7 @@ def _is_worth_it(node: ir.Node) -> bool:
     """Whether there is enough in a Loop, a Scan or an If for the host to steer it."""
     if node.op_type not in ("If", "Loop", "Scan") or node.domain:
         return False
-    stack, inner = list(ir.subgraphs(node)), list[ir.Node]()
-    while stack:
-        nodes = list(stack.pop())
-        inner += nodes
-        stack += [graph for each in nodes for graph in ir.subgraphs(each)]
+    inner = [each for graph in ir.subgraphs(node) for each in graph.all_nodes()]
     light = [each for each in inner if each.op_type not in ("Constant", "Identity")]
     return len(light) >= _MANY or any(each.op_type in _HEAVY for each in inner)
 
